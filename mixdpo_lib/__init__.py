@@ -1,0 +1,1 @@
+"""Mix-DPO and MoE-DPO: preference optimisation with a latent expert."""
