@@ -1,0 +1,308 @@
+"""Where do things lie? Project root, keys, atomic and verified files, locks, progress lines. Knows no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import tomllib
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+_RECORD = "artefact.json"
+_HEARTBEAT_S = 5.0
+_verified: set[tuple[str, int, int, str]] = set()
+_touched: dict[str, str] = {}
+_last_line: dict[str, tuple[float, int]] = {}
+
+
+class MixDPOError(RuntimeError):
+    """An error with a message meant for the person at the screen: place, found, expected, remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------- places
+def project_root() -> Path:
+    """Folder that holds `data/`, `notebooks/` and `runs/`.
+
+    The environment variable MIXDPO_ROOT wins; else the nearest folder above the working directory whose
+    `pyproject.toml` is this project's (JupyterLab works in `notebooks/`, papermill in its caller's folder); else the
+    checkout of this package.
+
+    >>> (project_root() / "pyproject.toml").exists()
+    True
+    """
+    if os.environ.get("MIXDPO_ROOT"):
+        return Path(os.environ["MIXDPO_ROOT"]).expanduser().resolve()
+    here = Path.cwd().resolve()
+    for folder in (here, *here.parents):
+        try:
+            if tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"] == "mixdpo":
+                return folder
+        except (OSError, KeyError, ValueError):
+            continue
+    return Path(__file__).resolve().parents[1]
+
+
+def data_folder() -> Path:
+    """`data/` of the project."""
+    return project_root() / "data"
+
+
+def raw_folder() -> Path:
+    """`data/raw/`: files as they were fetched."""
+    return data_folder() / "raw"
+
+
+def cache_folder() -> Path:
+    """MIXDPO_CACHE or `data/cache/`: everything that can be computed again."""
+    return Path(os.environ["MIXDPO_CACHE"]).expanduser() if os.environ.get("MIXDPO_CACHE") else data_folder() / "cache"
+
+
+# ----------------------------------------------------------------------------------------------------- hashes, JSON
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:     # numpy scalars
+        return value.item()
+    raise TypeError(f"found a {type(value).__name__} ({value!r:.60}); expected numbers, text, lists or mappings")
+
+
+def canonical_json(value: Any) -> str:
+    """Text that is equal for equal content, whatever the order of keys.
+
+    >>> canonical_json({"b": (1, 2), "a": 0.5})
+    '{"a":0.5,"b":[1,2]}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def sha256_of(path: str | Path) -> str:
+    """sha256 of a file's bytes, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def artefact_key(stage: str, version: int, parameters: Mapping[str, Any], inputs: Sequence[str] = ()) -> str:
+    """16 hex digits that name an artefact: its stage, the version of the stage's code, parameters and inputs' keys.
+
+    >>> artefact_key("pairs", 1, {"seed": 0}) == artefact_key("pairs", 1, {"seed": 0})
+    True
+    >>> artefact_key("pairs", 1, {"seed": 0}) == artefact_key("pairs", 2, {"seed": 0})
+    False
+    """
+    try:
+        text = canonical_json({"stage": stage, "version": version, "parameters": dict(parameters),
+                               "inputs": list(inputs)})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"stage {stage!r}: its parameters cannot name an artefact: {error}") from None
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_json(path: str | Path) -> Any:
+    """Content of a JSON file; a missing or damaged file is one clear MixDPOError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MixDPOError(f"{path}: not found; expected a JSON file there") from None
+    except (OSError, ValueError) as error:
+        raise MixDPOError(f"{path}: found no readable JSON ({error}); delete the file and make it again") from None
+
+
+def write_json_atomic(path: str | Path, value: Any) -> Path:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=_plain) + "\n"
+    with _clear_when_full(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------ cache
+@contextmanager
+def _clear_when_full(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except MixDPOError:
+        raise
+    except Exception as error:   # other libraries wrap the system's error in classes of their own
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            raise MixDPOError(f"{place}: no space left on the device while writing; nothing half-written was kept; "
+                              "free some space, or name another folder in MIXDPO_CACHE, and start again") from error
+        raise
+
+
+@contextmanager
+def locked(path: str | Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path`; while another process has it, say so every 5 seconds."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock, began = FileLock(str(path)), time.monotonic()
+    while True:
+        try:
+            lock.acquire(timeout=_HEARTBEAT_S)
+            break
+        except Timeout:
+            note(f"{what}: another process is making it, waiting for {time.monotonic() - began:.0f} s")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _damaged(folder: Path, name: str, found: str, expected: str) -> MixDPOError:
+    return MixDPOError(f"{folder}: damaged cache entry: {name}: found {found}, expected {expected}; "
+                       "delete this folder, it will be made again")
+
+
+def verify_artefact(folder: str | Path) -> dict[str, Any]:
+    """Record of a cache entry, after its files were checked (size always, sha256 once per process and file)."""
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        files = dict(record["files"])
+    except FileNotFoundError:
+        raise _damaged(folder, _RECORD, "no such file", "the record of a finished entry") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, _RECORD, f"unreadable content ({error})", "the record of a finished entry") from None
+    for name, expected in files.items():
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            raise _damaged(folder, name, "no such file", f"{expected['bytes']} bytes") from None
+        if status.st_size != expected["bytes"]:
+            raise _damaged(folder, name, f"{status.st_size} bytes", f"{expected['bytes']} bytes")
+        seen = (str(folder / name), status.st_size, status.st_mtime_ns, expected["sha256"])
+        if seen not in _verified:
+            found = sha256_of(folder / name)
+            if found != expected["sha256"]:
+                raise _damaged(folder, name, f"sha256 {found[:16]}", expected["sha256"][:16])
+            _verified.add(seen)
+    return record
+
+
+def cached(stage: str, version: int, parameters: Mapping[str, Any], build: Callable[[Path], Any],
+           inputs: Sequence[str] = ()) -> Path:
+    """Folder `cache/<stage>/<key>/` of an artefact, made by `build(folder)` if it is not there yet.
+
+    The entry appears in one step, with the sha256 of every file, and is verified whenever it is read. Two processes
+    may ask for one entry: the second waits for the first. A build that fails leaves nothing behind.
+
+    Parameters
+    ----------
+    stage, version : name of the stage, and a number to raise when its code changes what comes out.
+    parameters : everything else that the result depends on (plain values, or a dataclass' fields).
+    build : writes files (and folders) into the empty folder that it is given.
+    inputs : keys or hashes of the artefacts that it is made from.
+
+    Raises
+    ------
+    MixDPOError : the entry is damaged (folder, file, found, expected, remedy), or the disk is full.
+    """
+    key = artefact_key(stage, version, parameters, inputs)
+    folder = cache_folder() / stage / key
+    if not folder.exists():
+        with _clear_when_full(folder.parent), locked(folder.with_name(f"{key}.lock"), f"{stage} {key}"):
+            if not folder.exists():
+                _make(folder, build, {"stage": stage, "version": version, "parameters": dict(parameters),
+                                      "inputs": list(inputs)})
+    verify_artefact(folder)
+    _touched[f"{stage}/{key}"] = sha256_of(folder / _RECORD)
+    return folder
+
+
+def _make(folder: Path, build: Callable[[Path], Any], record: dict[str, Any]) -> None:
+    for left_over in folder.parent.glob(f"{folder.name}.part-*"):      # of a killed process: we hold the lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        build(partial)
+        made = sorted(path for path in partial.rglob("*") if path.is_file())
+        record["files"] = {path.relative_to(partial).as_posix():
+                           {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in made}
+        write_json_atomic(partial / _RECORD, record)
+        for path in made:
+            _sync(path)
+        _sync(partial)
+        os.replace(partial, folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for name, entry in record["files"].items():                        # just hashed: no need to read it all again
+        status = (folder / name).stat()
+        _verified.add((str(folder / name), status.st_size, status.st_mtime_ns, entry["sha256"]))
+
+
+def touched_artefacts() -> dict[str, str]:
+    """`stage/key` -> sha256 of the record, of every cache entry that this process has used so far."""
+    return dict(sorted(_touched.items()))
+
+
+# --------------------------------------------------------------------------------------------------------- progress
+def note(text: str) -> None:
+    """One line `[mixdpo] text` on stderr, and in the file that MIXDPO_PROGRESS names (the runner reads it)."""
+    line = f"[mixdpo] {text}"
+    print(line, file=sys.stderr, flush=True)
+    if os.environ.get("MIXDPO_PROGRESS"):
+        with open(os.environ["MIXDPO_PROGRESS"], "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def progress(stage: str, done: int, total: int, text: str = "") -> None:
+    """Say `[mixdpo] stage done/total text`: the first time, the last, and at most every 5 seconds between.
+
+    Cheap enough to be called in every step.
+    """
+    now = time.monotonic()
+    before, before_done = _last_line.get(stage, (-1e9, -1))
+    if now - before < _HEARTBEAT_S and before_done <= done < total:    # a smaller `done`: the stage began anew
+        return
+    _last_line[stage] = (now, done)
+    note(f"{stage} {done}/{total}" + (f" {text}" if text else ""))
+
+
+@contextmanager
+def heartbeat(text: str) -> Iterator[None]:
+    """While the block runs, say every 5 seconds that it does: for one long call that cannot report by itself."""
+    done, began = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not done.wait(_HEARTBEAT_S):
+            note(f"{text}: {time.monotonic() - began:.0f} s")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    note(text)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
