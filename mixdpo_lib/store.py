@@ -123,7 +123,7 @@ def write_json_atomic(path: str | Path, value: Any) -> Path:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     path = Path(path)
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=_plain) + "\n"
-    with _clear_when_full(path.parent):
+    with clear_when_full(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
@@ -139,7 +139,7 @@ def write_json_atomic(path: str | Path, value: Any) -> Path:
 
 # ------------------------------------------------------------------------------------------------------------ cache
 @contextmanager
-def _clear_when_full(place: Path) -> Iterator[None]:
+def clear_when_full(place: Path) -> Iterator[None]:
     try:
         yield
     except MixDPOError:
@@ -228,7 +228,7 @@ def cached(stage: str, version: int, parameters: Mapping[str, Any], build: Calla
     key = artefact_key(stage, version, parameters, inputs)
     folder = cache_folder() / stage / key
     if not folder.exists():
-        with _clear_when_full(folder.parent), locked(folder.with_name(f"{key}.lock"), f"{stage} {key}"):
+        with clear_when_full(folder.parent), locked(folder.with_name(f"{key}.lock"), f"{stage} {key}"):
             if not folder.exists():
                 _make(folder, build, {"stage": stage, "version": version, "parameters": dict(parameters),
                                       "inputs": list(inputs)})
