@@ -70,7 +70,7 @@ class FixedWeights(nn.Module):
 
     log_w: Tensor
 
-    def __init__(self, weights: Sequence[float] | Tensor | None = None, *, log_w: Tensor | None = None) -> None:
+    def __init__(self, weights: Sequence[float | int] | Tensor | None = None, *, log_w: Tensor | None = None) -> None:
         super().__init__()
         if (weights is None) == (log_w is None):
             raise ValueError("FixedWeights: give weights or log_w, exactly one of the two")
