@@ -1,0 +1,76 @@
+"""`mixdpo ...`: the command line; every command is one call of `runs`."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import runs
+from .store import MixDPOError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+                  help="Mix-DPO and MoE-DPO: notebooks, executed and recorded.")
+_Profile = Annotated[str, typer.Option(help="smoke, default or full: a file of notebooks/profiles.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False
+             ) -> None:
+    """Mix-DPO and MoE-DPO: notebooks, executed and recorded."""
+
+
+@app.command()
+def run(notebook: Annotated[str, typer.Argument(help="For example 04_mix_dpo.")],
+        parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help=(
+            "A parameter that differs from the profile's; the result then goes to runs/custom."))] = None,
+        profile: _Profile = "default",
+        output: Annotated[Path | None, typer.Option(help="Folder of the result.")] = None,
+        cell_timeout: Annotated[int | None, typer.Option(help="Seconds that one cell may take.")] = None) -> None:
+    """Execute one notebook with checked parameters and record its result."""
+    runs.run_notebook(notebook, runs.parse_overrides(parameter or []), profile=profile, output=output,
+                      cell_timeout=cell_timeout)
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def reproduce(context: typer.Context, profile: _Profile = "default",
+              cores: Annotated[int, typer.Option(help="Processor cores; each notebook takes two.")] = 2) -> None:
+    """Execute every notebook that is not up to date; what follows `--` goes to Snakemake."""
+    runs.reproduce(profile, cores, context.args)
+
+
+@app.command()
+def reference(profile: _Profile = "default") -> None:
+    """Copy a finished profile's figures, tables and values to figures/reference."""
+    typer.echo(runs.update_reference(profile))
+
+
+@app.command()
+def clean(everything: Annotated[bool, typer.Option("--all", help="Also what was downloaded.")] = False) -> None:
+    """Remove runs/ and computed files; they can be made again."""
+    for path in runs.clean(everything):
+        typer.echo(f"removed {path}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; every error is one line on stderr and a non-zero exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = typer.main.get_command(app).main(arguments, prog_name="mixdpo", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        known = isinstance(error, (MixDPOError, ValueError, KeyboardInterrupt)) or hasattr(error, "format_message")
+        text = str(getattr(error, "format_message", error.__str__)()) or "interrupted"
+        print("mixdpo: error: " + " ".join(text.split()) if known else
+              f"mixdpo: error: {type(error).__name__}: {' '.join(text.split())}; see `mixdpo --debug ...`",
+              file=sys.stderr, flush=True)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1))
+
+
+if __name__ == "__main__":
+    main()
