@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -99,12 +100,10 @@ def _fits(value: Any, kind: ast.expr) -> bool:
     if isinstance(kind, ast.BinOp):
         return _fits(value, kind.left) or _fits(value, kind.right)
     if isinstance(kind, ast.Constant):
-        return value is None if kind.value is None else value == kind.value
+        return value is None
     if isinstance(kind, ast.Subscript):
         outer = ast.unparse(kind.value)
         inner = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
-        if outer == "Literal":
-            return any(_fits(value, one) and type(value) is type(ast.literal_eval(one)) for one in inner)
         if outer in ("list", "tuple"):
             return isinstance(value, (list, tuple)) and all(_fits(one, inner[0]) for one in value)
         return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[-1]) for k, v in value.items())
@@ -116,7 +115,7 @@ def _fits(value: Any, kind: ast.expr) -> bool:
     types = {"str": str, "bool": bool, "list": list, "dict": dict, "None": type(None)}
     if name not in types:
         raise MixDPOError(f"found the parameter type {name!r}; expected {', '.join(['int', 'float', *types])}, "
-                          "list[...], dict[..., ...], Literal[...] or a union of these")
+                          "list[...], dict[..., ...] or a union by |")
     return isinstance(value, types[name])
 
 
@@ -444,8 +443,9 @@ def _execute(path: Path, folder: Path, parameters: dict[str, Any], cell_timeout:
         kernel = Path(scratch) / "kernels" / "mixdpo-runner"        # this very interpreter, whatever is registered
         kernel.mkdir(parents=True)
         store.write_json_atomic(kernel / "kernel.json", {
-            "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            "argv": [sys.executable, "-m", "ipykernel_launcher", "--log-level=40", "-f", "{connection_file}"],
             "display_name": "mixdpo runner", "language": "python"})
+        logging.getLogger("papermill").setLevel(logging.ERROR)      # its guesses about parameters; ours are checked
         log = Path(scratch) / "progress.log"
         log.touch()
         threads = os.environ.get("OMP_NUM_THREADS", "2")            # fixed: sums differ with the number of threads
@@ -531,7 +531,7 @@ def _keep_evidence(notebook: str, partial: Path, failed: Path, error: BaseExcept
     shutil.move(partial, kept)
     if isinstance(error, PapermillExecutionError):
         first = (str(error.evalue).strip().splitlines() or [""])[0]
-        cause = f"cell {error.exec_count} failed: {error.ename}: {first}"
+        cause = f"cell [{error.exec_count}] failed: {error.ename}: {first}"
     elif isinstance(error, CellTimeoutError):
         cause = "a cell took longer than allowed (--cell-timeout)"
     elif isinstance(error, DeadKernelError):
