@@ -1,11 +1,12 @@
 """How is a table shown?  Every function is ``f(table, ax) -> ax``: it draws what the table holds and computes nothing.
 
 Colours are those of Okabe and Ito (told apart with any colour vision); a marker or a hatch says the same in grey print.
-A method or a reward looks the same in every figure of the study.  Legends lie outside the data.  A table that lacks a
-column is refused by name.
+A method or a reward looks the same in every figure of the study.  Legends lie above the axes, outside the data: give a
+title by ``fig.suptitle``.  A table that lacks a column, or that mixes what one figure cannot tell apart (two designs,
+say), is refused by name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib as mpl
@@ -17,7 +18,16 @@ __all__ = [
     "EXPERT_STYLE",
     "METHOD_STYLE",
     "Look",
+    "accuracy_by_group",
+    "group_disagreement",
+    "pair_design",
+    "recovery",
+    "responsibility_map",
+    "reward_against_kl",
+    "reward_gains",
+    "routing_comparison",
     "style",
+    "training_curves",
 ]
 
 
@@ -106,5 +116,449 @@ def legend_above(ax: Axes, columns: int = 3) -> None:
         ax.legend([first[n] for n in names], names, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns)
 
 
-_ = np
+GROUP_ORDER = ("sentiment", "informativeness", "grammar", "all", "mean", "worst")
+GROUP_LABELS = {"all": "all pairs", "mean": "mean of\ngroups", "worst": "worst\ngroup"}
+ROUTING_LABELS = {
+    "none": "none\n(one policy)",
+    "prior": "prior weights\n(no user data)",
+    "own_pairs": "user's own\ntraining pairs",
+    "oracle": "oracle\n(hidden group told)",
+}
+CURVE_LABELS = {
+    "elbo": "bound (nats per pair)",
+    "expected_loglik": "expected log-likelihood (nats per pair)",
+    "kl_q_w": "KL(q || w) (nats per pair)",
+    "bound_gap": "log-likelihood minus bound (nats per pair)",
+    "train_accuracy": "accuracy on training pairs (share)",
+    "validation_accuracy": "accuracy on validation pairs (share)",
+    "validation_loglik": "validation log-likelihood (nats per pair)",
+    "validation_elbo": "validation bound (nats per pair)",
+    "entropy": "entropy of responsibilities (nats per unit)",
+    "responsibility_temperature": "temperature of responsibilities",
+    "seconds": "time (s)",
+}
+RECOVERY_LABELS = {"nmi": "NMI", "ari": "adjusted\nRand index", "aligned_accuracy": "aligned\naccuracy"}
+_MEAN_ROWS = ("mean", "all", "median")
+
+
+# ------------------------------------------------------------------------------------------------------- preferences
+
+
+def pair_design(pairs: pd.DataFrame, ax: Axes) -> Axes:
+    """How far apart the two answers of a pair are, by design.
+
+    Parameters
+    ----------
+    pairs : one row a pair; columns ``design``, ``score_difference`` (the user's own reward, chosen minus rejected, in
+        the unit that the pairs were labelled in).  Left of 0 the label goes against the reward: noise.
+    """
+    need(pairs, ["design", "score_difference"], "pair_design")
+    designs = list(dict.fromkeys(pairs["design"]))
+    edges = np.histogram_bin_edges(pairs["score_difference"], bins=40)
+    looks = [("#0072B2", "///"), ("#E69F00", "..."), ("#8A8A8A", "")]
+    for position, design in enumerate(designs):
+        values = pairs.loc[pairs["design"] == design, "score_difference"]
+        colour, hatch = looks[position % len(looks)]
+        ax.hist(
+            values, bins=edges.tolist(), weights=np.full(len(values), 1 / len(values)), histtype="stepfilled",
+            facecolor=mpl.colors.to_rgba(colour, 0.25), edgecolor=colour, hatch=hatch, linewidth=1.4,
+            label=f"{design} (n = {len(values):,} pairs)",
+        )  # fmt: skip
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set_xlabel("score of chosen minus score of rejected, the user's own reward\n(below 0: labelled against it)")
+    ax.set_ylabel("share of the design's pairs")
+    ax.grid(axis="x", visible=False)
+    legend_above(ax, 2)
+    return ax
+
+
+def group_disagreement(matrix: pd.DataFrame, ax: Axes) -> Axes:
+    """On what share of pairs two hidden groups would prefer the same answer.
+
+    Parameters
+    ----------
+    matrix : one row for two groups; columns ``group_a``, ``group_b``, ``agreement`` (share), optionally ``n_pairs``.
+    """
+    need(matrix, ["group_a", "group_b", "agreement"], "group_disagreement")
+    names = _ordered(set(matrix["group_a"]) | set(matrix["group_b"]))
+    grid = matrix.pivot(index="group_a", columns="group_b", values="agreement").reindex(index=names, columns=names)
+    image = ax.imshow(grid.to_numpy(float), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    for row, name_a in enumerate(names):
+        for column, name_b in enumerate(names):
+            value = grid.loc[name_a, name_b]
+            if not np.isnan(value):
+                colour = "black" if value > 0.55 else "white"
+                ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=11)
+    _label_cells(ax, names, names)
+    note = f"\n(n = {int(matrix['n_pairs'].max()):,} pairs)" if "n_pairs" in matrix else ""
+    ax.set_xlabel("hidden group" + note)
+    ax.set_ylabel("hidden group")
+    ax.figure.colorbar(image, ax=ax, label="share of pairs with the same preference")
+    return ax
+
+
+# ---------------------------------------------------------------------------------------------------------- accuracy
+
+
+def accuracy_by_group(accuracy: pd.DataFrame, ax: Axes) -> Axes:
+    """Held-out preference accuracy by hidden group, methods side by side; every seed a point.
+
+    Shown are single policies, mixtures routed by each user's own training pairs, and Mix-DPO with oracle routing.
+
+    Parameters
+    ----------
+    accuracy : one design and one kind of users; columns ``method``, ``routing``, ``seed``, ``group``, ``accuracy``,
+        ``low``, ``high`` (share of pairs), optionally ``n_pairs``.  Rows whose seed is "mean" give the large marker and
+        its interval; without them these are the averages over the seeds.
+    """
+    need(accuracy, ["method", "routing", "seed", "group", "accuracy", "low", "high"], "accuracy_by_group")
+    _one_of(accuracy, ["design", "users"], "accuracy_by_group")
+    single = ~accuracy["method"].str.startswith("mix") & (accuracy["routing"] == "none")
+    mixture = accuracy["method"].str.startswith("mix") & (accuracy["routing"] == "own_pairs")
+    oracle = (accuracy["method"] == "mix_dpo") & (accuracy["routing"] == "oracle")
+    shown = accuracy[single | mixture | oracle]
+    shown = shown.assign(series=np.where(oracle[shown.index], "oracle", shown["method"]))
+    groups = _ordered(set(shown["group"]))
+    if "mean" in groups and "all" in groups:
+        groups.remove("all")
+    _dodged(shown[shown["group"].isin(groups)], ax, "group", groups, "series", "accuracy")
+    labels = [GROUP_LABELS.get(group, group) for group in groups]
+    ax.set_xticks(range(len(groups)), [f"{a}\n{b}" if b else a for a, b in zip(labels, _n(shown, groups), strict=True)])
+    _accuracy_axis(ax)
+    ax.set_xlabel("hidden group of the users (n: test pairs per seed)" if "n_pairs" in shown else "hidden group")
+    legend_above(ax, 3)
+    return ax
+
+
+def routing_comparison(accuracy: pd.DataFrame, ax: Axes, group: str = "mean") -> Axes:
+    """What a mixture is told of the user, and how well it then predicts: nothing, its prior, own pairs, the truth.
+
+    Parameters
+    ----------
+    accuracy : as for :func:`accuracy_by_group`, with every routing.
+    group : which rows: "mean" of the groups, "worst" group, "all" pairs or one group.
+    """
+    need(accuracy, ["method", "routing", "seed", "group", "accuracy", "low", "high"], "routing_comparison")
+    _one_of(accuracy, ["design", "users"], "routing_comparison")
+    shown = accuracy[accuracy["group"] == group]
+    need(shown, [], f"routing_comparison, group {group!r}")
+    routings = [name for name in ROUTING_LABELS if name in set(shown["routing"])]
+    _dodged(shown, ax, "routing", routings, "method", "accuracy")
+    ax.set_xticks(range(len(routings)), [ROUTING_LABELS[name] for name in routings])
+    _accuracy_axis(ax)
+    pairs = f"; n = {int(shown['n_pairs'].max()):,} test pairs per seed" if "n_pairs" in shown else ""
+    what = {"mean": "mean of the groups", "worst": "worst group", "all": "all pairs"}.get(group, f"group {group}")
+    ax.set_xlabel(f"what is known of the user ({what}{pairs})")
+    legend_above(ax, 2)
+    return ax
+
+
+# ------------------------------------------------------------------------------------------------- what was inferred
+
+
+def responsibility_map(responsibilities: pd.DataFrame, ax: Axes) -> Axes:
+    """Responsibility of each expert for each user; users side by side, sorted by hidden group.
+
+    Parameters
+    ----------
+    responsibilities : one design, method and seed; columns ``user``, ``group``, ``expert`` (0 ... K-1),
+        ``responsibility`` (0 ... 1), optionally ``expert_serves`` (the group that the expert is aligned with).
+    """
+    need(responsibilities, ["user", "group", "expert", "responsibility"], "responsibility_map")
+    _one_of(responsibilities, ["design", "method", "seed"], "responsibility_map")
+    experts = sorted(set(responsibilities["expert"]))
+    groups = _ordered(set(responsibilities["group"]))
+    grid = responsibilities.pivot(index="user", columns="expert", values="responsibility")[experts]
+    group_of = responsibilities.drop_duplicates("user").set_index("user")["group"]
+    order = sorted(grid.index, key=lambda user: (groups.index(group_of[user]), *(-grid.loc[user]).tolist()))
+    image = ax.imshow(grid.loc[order].to_numpy(float).T, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    sizes = [int((group_of == group).sum()) for group in groups]
+    ends = np.cumsum(sizes)
+    for end in ends[:-1]:
+        ax.axvline(end - 0.5, color="white", linewidth=3)
+        ax.axvline(end - 0.5, color="black", linewidth=1)
+    serves = {}
+    if "expert_serves" in responsibilities:
+        serves = responsibilities.drop_duplicates("expert").set_index("expert")["expert_serves"].to_dict()
+    names = [f"expert {int(k) + 1}" + (f"\n(serves\n{serves[k]})" if k in serves else "") for k in experts]
+    _label_cells(ax, [f"{group}\n({size} users)" for group, size in zip(groups, sizes, strict=True)], names)
+    ax.set_xticks(ends - np.array(sizes) / 2 - 0.5)
+    ax.set_xlabel(f"users, by hidden group (n = {len(order)})")
+    ax.figure.colorbar(image, ax=ax, label="responsibility")
+    return ax
+
+
+def recovery(recovery: pd.DataFrame, ax: Axes) -> Axes:
+    """Agreement of responsibilities with the hidden groups; every seed a point, the median a bar.
+
+    Parameters
+    ----------
+    recovery : columns ``method``, ``seed``, ``nmi``, ``ari``, ``aligned_accuracy`` (any of the three), optionally
+        ``design``, ``n_users``.
+    """
+    need(recovery, ["method", "seed"], "recovery")
+    measures = [name for name in RECOVERY_LABELS if name in recovery.columns]
+    if not measures:
+        raise ValueError(f"recovery: the table has none of {list(RECOVERY_LABELS)}; it has {list(recovery.columns)}")
+    table = recovery[~recovery["seed"].astype(str).isin(_MEAN_ROWS)]
+    designs = list(dict.fromkeys(table["design"])) if "design" in table else [None]
+    methods = _known_first(table["method"], METHOD_STYLE)
+    places = [(measure, design) for measure in measures for design in designs]
+    width = 0.7 / len(methods)
+    for position, method in enumerate(methods):
+        look = look_of(method, METHOD_STYLE, position)
+        offset = (position - (len(methods) - 1) / 2) * width
+        for x, (measure, design) in enumerate(places):
+            rows = table[table["method"] == method]
+            values = (rows if design is None else rows[rows["design"] == design])[measure].to_numpy(float)
+            if len(values) == 0:
+                continue
+            spread = np.linspace(-0.2, 0.2, len(values)) * width if len(values) > 1 else np.zeros(1)
+            ax.plot(
+                x + offset + spread, values, linestyle="none", marker=look.marker, color=look.colour, markersize=6,
+                markerfacecolor="white", label=look.label, clip_on=False, zorder=3,
+            )  # fmt: skip
+            median = float(np.median(values))
+            ends = [x + offset - 0.4 * width, x + offset + 0.4 * width]
+            ax.plot(ends, [median, median], color=look.colour, linewidth=2.5)
+    for x in range(len(designs), len(places), len(designs)):
+        ax.axvline(x - 0.5, color="#C8C8C8", linewidth=1)
+    ticks = [RECOVERY_LABELS[m] + (f"\n{d}" if d is not None and len(designs) > 1 else "") for m, d in places]
+    ax.set_xticks(range(len(places)), ticks)
+    ax.set_xlim(-0.5, len(places) - 0.5)
+    ax.set_ylim(min(0.0, float(table[measures].min().min())), 1.0)
+    ax.grid(axis="x", visible=False)
+    users = f"n = {int(table['n_users'].max())} users; " if "n_users" in table else ""
+    ax.set_xlabel(f"{users}points: seeds, bar: their median")
+    ax.set_ylabel("agreement with the hidden groups\n(1 = all recovered)")
+    legend_above(ax, 2)
+    return ax
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def training_curves(history: pd.DataFrame, ax: Axes, column: str = "elbo") -> Axes:
+    """One quantity of the training history against the pairs seen; one line a seed.
+
+    Parameters
+    ----------
+    history : one design; columns ``method``, ``seed``, ``pairs_seen`` and ``column``.
+    column : what is drawn, for example "elbo" (nats per pair) or "validation_accuracy".
+    """
+    need(history, ["method", "seed", "pairs_seen", column], "training_curves")
+    _one_of(history, ["design"], "training_curves")
+    lines = ("-", "--", "-.", ":")
+    for position, method in enumerate(_known_first(history["method"], METHOD_STYLE)):
+        look = look_of(method, METHOD_STYLE, position)
+        runs = history[history["method"] == method].dropna(subset=[column]).groupby("seed", sort=True)
+        for _, run in runs:
+            run = run.sort_values("pairs_seen")
+            ax.plot(
+                run["pairs_seen"], run[column], color=look.colour, linestyle=lines[position % len(lines)],
+                linewidth=1.3, marker=look.marker, markersize=4.5, markevery=max(1, len(run) // 6), label=look.label,
+            )  # fmt: skip
+    seeds = history["seed"].nunique()
+    ax.set_xlabel(f"pairs seen (one line a seed, {seeds} seed{'s' if seeds > 1 else ''})")
+    ax.set_ylabel(CURVE_LABELS.get(column, column.replace("_", " ")))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.set_xlim(left=0)
+    legend_above(ax, 2)
+    return ax
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def reward_gains(text_summary: pd.DataFrame, ax: Axes) -> Axes:
+    """What each policy's texts gain over DPO's by the evaluation judges, with intervals; one panel a reward.
+
+    The rewards have different units, so each has a scale of its own inside ``ax`` (its child axes).
+
+    Parameters
+    ----------
+    text_summary : one design; columns ``policy``, ``reward``, ``gain_over_dpo``, ``gain_low``, ``gain_high`` (unit of
+        the judge), optionally ``n`` (texts), ``kl`` (nats per text).  DPO itself is the line at 0.
+    """
+    needed = ["policy", "reward", "gain_over_dpo", "gain_low", "gain_high"]
+    need(text_summary, needed, "reward_gains")
+    _one_of(text_summary, ["design"], "reward_gains")
+    table = text_summary[text_summary["policy"] != "dpo"].dropna(subset=["gain_over_dpo"])
+    rewards = _ordered(set(table["reward"]))
+    policies = [p for p in _known_first(table["policy"], _POLICY_STYLE)]
+    panels: list[Axes] = []
+    gap = 0.16
+    width = (1 - gap * (len(rewards) - 1)) / len(rewards)
+    for column, reward in enumerate(rewards):
+        panel = ax.inset_axes((column * (width + gap), 0.0, width, 1.0))
+        panels.append(panel)
+        panel.axhline(0, color=METHOD_STYLE["dpo"].colour, linewidth=1.4, linestyle="--", label="DPO (0)")
+        rows = table[table["reward"] == reward].set_index("policy")
+        for x, policy in enumerate(policies):
+            if policy not in rows.index:
+                continue
+            look, row = look_of(policy, _POLICY_STYLE, x), rows.loc[policy]
+            mid, low, high = (float(row[name]) for name in needed[2:])
+            serves = policy == f"expert_{reward}"
+            panel.errorbar(
+                x, mid, yerr=[[mid - low], [high - mid]], color=look.colour, marker=look.marker, capsize=3,
+                markersize=9 if serves else 6, markerfacecolor=look.colour if serves else "white", label=look.label,
+                linestyle="none",
+            )  # fmt: skip
+        panel.set_title(reward, fontsize=10, loc="center")
+        panel.set_xlim(-0.6, len(policies) - 0.4)
+        panel.set_xticks([])
+        panel.grid(axis="x", visible=False)
+        panel.margins(y=0.12)
+    ax.set_axis_off()
+    panels[0].set_ylabel("gain over DPO\n(unit of the evaluation judge)")
+    notes = ["filled: the expert that serves this reward", "bars: 95 % intervals"]
+    if "n" in table:
+        notes.append(f"n = {int(table['n'].min()):,} texts per policy")
+    if "kl" in table:
+        by_policy = text_summary.drop_duplicates("policy").set_index("policy")["kl"]
+        named = [p for p in ["dpo", *policies] if p in by_policy.index and not np.isnan(by_policy[p])]
+        kls = [f"{look_of(p, _POLICY_STYLE).label.removesuffix(' expert')} {by_policy[p]:.1f}" for p in named]
+        notes.append("KL (nats per text): " + ", ".join(kls))
+    ax.text(0.0, -0.04, "\n".join(["; ".join(notes[:3]), *notes[3:]]), transform=ax.transAxes, va="top", fontsize=9)
+    handles, labels = _handles(panels)
+    ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.07), ncols=3)
+    return ax
+
+
+def reward_against_kl(checkpoints: pd.DataFrame, ax: Axes, reward: str | None = None) -> Axes:
+    """Reward of sampled texts against their KL to the reference along training; the compared checkpoints are ringed.
+
+    Parameters
+    ----------
+    checkpoints : columns ``policy``, ``seed``, ``kl`` (nats per text), ``reward``, ``value`` (unit of the judge),
+        ``chosen`` (True where the checkpoint is the one compared).
+    reward : which reward, where the table holds several.
+    """
+    need(checkpoints, ["policy", "seed", "kl", "reward", "value", "chosen"], "reward_against_kl")
+    table = checkpoints if reward is None else checkpoints[checkpoints["reward"] == reward]
+    need(table, [], f"reward_against_kl, reward {reward!r}")
+    _one_of(table, ["reward", "design"], "reward_against_kl")
+    for position, policy in enumerate(_known_first(table["policy"], _POLICY_STYLE)):
+        look = look_of(policy, _POLICY_STYLE, position)
+        for _, run in table[table["policy"] == policy].groupby("seed", sort=True):
+            run = run.sort_values("kl")
+            ax.plot(
+                run["kl"], run["value"], color=look.colour, marker=look.marker, markersize=4.5, linewidth=1,
+                label=look.label,
+            )  # fmt: skip
+            chosen = run[run["chosen"].astype(bool)]
+            ax.plot(
+                chosen["kl"], chosen["value"], linestyle="none", marker="o", markersize=12, markerfacecolor="none",
+                markeredgecolor="black", label="compared checkpoint" if len(chosen) else "_none",
+            )  # fmt: skip
+    seeds = table["seed"].nunique()
+    ax.set_xlabel(f"KL to the reference (nats per text); one line a seed, {seeds} seed{'s' if seeds > 1 else ''}")
+    ax.set_ylabel(f"{table['reward'].iloc[0]} of sampled texts\n(evaluation judge)")
+    legend_above(ax, 3)
+    return ax
+
+
+# ------------------------------------------------------------------------------------------------------ shared pieces
+
+_POLICY_STYLE: Mapping[str, Look] = {
+    "base": METHOD_STYLE["base"],
+    "dpo": METHOD_STYLE["dpo"],
+    "dpo_rank_3r": METHOD_STYLE["dpo_rank_3r"],
+    **{f"expert_{name}": look._replace(label=f"{name} expert") for name, look in EXPERT_STYLE.items()},
+}
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Groups and rewards in the study's order, unknown ones after them."""
+    return sorted(names, key=lambda name: (GROUP_ORDER.index(name) if name in GROUP_ORDER else 3 - 0.5, name))
+
+
+def _known_first(names: Iterable[str], known: Mapping[str, Look]) -> list[str]:
+    found = list(dict.fromkeys(names))
+    return [name for name in known if name in found] + [name for name in found if name not in known]
+
+
+def _one_of(table: pd.DataFrame, columns: Sequence[str], plot: str) -> None:
+    """Refuse a table that mixes what one figure cannot tell apart."""
+    for column in columns:
+        if column in table and table[column].nunique() > 1:
+            found = list(dict.fromkeys(table[column]))
+            raise ValueError(f"{plot}: column {column!r} holds {found}; filter the table to one of them")
+
+
+def _dodged(table: pd.DataFrame, ax: Axes, category: str, categories: Sequence[str], by: str, value: str) -> None:
+    """Seeds as open points, their mean as a filled marker with its interval, one column for each series."""
+    series = _known_first(table[by], METHOD_STYLE)
+    width = 0.8 / len(series)
+    is_mean = table["seed"].astype(str).isin(_MEAN_ROWS)
+    for position, name in enumerate(series):
+        look = look_of(name, METHOD_STYLE, position)
+        for x, place in enumerate(categories):
+            here = (table[by] == name) & (table[category] == place)
+            seeds, summary = table[here & ~is_mean].sort_values("seed"), table[here & is_mean]
+            if not here.any():
+                continue
+            centre = x + (_slot(table, category, place, by, series, name)) * width
+            spread = np.linspace(-0.16, 0.16, len(seeds)) * width if len(seeds) > 1 else np.zeros(len(seeds))
+            ax.plot(
+                centre - 0.2 * width + spread, seeds[value], linestyle="none", marker=look.marker, markersize=4,
+                markerfacecolor="white", markeredgecolor=look.colour, markeredgewidth=0.9, zorder=3,
+            )  # fmt: skip
+            shown = (summary if len(summary) else seeds)[[value, "low", "high"]].astype(float).mean()
+            mid, low, high = (float(shown[key]) for key in (value, "low", "high"))
+            ax.errorbar(
+                centre + 0.2 * width, mid, yerr=[[max(mid - low, 0.0)], [max(high - mid, 0.0)]], linestyle="none",
+                marker=look.marker, color=look.colour, markersize=7, capsize=2.5, label=look.label, zorder=4,
+            )  # fmt: skip
+    for x in range(1, len(categories)):
+        ax.axvline(x - 0.5, color="#E2E2E2", linewidth=0.8)
+    ax.set_xlim(-0.5, len(categories) - 0.5)
+    ax.grid(axis="x", visible=False)
+
+
+def _slot(table: pd.DataFrame, category: str, place: str, by: str, series: Sequence[str], name: str) -> float:
+    """Place of a series among those that occur in this category, centred."""
+    present = set(table.loc[table[category] == place, by])
+    here = [other for other in series if other in present]
+    return here.index(name) - (len(here) - 1) / 2
+
+
+def _n(table: pd.DataFrame, groups: Sequence[str]) -> list[str]:
+    if "n_pairs" not in table:
+        return ["" for _ in groups]
+    rows = table[~table["seed"].astype(str).isin(_MEAN_ROWS)]
+    rows = rows if len(rows) else table
+    largest = rows.groupby("group")["n_pairs"].max()
+    return ["" if group == "worst" else f"n = {int(largest[group]):,}" for group in groups]
+
+
+def _accuracy_axis(ax: Axes) -> None:
+    ax.axhline(0.5, color="black", linewidth=1, linestyle=":")
+    low = min(0.48, ax.get_ylim()[0])
+    ax.set_ylim(low, None)
+    ax.annotate(
+        "chance", (1, 0.5), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
+        fontsize=8, ha="right", va="bottom",
+    )  # fmt: skip
+    ax.set_ylabel("held-out preference accuracy\n(share of pairs, 95 % interval)")
+
+
+def _label_cells(ax: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    for side in ax.spines.values():
+        side.set_visible(False)
+
+
+def _handles(panels: Sequence[Axes]) -> tuple[list, list[str]]:
+    found: dict[str, object] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
+
+
 # ------------------------------------------------------------------------------------------------ rewards and judges
