@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 __all__ = [
     "EXPERT_STYLE",
@@ -44,9 +45,9 @@ METHOD_STYLE: Mapping[str, Look] = {
     "base": Look("base model", "#8A8A8A", "s", ""),
     "dpo": Look("DPO", "#0072B2", "o", "///"),
     "dpo_rank_3r": Look("DPO, rank 3r", "#56B4E9", "v", "\\\\\\"),
-    "mix_dpo": Look("Mix-DPO, latent per user", "#D55E00", "D", "..."),
-    "mix_dpo_pair": Look("Mix-DPO, latent per pair", "#E69F00", "^", "xxx"),
-    "oracle": Look("Mix-DPO, oracle routing", "#000000", "*", "ooo"),
+    "mix_dpo": Look("Mix-DPO, per user", "#D55E00", "D", "..."),
+    "mix_dpo_pair": Look("Mix-DPO, per pair", "#E69F00", "^", "xxx"),
+    "oracle": Look("Mix-DPO, oracle", "#000000", "*", "ooo"),
 }
 
 EXPERT_STYLE: Mapping[str, Look] = {
@@ -107,13 +108,20 @@ def look_of(name: str, known: Mapping[str, Look], position: int = 0) -> Look:
     )
 
 
+def _legend(ax: Axes, handles: Sequence, labels: Sequence[str], columns: int, above: float = 1.0) -> None:
+    ax.legend(
+        handles, labels, loc="lower left", bbox_to_anchor=(0.0, above), ncols=columns, borderaxespad=0.3,
+        borderpad=0.2, columnspacing=1.2, handlelength=1.8, handletextpad=0.5,
+    )  # fmt: skip
+
+
 def legend_above(ax: Axes, columns: int = 3) -> None:
     """One legend above the axes, outside the data; repeated labels appear once."""
     handles, labels = ax.get_legend_handles_labels()
     first = dict(zip(reversed(labels), reversed(handles), strict=True))
     names = [label for label in dict.fromkeys(labels)]
     if names:
-        ax.legend([first[n] for n in names], names, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns)
+        _legend(ax, [first[name] for name in names], names, columns)
 
 
 GROUP_ORDER = ("sentiment", "informativeness", "grammar", "all", "mean", "worst")
@@ -154,7 +162,9 @@ def pair_design(pairs: pd.DataFrame, ax: Axes) -> Axes:
     """
     need(pairs, ["design", "score_difference"], "pair_design")
     designs = list(dict.fromkeys(pairs["design"]))
-    edges = np.histogram_bin_edges(pairs["score_difference"], bins=40)
+    width = np.ptp(np.histogram_bin_edges(pairs["score_difference"], bins=40)[:2])
+    low, high = pairs["score_difference"].min(), pairs["score_difference"].max()
+    edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)  # 0 is an edge
     looks = [("#0072B2", "///"), ("#E69F00", "..."), ("#8A8A8A", "")]
     for position, design in enumerate(designs):
         values = pairs.loc[pairs["design"] == design, "score_difference"]
@@ -187,7 +197,7 @@ def group_disagreement(matrix: pd.DataFrame, ax: Axes) -> Axes:
         for column, name_b in enumerate(names):
             value = grid.loc[name_a, name_b]
             if not np.isnan(value):
-                colour = "black" if value > 0.55 else "white"
+                colour = "black" if value > 0.45 else "white"
                 ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=11)
     _label_cells(ax, names, names)
     note = f"\n(n = {int(matrix['n_pairs'].max()):,} pairs)" if "n_pairs" in matrix else ""
@@ -213,6 +223,7 @@ def accuracy_by_group(accuracy: pd.DataFrame, ax: Axes) -> Axes:
     """
     need(accuracy, ["method", "routing", "seed", "group", "accuracy", "low", "high"], "accuracy_by_group")
     _one_of(accuracy, ["design", "users"], "accuracy_by_group")
+    accuracy = accuracy.reset_index(drop=True)
     single = ~accuracy["method"].str.startswith("mix") & (accuracy["routing"] == "none")
     mixture = accuracy["method"].str.startswith("mix") & (accuracy["routing"] == "own_pairs")
     oracle = (accuracy["method"] == "mix_dpo") & (accuracy["routing"] == "oracle")
@@ -281,8 +292,8 @@ def responsibility_map(responsibilities: pd.DataFrame, ax: Axes) -> Axes:
     if "expert_serves" in responsibilities:
         serves = responsibilities.drop_duplicates("expert").set_index("expert")["expert_serves"].to_dict()
     names = [f"expert {int(k) + 1}" + (f"\n(serves\n{serves[k]})" if k in serves else "") for k in experts]
-    _label_cells(ax, [f"{group}\n({size} users)" for group, size in zip(groups, sizes, strict=True)], names)
-    ax.set_xticks(ends - np.array(sizes) / 2 - 0.5)
+    _label_cells(ax, [], names)
+    ax.set_xticks(ends - np.array(sizes) / 2 - 0.5, [f"{g}\n({n} users)" for g, n in zip(groups, sizes, strict=True)])
     ax.set_xlabel(f"users, by hidden group (n = {len(order)})")
     ax.figure.colorbar(image, ax=ax, label="responsibility")
     return ax
@@ -300,7 +311,7 @@ def recovery(recovery: pd.DataFrame, ax: Axes) -> Axes:
     measures = [name for name in RECOVERY_LABELS if name in recovery.columns]
     if not measures:
         raise ValueError(f"recovery: the table has none of {list(RECOVERY_LABELS)}; it has {list(recovery.columns)}")
-    table = recovery[~recovery["seed"].astype(str).isin(_MEAN_ROWS)]
+    table = recovery[~_is_mean(recovery)]
     designs = list(dict.fromkeys(table["design"])) if "design" in table else [None]
     methods = _known_first(table["method"], METHOD_STYLE)
     places = [(measure, design) for measure in measures for design in designs]
@@ -378,7 +389,8 @@ def reward_gains(text_summary: pd.DataFrame, ax: Axes) -> Axes:
     Parameters
     ----------
     text_summary : one design; columns ``policy``, ``reward``, ``gain_over_dpo``, ``gain_low``, ``gain_high`` (unit of
-        the judge), optionally ``n`` (texts), ``kl`` (nats per text).  DPO itself is the line at 0.
+        the judge), optionally ``n`` (texts), ``kl`` (nats per text), ``seed``.  DPO itself is the line at 0.  Where
+        there are several seeds each is a small point; rows whose seed is "mean" give the large marker.
     """
     needed = ["policy", "reward", "gain_over_dpo", "gain_low", "gain_high"]
     need(text_summary, needed, "reward_gains")
@@ -386,43 +398,58 @@ def reward_gains(text_summary: pd.DataFrame, ax: Axes) -> Axes:
     table = text_summary[text_summary["policy"] != "dpo"].dropna(subset=["gain_over_dpo"])
     rewards = _ordered(set(table["reward"]))
     policies = [p for p in _known_first(table["policy"], _POLICY_STYLE)]
+    kl = text_summary.groupby("policy")["kl"].mean().dropna() if "kl" in text_summary else {}
+
+    def named(policy: str) -> str:
+        label = look_of(policy, _POLICY_STYLE).label
+        return f"{label} (KL {kl[policy]:.1f})" if policy in kl else label
+
     panels: list[Axes] = []
-    gap = 0.16
+    gap = 0.2
     width = (1 - gap * (len(rewards) - 1)) / len(rewards)
     for column, reward in enumerate(rewards):
         panel = ax.inset_axes((column * (width + gap), 0.0, width, 1.0))
         panels.append(panel)
-        panel.axhline(0, color=METHOD_STYLE["dpo"].colour, linewidth=1.4, linestyle="--", label="DPO (0)")
-        rows = table[table["reward"] == reward].set_index("policy")
+        panel.axhline(0, color=METHOD_STYLE["dpo"].colour, linewidth=1.4, linestyle="--", label=named("dpo"))
         for x, policy in enumerate(policies):
-            if policy not in rows.index:
+            rows = table[(table["reward"] == reward) & (table["policy"] == policy)]
+            if len(rows) == 0:
                 continue
-            look, row = look_of(policy, _POLICY_STYLE, x), rows.loc[policy]
-            mid, low, high = (float(row[name]) for name in needed[2:])
+            is_mean = _is_mean(rows)
+            look, seeds = look_of(policy, _POLICY_STYLE, x), rows[~is_mean]
+            shown = (rows[is_mean] if is_mean.any() else rows)[needed[2:]].astype(float).mean()
+            mid, low, high = (float(shown[name]) for name in needed[2:])
+            if len(seeds) > 1:
+                spread = x + 0.3 + np.linspace(-0.1, 0.1, len(seeds))
+                panel.plot(
+                    spread, seeds["gain_over_dpo"], linestyle="none", marker=look.marker, markersize=3,
+                    color=look.colour, markerfacecolor="white",
+                )  # fmt: skip
             serves = policy == f"expert_{reward}"
             panel.errorbar(
                 x, mid, yerr=[[mid - low], [high - mid]], color=look.colour, marker=look.marker, capsize=3,
-                markersize=9 if serves else 6, markerfacecolor=look.colour if serves else "white", label=look.label,
+                markersize=9 if serves else 6, markerfacecolor=look.colour if serves else "white", label=named(policy),
                 linestyle="none",
             )  # fmt: skip
-        panel.set_title(reward, fontsize=10, loc="center")
+        panel.set_title(reward, fontsize=9.5, loc="center")
+        panel.tick_params(labelsize=8)
         panel.set_xlim(-0.6, len(policies) - 0.4)
         panel.set_xticks([])
         panel.grid(axis="x", visible=False)
         panel.margins(y=0.12)
     ax.set_axis_off()
     panels[0].set_ylabel("gain over DPO\n(unit of the evaluation judge)")
-    notes = ["filled: the expert that serves this reward", "bars: 95 % intervals"]
-    if "n" in table:
-        notes.append(f"n = {int(table['n'].min()):,} texts per policy")
-    if "kl" in table:
-        by_policy = text_summary.drop_duplicates("policy").set_index("policy")["kl"]
-        named = [p for p in ["dpo", *policies] if p in by_policy.index and not np.isnan(by_policy[p])]
-        kls = [f"{look_of(p, _POLICY_STYLE).label.removesuffix(' expert')} {by_policy[p]:.1f}" for p in named]
-        notes.append("KL (nats per text): " + ", ".join(kls))
-    ax.text(0.0, -0.04, "\n".join(["; ".join(notes[:3]), *notes[3:]]), transform=ax.transAxes, va="top", fontsize=9)
-    handles, labels = _handles(panels)
-    ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.07), ncols=3)
+    notes = "filled: the expert that serves this reward; bars: 95 % intervals"
+    per_seed = "seed" in table and not _is_mean(table).any() and table["seed"].nunique() > 1
+    each = "policy and seed" if per_seed else "policy"
+    second = [f"n = {int(table['n'].min()):,} texts per {each}"] if "n" in table else []
+    second += ["KL to the reference in nats per text"] if len(kl) else []
+    notes += "\n" + "; ".join(second)
+    ax.text(0.0, -0.04, notes, transform=ax.transAxes, va="top", fontsize=9)
+    looks = {named(policy): look_of(policy, _POLICY_STYLE, x) for x, policy in enumerate(policies)}
+    handles = [Line2D([], [], color=k.colour, marker=k.marker, linestyle="none") for k in looks.values()]
+    line = panels[0].get_legend_handles_labels()[0][:1]
+    _legend(ax, [*line, *handles], [named("dpo"), *looks], 2, above=1.08)
     return ax
 
 
@@ -450,10 +477,10 @@ def reward_against_kl(checkpoints: pd.DataFrame, ax: Axes, reward: str | None = 
             chosen = run[run["chosen"].astype(bool)]
             ax.plot(
                 chosen["kl"], chosen["value"], linestyle="none", marker="o", markersize=12, markerfacecolor="none",
-                markeredgecolor="black", label="compared checkpoint" if len(chosen) else "_none",
+                markeredgecolor="black", label="compared" if len(chosen) else "_none",
             )  # fmt: skip
     seeds = table["seed"].nunique()
-    ax.set_xlabel(f"KL to the reference (nats per text); one line a seed, {seeds} seed{'s' if seeds > 1 else ''}")
+    ax.set_xlabel(f"KL to the reference (nats per text); {seeds} seed{'s' if seeds > 1 else ''}, one line each")
     ax.set_ylabel(f"{table['reward'].iloc[0]} of sampled texts\n(evaluation judge)")
     legend_above(ax, 3)
     return ax
@@ -474,6 +501,13 @@ def _ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (GROUP_ORDER.index(name) if name in GROUP_ORDER else 3 - 0.5, name))
 
 
+def _is_mean(table: pd.DataFrame) -> pd.Series:
+    """Rows that sum up the seeds, marked by "mean" in the column ``seed``; none without that column."""
+    if "seed" not in table:
+        return pd.Series(False, index=table.index)
+    return table["seed"].astype(str).isin(_MEAN_ROWS)
+
+
 def _known_first(names: Iterable[str], known: Mapping[str, Look]) -> list[str]:
     found = list(dict.fromkeys(names))
     return [name for name in known if name in found] + [name for name in found if name not in known]
@@ -491,7 +525,7 @@ def _dodged(table: pd.DataFrame, ax: Axes, category: str, categories: Sequence[s
     """Seeds as open points, their mean as a filled marker with its interval, one column for each series."""
     series = _known_first(table[by], METHOD_STYLE)
     width = 0.8 / len(series)
-    is_mean = table["seed"].astype(str).isin(_MEAN_ROWS)
+    is_mean = _is_mean(table)
     for position, name in enumerate(series):
         look = look_of(name, METHOD_STYLE, position)
         for x, place in enumerate(categories):
@@ -527,7 +561,7 @@ def _slot(table: pd.DataFrame, category: str, place: str, by: str, series: Seque
 def _n(table: pd.DataFrame, groups: Sequence[str]) -> list[str]:
     if "n_pairs" not in table:
         return ["" for _ in groups]
-    rows = table[~table["seed"].astype(str).isin(_MEAN_ROWS)]
+    rows = table[~_is_mean(table)]
     rows = rows if len(rows) else table
     largest = rows.groupby("group")["n_pairs"].max()
     return ["" if group == "worst" else f"n = {int(largest[group]):,}" for group in groups]
@@ -551,14 +585,6 @@ def _label_cells(ax: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
     ax.grid(visible=False)
     for side in ax.spines.values():
         side.set_visible(False)
-
-
-def _handles(panels: Sequence[Axes]) -> tuple[list, list[str]]:
-    found: dict[str, object] = {}
-    for panel in panels:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    return list(found.values()), list(found)
 
 
 # ------------------------------------------------------------------------------------------------ rewards and judges

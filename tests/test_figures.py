@@ -1,0 +1,252 @@
+"""Figures: labels, how many points are drawn, and that they lie where the table says."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import pytest  # noqa: E402
+
+from mixdpo_lib import figures  # noqa: E402
+
+GROUPS = ["sentiment", "informativeness", "grammar"]
+
+
+@pytest.fixture()
+def ax():
+    with matplotlib.rc_context():
+        figures.style()
+        figure, axes = plt.subplots()
+        yield axes
+        plt.close(figure)
+
+
+def drawn(ax, marker: str | None = None) -> np.ndarray:
+    """Heights of all points, of one marker if named, without reference lines."""
+    lines = [line for line in ax.lines if line.get_marker() not in ("None", "", None, "_", "|", 2, 3)]
+    if marker is not None:
+        lines = [line for line in lines if line.get_marker() == marker]
+    return np.concatenate([np.asarray(line.get_ydata(), float) for line in lines]) if lines else np.array([])
+
+
+def legend_labels(ax) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def tick_labels(axis) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+@pytest.fixture()
+def accuracy() -> pd.DataFrame:
+    rows = []
+    series = [("dpo", "none"), ("mix_dpo", "prior"), ("mix_dpo", "own_pairs"), ("mix_dpo", "oracle")]
+    for m, (method, routing) in enumerate(series):
+        for seed in range(3):
+            for g, group in enumerate([*GROUPS, "mean", "worst"]):
+                value = 0.6 + 0.04 * m + 0.01 * g + 0.001 * seed
+                rows.append(
+                    {"design": "default", "users": "seen", "method": method, "routing": routing, "seed": seed}
+                    | {"group": group, "n_pairs": 400 + g, "accuracy": value, "low": value - 0.02, "high": value + 0.03}
+                )
+    return pd.DataFrame(rows)
+
+
+def test_accuracy_by_group_draws_every_seed_and_the_mean(ax, accuracy):
+    assert figures.accuracy_by_group(accuracy, ax) is ax
+    shown = accuracy[accuracy["routing"] != "prior"]
+    means = shown.groupby(["method", "routing", "group"])["accuracy"].mean()
+    assert sorted(drawn(ax)) == pytest.approx(sorted([*shown["accuracy"], *means]))
+    assert len(drawn(ax, figures.METHOD_STYLE["dpo"].marker)) == 5 * (3 + 1)
+    assert len(drawn(ax, figures.METHOD_STYLE["oracle"].marker)) == 5 * (3 + 1)
+    labels = tick_labels(ax.xaxis)
+    assert labels[0] == "sentiment\nn = 400" and labels[3] == "mean of\ngroups\nn = 403" and labels[4] == "worst\ngroup"
+    assert legend_labels(ax) == ["DPO", "Mix-DPO, per user", "Mix-DPO, oracle"]
+    assert "share of pairs" in ax.get_ylabel()
+    bars = [segment for container in ax.containers for segment in container.lines[2][0].get_segments()]
+    assert sorted(s[0, 1] for s in bars) == pytest.approx(sorted(means - 0.02))
+    assert sorted(s[1, 1] for s in bars) == pytest.approx(sorted(means + 0.03))
+
+
+def test_rows_named_mean_give_the_interval(ax, accuracy):
+    rows = accuracy.query("method == 'dpo' and seed == 0").assign(seed="mean", accuracy=0.7, low=0.65, high=0.72)
+    table = pd.concat([accuracy[accuracy["method"] == "dpo"], rows])
+    figures.accuracy_by_group(table, ax)
+    assert np.isclose(drawn(ax), 0.7).sum() == 5
+    segment = ax.containers[0].lines[2][0].get_segments()[0]
+    assert segment[:, 1].tolist() == pytest.approx([0.65, 0.72])
+
+
+def test_routing_comparison(ax, accuracy):
+    figures.routing_comparison(accuracy, ax, group="worst")
+    shown = accuracy[accuracy["group"] == "worst"]
+    means = shown.groupby(["method", "routing"])["accuracy"].mean()
+    assert sorted(drawn(ax)) == pytest.approx(sorted([*shown["accuracy"], *means]))
+    assert tick_labels(ax.xaxis)[0].startswith("none") and tick_labels(ax.xaxis)[3].startswith("oracle")
+    assert "worst group" in ax.get_xlabel() and "n = 404" in ax.get_xlabel()
+
+
+def test_a_table_of_two_designs_is_refused(ax, accuracy):
+    both = pd.concat([accuracy, accuracy.assign(design="clean")])
+    with pytest.raises(ValueError, match=r"accuracy_by_group: column 'design' holds \['default', 'clean'\]; filter"):
+        figures.accuracy_by_group(both, ax)
+    with pytest.raises(ValueError, match="column 'users' holds"):
+        figures.routing_comparison(pd.concat([accuracy, accuracy.assign(users="new")]), ax)
+
+
+def test_missing_columns_and_empty_tables_are_refused(ax, accuracy):
+    with pytest.raises(ValueError, match=r"accuracy_by_group: the table lacks \['low'\]"):
+        figures.accuracy_by_group(accuracy.drop(columns="low"), ax)
+    with pytest.raises(ValueError, match="training_curves: the table has no rows"):
+        figures.training_curves(pd.DataFrame(columns=["method", "seed", "pairs_seen", "elbo"]), ax)
+    with pytest.raises(ValueError, match="routing_comparison, group 'cats': the table has no rows"):
+        figures.routing_comparison(accuracy, ax, group="cats")
+
+
+def test_responsibility_map_sorts_users_by_group(ax):
+    truth = {"u0": "grammar", "u1": "sentiment", "u2": "grammar", "u3": "informativeness"}
+    q = {"u0": (0.1, 0.2, 0.7), "u1": (0.8, 0.1, 0.1), "u2": (0.3, 0.1, 0.6), "u3": (0.2, 0.8, 0.0)}
+    table = pd.DataFrame(
+        {"user": u, "group": truth[u], "expert": k, "expert_serves": GROUPS[k], "responsibility": q[u][k]}
+        for u in truth
+        for k in range(3)
+    )
+    figures.responsibility_map(table, ax)
+    shown = np.asarray(ax.images[0].get_array())
+    assert shown.T.tolist() == [list(q[u]) for u in ("u1", "u3", "u2", "u0")]
+    assert tick_labels(ax.xaxis) == ["sentiment\n(1 users)", "informativeness\n(1 users)", "grammar\n(2 users)"]
+    assert ax.get_xticks().tolist() == [0.0, 1.0, 2.5]
+    assert tick_labels(ax.yaxis)[0] == "expert 1\n(serves\nsentiment)"
+    assert "n = 4" in ax.get_xlabel()
+
+
+def test_training_curves_draw_a_line_a_seed(ax):
+    table = pd.DataFrame(
+        {"method": m, "seed": s, "pairs_seen": 100 * t, "elbo": -0.7 + 0.01 * t + 0.001 * s, "entropy": 1.0}
+        for m in ("mix_dpo", "dpo")
+        for s in range(3)
+        for t in range(4)
+    )
+    figures.training_curves(table, ax)
+    assert len(ax.lines) == 6
+    one = table[(table["method"] == "dpo") & (table["seed"] == 0)]
+    assert ax.lines[0].get_ydata().tolist() == one["elbo"].tolist()
+    assert ax.lines[0].get_xdata().tolist() == one["pairs_seen"].tolist()
+    assert ax.get_ylabel() == "bound (nats per pair)"
+    assert "3 seeds" in ax.get_xlabel()
+    assert legend_labels(ax) == ["DPO", "Mix-DPO, per user"]
+
+
+@pytest.fixture()
+def gains() -> pd.DataFrame:
+    rows = []
+    for p, policy in enumerate(["base", "dpo", *(f"expert_{g}" for g in GROUPS)]):
+        for r, reward in enumerate(GROUPS):
+            gain = 0.0 if policy == "dpo" else (p - 2) * 10.0**-r
+            rows.append(
+                {"policy": policy, "reward": reward, "n": 1600 + p, "kl": 1.5 * p, "gain_over_dpo": gain}
+                | {"gain_low": gain - 0.1, "gain_high": gain + 0.2}
+            )
+    return pd.DataFrame(rows)
+
+
+def test_reward_gains_have_a_panel_and_scale_for_each_reward(ax, gains):
+    figures.reward_gains(gains, ax)
+    assert [panel.get_title("center") for panel in ax.child_axes] == GROUPS
+    for panel, reward in zip(ax.child_axes, GROUPS, strict=True):
+        rows = gains[(gains["reward"] == reward) & (gains["policy"] != "dpo")]
+        assert drawn(panel).tolist() == pytest.approx(rows["gain_over_dpo"].tolist())
+        lows = [c.lines[2][0].get_segments()[0][0, 1] for c in panel.containers]
+        assert lows == pytest.approx(rows["gain_low"].tolist())
+        filled = [
+            line.get_markerfacecolor() for line in panel.lines if line.get_marker() in "os^" and len(line.get_xdata())
+        ]
+        assert filled.count("white") == 3  # the expert that serves this reward is filled
+    assert legend_labels(ax)[0] == "DPO (KL 1.5)"
+    assert "n = 1,600 texts per policy" in ax.texts[0].get_text()
+
+
+def test_reward_gains_show_seeds_as_points(ax, gains):
+    seeds = pd.concat([gains.assign(seed=s, gain_over_dpo=gains["gain_over_dpo"] + 0.01 * s) for s in range(3)])
+    figures.reward_gains(pd.concat([seeds, gains.assign(seed="mean")]), ax)
+    assert len(drawn(ax.child_axes[0])) == 4 * (3 + 1)
+
+
+def test_reward_against_kl_rings_the_compared_checkpoint(ax):
+    table = pd.DataFrame(
+        {"policy": p, "seed": s, "kl": 2.0 * t, "reward": "sentiment", "value": 0.1 * t + s, "chosen": t == 2}
+        for p in ("dpo", "expert_sentiment")
+        for s in range(2)
+        for t in range(4)
+    )
+    figures.reward_against_kl(table, ax)
+    rings = [line for line in ax.lines if line.get_markersize() == 12]
+    assert [(float(r.get_xdata()[0]), float(r.get_ydata()[0])) for r in rings] == [(4.0, 0.2), (4.0, 1.2)] * 2
+    assert len(drawn(ax)) == 16 + 4
+    assert "nats per text" in ax.get_xlabel()
+    with pytest.raises(ValueError, match="column 'reward' holds"):
+        figures.reward_against_kl(pd.concat([table, table.assign(reward="grammar")]), ax)
+
+
+def test_pair_design_bars_hold_the_shares(ax):
+    table = pd.DataFrame(
+        {"design": ["default"] * 4 + ["clean"] * 2, "score_difference": [-1.0, 0.5, 1.0, 2.0, 3.0, 3.0]}
+    )
+    figures.pair_design(table, ax)
+    assert legend_labels(ax) == ["default (n = 4 pairs)", "clean (n = 2 pairs)"]
+    heights = [patch.get_path().vertices[:, 1].max() for patch in ax.patches]
+    assert heights == pytest.approx([0.25, 1.0])
+    edges = ax.patches[0].get_path().vertices[:, 0]
+    assert np.abs(edges).min() < 1e-9  # 0 separates labels for and against the reward
+
+
+def test_group_disagreement_writes_each_value(ax):
+    table = pd.DataFrame(
+        {"group_a": a, "group_b": b, "agreement": 1.0 if a == b else 0.5, "n_pairs": 900}
+        for a in GROUPS
+        for b in GROUPS
+    )
+    figures.group_disagreement(table, ax)
+    assert [text.get_text() for text in ax.texts] == ["1.00" if i % 4 == 0 else "0.50" for i in range(9)]
+    assert tick_labels(ax.xaxis) == GROUPS
+    assert "n = 900 pairs" in ax.get_xlabel()
+
+
+def test_recovery_draws_seeds_and_their_median(ax):
+    table = pd.DataFrame(
+        {"design": d, "method": "mix_dpo", "seed": s, "n_users": 60, "nmi": 0.5 + 0.1 * s, "ari": 0.4}
+        for d in ("default", "clean")
+        for s in range(3)
+    )
+    figures.recovery(table, ax)
+    assert sorted(drawn(ax)) == pytest.approx(sorted([*table["nmi"], *table["ari"]]))
+    bars = [line.get_ydata()[0] for line in ax.lines if line.get_linewidth() == 2.5]
+    assert bars == pytest.approx([0.6, 0.6, 0.4, 0.4])
+    assert tick_labels(ax.xaxis) == [
+        "NMI\ndefault",
+        "NMI\nclean",
+        "adjusted\nRand index\ndefault",
+        "adjusted\nRand index\nclean",
+    ]
+    with pytest.raises(ValueError, match="the table has none of"):
+        figures.recovery(table[["method", "seed"]], ax)
+
+
+def test_looks_differ_in_colour_and_marker():
+    for looks in (figures.METHOD_STYLE, figures.EXPERT_STYLE):
+        assert len({look.colour for look in looks.values()}) == len(looks)
+        assert len({look.marker for look in looks.values()}) == len(looks)
+    unknown = figures.look_of("gr_dpo", figures.METHOD_STYLE, 1)
+    assert unknown.label == "gr_dpo"
+
+
+def test_nothing_is_drawn_outside_the_page(ax, accuracy):
+    """Labels and legend fit a 6 x 4 inch figure."""
+    figures.accuracy_by_group(accuracy, ax)
+    ax.figure.canvas.draw()
+    page, legend = ax.figure.bbox, ax.get_legend().get_window_extent()
+    assert legend.x0 >= page.x0 and legend.x1 <= page.x1 and legend.y1 <= page.y1
+    assert not legend.overlaps(ax.get_window_extent())
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    assert all(a.x1 <= b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
