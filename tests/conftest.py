@@ -1,0 +1,59 @@
+"""Settings of every test: no network, two threads, repeatable hypothesis; a project folder where one is wanted."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"      # before anything imports huggingface_hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "agg")
+for name in ("MIXDPO_ROOT", "MIXDPO_RUN_FOLDER", "MIXDPO_PROGRESS", "MIXDPO_STARTED"):
+    os.environ.pop(name, None)
+
+from pathlib import Path  # noqa: E402
+
+import hypothesis  # noqa: E402
+import nbformat  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+hypothesis.settings.register_profile("mixdpo", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("mixdpo")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty project in a temporary folder; library functions see it as the root."""
+    for folder in ("data", "notebooks/profiles", "workflow"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data" / "sources.toml").write_text((ROOT / "data" / "sources.toml").read_text())
+    (tmp_path / "notebooks" / "profiles" / "default.yaml").write_text("{}\n")
+    monkeypatch.setenv("MIXDPO_ROOT", str(tmp_path))
+    monkeypatch.delenv("MIXDPO_CACHE", raising=False)
+    monkeypatch.delenv("MIXDPO_WHEELS", raising=False)
+    return tmp_path
+
+
+PARAMETERS = """n_experts: int = 3  # K
+seeds: list[int] = [0, 1]  # one run each
+rate: float = 0.1  # step
+latent: str = "unit"
+"""
+
+
+@pytest.fixture
+def write_notebook(project):
+    """Write `notebooks/<name>.ipynb` of the project: parameters, start_run, the given cells, run.finish()."""
+
+    def write(name, *cells, parameters=PARAMETERS, start=True, finish=True):
+        book = nbformat.v4.new_notebook()
+        book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        head = nbformat.v4.new_code_cell(parameters)
+        head.metadata["tags"] = ["parameters"]
+        begin = f'from mixdpo_lib import runs\nrun = runs.start_run("{name}", globals())'
+        sources = [*([begin] if start else []), *cells, *(["run.finish()"] if finish else [])]
+        book.cells = [nbformat.v4.new_markdown_cell("# A test"), head, *map(nbformat.v4.new_code_cell, sources)]
+        nbformat.write(book, project / "notebooks" / f"{name}.ipynb")
+        return project / "notebooks" / f"{name}.ipynb"
+
+    return write

@@ -1,0 +1,196 @@
+"""The cache: keys, atomic and verified entries, damage, a full disk, two processes."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixdpo_lib import store
+from mixdpo_lib.store import MixDPOError
+
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+plain = st.recursive(st.none() | st.booleans() | numbers | st.text(), max_leaves=8, extend=lambda inner:
+                     st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+
+
+def build_text(text, calls=None):
+    def build(folder):
+        if calls is not None:
+            calls.append(folder)
+        (folder / "part").mkdir()
+        (folder / "part" / "a.txt").write_text(text)
+
+    return build
+
+
+@given(st.dictionaries(st.text(), plain, max_size=4))
+def test_a_key_ignores_the_order_of_parameters(parameters):
+    turned = dict(reversed(list(parameters.items())))
+    key = store.artefact_key("stage", 1, parameters)
+    assert key == store.artefact_key("stage", 1, turned)
+    assert len(key) == 16 and int(key, 16) >= 0
+
+
+def test_a_key_depends_on_everything_that_it_names():
+    keys = {store.artefact_key(*arguments) for arguments in [
+        ("a", 1, {"x": 1}), ("b", 1, {"x": 1}), ("a", 2, {"x": 1}), ("a", 1, {"x": 2}), ("a", 1, {"x": 1}, ["k"])]}
+    assert len(keys) == 5
+    assert store.artefact_key("a", 1, {"x": np.int64(1)}) == store.artefact_key("a", 1, {"x": 1})
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), float("nan")])
+def test_a_value_without_a_stable_form_is_refused(value):
+    with pytest.raises(ValueError, match="stage 'a'"):
+        store.artefact_key("a", 1, {"x": value})
+
+
+def test_an_entry_is_built_once_and_found_again(project):
+    calls = []
+    folder = store.cached("stage", 1, {"x": 1}, build_text("hello", calls))
+    again = store.cached("stage", 1, {"x": 1}, build_text("hello", calls))
+    assert folder == again and len(calls) == 1
+    assert (folder / "part" / "a.txt").read_text() == "hello"
+    record = store.read_json(folder / "artefact.json")
+    assert record["stage"] == "stage" and record["parameters"] == {"x": 1}
+    assert record["files"]["part/a.txt"]["bytes"] == 5
+    assert f"stage/{folder.name}" in store.touched_artefacts()
+    assert [p.name for p in folder.parent.iterdir() if ".part-" in p.name] == []
+
+
+def damage_size(folder):
+    (folder / "part" / "a.txt").write_text("hello, damaged")
+
+
+def damage_content(folder):
+    (folder / "part" / "a.txt").write_text("hallo")
+
+
+def damage_missing(folder):
+    (folder / "part" / "a.txt").unlink()
+
+
+def damage_record(folder):
+    (folder / "artefact.json").write_text('{"files": {')
+
+
+def damage_half_written(folder):
+    (folder / "artefact.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_size, damage_content, damage_missing, damage_record, damage_half_written])
+def test_a_damaged_entry_is_refused_with_place_and_remedy(project, damage):
+    folder = store.cached("stage", 1, {"x": 1}, build_text("hello"))
+    damage(folder)
+    with pytest.raises(MixDPOError) as caught:
+        store.cached("stage", 1, {"x": 1}, build_text("hello"))
+    message = str(caught.value)
+    assert str(folder) in message and "found" in message and "expected" in message and "delete this folder" in message
+    assert ("artefact.json" if "record" in damage.__name__ or "half" in damage.__name__ else "part/a.txt") in message
+
+
+def test_a_build_that_fails_leaves_nothing(project):
+    def build(folder):
+        (folder / "half").write_text("half")
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        store.cached("stage", 1, {}, build)
+    assert [p for p in (project / "data" / "cache" / "stage").iterdir() if p.is_dir()] == []
+    assert store.cached("stage", 1, {}, build_text("whole")).exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   RuntimeError("I/O error: No space left on device (os error 28)")])
+def test_a_full_disk_while_building(project, error):
+    def build(folder):
+        (folder / "half").write_text("half")
+        raise error
+
+    with pytest.raises(MixDPOError, match="no space left.*MIXDPO_CACHE"):
+        store.cached("stage", 1, {}, build)
+    assert [p for p in (project / "data" / "cache" / "stage").iterdir() if p.is_dir()] == []
+
+
+def test_a_full_disk_while_writing_json_keeps_the_old_file(tmp_path, monkeypatch):
+    path = store.write_json_atomic(tmp_path / "a.json", {"x": 1})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MixDPOError, match="no space left"):
+        store.write_json_atomic(path, {"x": 2})
+    assert store.read_json(path) == {"x": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_removed(project):
+    key = store.artefact_key("stage", 1, {})
+    left = project / "data" / "cache" / "stage" / f"{key}.part-99999"
+    left.mkdir(parents=True)
+    (left / "half").write_text("half")
+    folder = store.cached("stage", 1, {}, build_text("whole"))
+    assert not left.exists() and not (folder / "half").exists()
+
+
+def test_two_processes_share_one_entry(project):
+    code = ("import sys, time\nfrom mixdpo_lib import store\n"
+            "def build(folder):\n"
+            "    print('built', flush=True); time.sleep(1.0); (folder / 'a').write_text('x' * 1000)\n"
+            "print(store.cached('stage', 1, {'x': 1}, build))\n")
+    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("built" in text for text in said) == 1
+    assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
+
+
+def test_who_waits_for_a_lock_says_so(project, capsys, monkeypatch):
+    monkeypatch.setattr(store, "_HEARTBEAT_S", 0.05)
+    held, free = threading.Event(), threading.Event()
+
+    def hold():
+        with store.locked(project / "a.lock", "a"):
+            held.set()
+            free.wait(5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(5)
+    threading.Timer(0.3, free.set).start()
+    with store.locked(project / "a.lock", "the thing"):
+        pass
+    thread.join()
+    assert "the thing: another process is making it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "{", ""])
+def test_read_json_has_one_clear_error(tmp_path, content):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(MixDPOError, match="a.json"):
+        store.read_json(path)
+
+
+def test_progress_is_rate_limited(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXDPO_PROGRESS", str(tmp_path / "log"))
+    for done in range(1, 101):
+        store.progress("a stage of this test", done, 100, "words")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["[mixdpo] a stage of this test 1/100 words", "[mixdpo] a stage of this test 100/100 words"]
+    assert (tmp_path / "log").read_text().splitlines() == lines
+
+
+def test_the_root_is_found_from_a_notebook_folder(monkeypatch):
+    monkeypatch.delenv("MIXDPO_ROOT", raising=False)
+    root = store.project_root()
+    monkeypatch.chdir(root / "tests")
+    assert store.project_root() == root
+    monkeypatch.chdir("/")
+    assert store.project_root() == root
