@@ -44,7 +44,7 @@ $(READY): pyproject.toml constraints.txt
 	  done
 	  wait $$pid || { echo "[make] error: $$what: failed (see above); check the network and pip's settings, then start make again" >&2; exit 1; }
 	}
-	pip="python -m pip install -qq --disable-pip-version-check"
+	pip="python -m pip install -qq --no-compile --disable-pip-version-check"
 	"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit(f"[make] error: found Python {v[0]}.{v[1]} ($(PYTHON)), expected 3.11; install it, or name one: make PYTHON=/path/to/python3.11")'
 	test -x .venv/bin/python || step "making .venv" "$(PYTHON)" -m venv .venv
 	step "installing torch, 1 to 3 minutes" .venv/bin/$$pip "$$(grep '^torch==' constraints.txt)" -c constraints.txt

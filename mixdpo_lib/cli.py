@@ -35,11 +35,12 @@ def run(notebook: Annotated[str, typer.Argument(help="For example 04_mix_dpo.")]
                       cell_timeout=cell_timeout)
 
 
-@app.command(context_settings={"allow_extra_args": True})
-def reproduce(context: typer.Context, profile: _Profile = "default",
+@app.command()
+def reproduce(snakemake: Annotated[list[str] | None, typer.Argument(help="After `--`: passed to Snakemake.")] = None,
+              profile: _Profile = "default",
               cores: Annotated[int, typer.Option(help="Processor cores; each notebook takes two.")] = 2) -> None:
-    """Execute every notebook that is not up to date; what follows `--` goes to Snakemake."""
-    runs.reproduce(profile, cores, context.args)
+    """Execute every notebook that is not up to date."""
+    runs.reproduce(profile, cores, snakemake or [])
 
 
 @app.command()
@@ -57,19 +58,23 @@ def clean(everything: Annotated[bool, typer.Option("--all", help="Also what was 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; every error is one line on stderr and a non-zero exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given                          # anywhere in the line
+    arguments = [argument for argument in given if argument != "--debug"] or ["--help"]
     try:
         status = typer.main.get_command(app).main(arguments, prog_name="mixdpo", standalone_mode=False)
+        if status == 130:
+            print("mixdpo: error: interrupted", file=sys.stderr, flush=True)
         sys.exit(status if isinstance(status, int) else 0)
-    except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in arguments:
+    except Exception as error:
+        if debug:
             traceback.print_exc()
-        known = isinstance(error, (MixDPOError, ValueError, KeyboardInterrupt)) or hasattr(error, "format_message")
-        text = str(getattr(error, "format_message", error.__str__)()) or "interrupted"
+        known = isinstance(error, (MixDPOError, ValueError)) or hasattr(error, "format_message")
+        text = str(getattr(error, "format_message", error.__str__)())
         print("mixdpo: error: " + " ".join(text.split()) if known else
               f"mixdpo: error: {type(error).__name__}: {' '.join(text.split())}; see `mixdpo --debug ...`",
               file=sys.stderr, flush=True)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1))
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 if __name__ == "__main__":

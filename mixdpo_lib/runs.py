@@ -390,6 +390,14 @@ def _outputs(folder: Path, where: str | Path, notebook: str) -> dict[str, Any]:
 class RunFailed(MixDPOError):
     """A notebook did not finish; the message names the cause and the folder with the evidence."""
 
+    exit_code = 1
+
+
+class RunInterrupted(RunFailed):
+    """Somebody ended the run: Ctrl-C, a cluster, Snakemake."""
+
+    exit_code = 130
+
 
 def run_notebook(notebook: str, overrides: Mapping[str, Any] | None = None, *, profile: str = "default",
                  output: str | Path | None = None, cell_timeout: int | None = None) -> Path:
@@ -443,7 +451,7 @@ def _execute(path: Path, folder: Path, parameters: dict[str, Any], cell_timeout:
         kernel = Path(scratch) / "kernels" / "mixdpo-runner"        # this very interpreter, whatever is registered
         kernel.mkdir(parents=True)
         store.write_json_atomic(kernel / "kernel.json", {
-            "argv": [sys.executable, "-m", "ipykernel_launcher", "--log-level=40", "-f", "{connection_file}"],
+            "argv": [sys.executable, "-m", "ipykernel_launcher", "--log-level=50", "-f", "{connection_file}"],
             "display_name": "mixdpo runner", "language": "python"})
         logging.getLogger("papermill").setLevel(logging.ERROR)      # its guesses about parameters; ours are checked
         log = Path(scratch) / "progress.log"
@@ -518,7 +526,7 @@ def _shown(log: Path, notebook: str) -> Iterator[None]:
         thread.join()
 
 
-def _keep_evidence(notebook: str, partial: Path, failed: Path, error: BaseException) -> BaseException:
+def _keep_evidence(notebook: str, partial: Path, failed: Path, error: BaseException) -> RunFailed:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -541,7 +549,7 @@ def _keep_evidence(notebook: str, partial: Path, failed: Path, error: BaseExcept
     else:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
     message = f"{notebook}: {cause}; evidence in {kept}; earlier results are untouched"
-    return KeyboardInterrupt(message) if isinstance(error, KeyboardInterrupt) else RunFailed(message)
+    return (RunInterrupted if isinstance(error, KeyboardInterrupt) else RunFailed)(message)
 
 
 def _replace(partial: Path, folder: Path) -> None:
