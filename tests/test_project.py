@@ -1,0 +1,137 @@
+"""The project as a whole: pins, profiles, bare notebooks, direction of imports, nothing pickled."""
+
+import ast
+import json
+import os
+import re
+import tomllib
+
+import pytest
+import yaml
+
+from mixdpo_lib import runs, sources, store
+
+ROOT = store.project_root()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))
+ORDER = ["elbo", "store", "gating", "em", "sources", "features", "decoding", "experts", "mixture", "probes", "nets",
+         "rewards", "preferences", "trainer", "baselines", "evaluation", "study", "figures", "runs", "cli"]
+
+
+def pins(lines):
+    found = [line.strip().lstrip("- ").split("==") for line in lines if re.match(r"[\s-]*[A-Za-z0-9_.-]+==", line)]
+    return {name.lower().replace("_", "-"): version for name, version in found}
+
+
+CONSTRAINTS = pins((ROOT / "constraints.txt").read_text().splitlines())
+DIRECT = [name.lower() for name in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+
+
+def test_every_direct_dependency_is_pinned_and_has_a_reason():
+    assert all(name in CONSTRAINTS for name in [*DIRECT, "setuptools"])
+    text = (ROOT / "pyproject.toml").read_text()
+    block = text.split("dependencies = [")[1].split("]")[0].strip().splitlines()
+    assert all("#" in line for line in block)
+
+
+def test_conda_has_the_same_pins():
+    content = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (inside,) = [entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict)]
+    conda = pins(inside)
+    assert set(conda) == {*DIRECT, "setuptools"}
+    assert {name: CONSTRAINTS[name] for name in conda} == conda
+    assert "python=3.11" in content["dependencies"] and ">=3.11,<3.12" in PROJECT["requires-python"]
+
+
+def test_the_command_for_continuous_integration_can_be_executed():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "make --no-print-directory test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_licence_and_version():
+    assert "Apache License" in (ROOT / "LICENSE").read_text() and "END OF TERMS" in (ROOT / "LICENSE").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"] and PROJECT["version"] in (ROOT / "CHANGELOG.md").read_text()
+    assert citation["license"] == "Apache-2.0"
+
+
+def test_sources_are_pinned():
+    for name, entry in sources.packaged().items():
+        assert re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]), name
+        assert "==" in entry["package"] and entry["licence"] and entry["about"], name
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_files_above_it(name):
+    path = ROOT / "mixdpo_lib" / f"{name}.py"
+    if not path.exists():
+        pytest.skip(f"{name}.py is not written yet")
+    used = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith("mixdpo_lib")):
+            module = (node.module or "").removeprefix("mixdpo_lib").strip(".")
+            used |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+    assert not [module for module in used if module in ORDER and ORDER.index(module) >= ORDER.index(name)]
+
+
+@pytest.mark.parametrize("name", ["store", "runs", "figures", "elbo", "cli"])
+def test_what_a_file_may_not_import(name):
+    path = ROOT / "mixdpo_lib" / f"{name}.py"
+    forbidden = {"elbo": {"transformers", "datasets"}, "figures": {"torch", "os"}}.get(name, {"torch", "transformers"})
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            imported.add((node.module or "").split(".")[0])
+    assert not imported & forbidden
+
+
+def test_nothing_is_pickled():
+    for path in [*(ROOT / "mixdpo_lib").glob("*.py"), *NOTEBOOKS]:
+        text = path.read_text()
+        assert not re.search(r"torch\.(load|save)\(|import (pickle|joblib)|joblib\.|pickle\.", text), path
+
+
+# --------------------------------------------------------------------------------------------- notebooks and profiles
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_bare(path):
+    book = json.loads(path.read_text())
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code), "clear the outputs"
+    ids = [cell.get("id") for cell in book["cells"]]
+    assert None not in ids and len(set(ids)) == len(ids), "every cell needs its own id"
+    assert book["metadata"]["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_short_and_recorded(path):
+    book = json.loads(path.read_text())
+    sources_of_code = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+    lines = [line for source in sources_of_code for line in source.splitlines() if line.strip()]
+    assert len(book["cells"]) <= 30 and len(lines) <= 130
+    assert sum(line.startswith("def ") for line in lines) <= 1
+    assert f'start_run("{path.stem}", globals())' in "".join(sources_of_code)
+    assert "run.finish(" in sources_of_code[-1]
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.parent.name == "notebooks"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("profile", [path.stem for path in PROFILES])
+def test_a_profile_holds_every_parameter(path, profile):
+    parameters = runs.notebook_parameters(path.stem)
+    assert all(parameter.help for parameter in parameters.values()), "a comment beside each parameter"
+    assert set(runs.profile_values(profile, path.stem)) == set(parameters)
+    runs.resolve_parameters(path.stem, profile)
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_a_profile_names_notebooks_that_exist(path):
+    assert set(yaml.safe_load(path.read_text()) or {}) <= {notebook.stem for notebook in NOTEBOOKS}
+
+
+def test_the_workflow_knows_every_notebook():
+    text = (ROOT / "workflow" / "Snakefile").read_text()
+    needs = ast.literal_eval(text.split("NEEDS = ")[1].split("\nPROFILE")[0])
+    assert {path.stem for path in NOTEBOOKS if path.parent.name == "notebooks"} <= set(needs)
+    assert all(need in needs for wanted in needs.values() for need in wanted)
