@@ -166,6 +166,7 @@ def sample(
     pad_id: int | None = None,
     generator: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> Decoded:
     """Continue each prompt by up to ``max_new_tokens`` tokens.
 
@@ -185,6 +186,7 @@ def sample(
     generator : source of randomness, required unless greedy.  It is advanced by B x max_new_tokens numbers whatever
         the rows do; each row has its own, so that a row is the same when a batch is split or other rows end early.
     progress : called with (tokens done, max_new_tokens) after each step.
+    observe : called with the tokens (B,) drawn at each step, also those of rows that ended.
 
     Returns
     -------
@@ -240,6 +242,8 @@ def sample(
                 ended[row] = True
             else:
                 tokens[row].append(token)
+        if observe is not None:
+            observe(chosen)
         if progress is not None:
             progress(position + 1, max_new_tokens)
         if bool(ended.all()):

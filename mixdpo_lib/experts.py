@@ -1,0 +1,343 @@
+"""What does each expert say? Experts give log-probabilities of responses and next-token functions.
+
+`HeadExperts` share a frozen base: expert k adds a low-rank correction to the base's head,
+
+    logits_k = W h + 1[v active] W B_k A_k h,
+
+on the last hidden state h. Tokens outside the active set keep the base's logit, so their total mass is one constant per
+position and every expert is exactly normalised over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .features import PairFeatures, TextFeatures, gather_positions
+from .sources import Base
+from .store import cached, progress
+
+VERSION = 1
+
+
+class _LowRankTokenLogps(torch.autograd.Function):
+    """log pi_k(token) of every position and expert, (positions, experts); gradients for A and E = W B only.
+
+    Written by hand because the logits of all experts are the largest tensors of a step: exp(logit) is kept once per
+    expert in a buffer that is used again, and the backward pass reads it in two matrix products.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, down, up, head, bias, target, token_logit, lse_inactive, workspace):  # type: ignore[override]
+        n_experts, n_positions = len(down), len(hidden)
+        base_logits = workspace.take("base", (n_positions, len(head)), hidden)
+        torch.mm(hidden, head.T, out=base_logits)
+        if bias is not None:
+            base_logits += bias
+        known = target >= 0
+        rows, columns = known.nonzero().squeeze(1), target[known]
+        keep = any(ctx.needs_input_grad[1:3])
+        buffer = workspace.take("experts", (n_experts if keep else 1, n_positions, len(head)), hidden)
+        logps = hidden.new_empty(n_positions, n_experts)
+        total = hidden.new_empty(n_positions, n_experts)
+        states = torch.einsum("pd,krd->kpr", hidden, down)
+        for k in range(n_experts):
+            z = buffer[k if keep else 0]
+            torch.addmm(base_logits, states[k], up[k].T, out=z)
+            chosen = token_logit.clone()
+            chosen[rows] = z[rows, columns]
+            top = torch.maximum(z.amax(1), lse_inactive)
+            z.sub_(top[:, None]).exp_()
+            total[:, k] = z.sum(1) + (lse_inactive - top).exp()
+            logps[:, k] = chosen - top - total[:, k].log()
+        ctx.save_for_backward(hidden, up, states, total, rows, columns)
+        ctx.buffer, ctx.ticket, ctx.workspace = buffer, workspace.ticket(), workspace
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        hidden, up, states, total, rows, columns = ctx.saved_tensors
+        if ctx.ticket != ctx.workspace.ticket():
+            raise RuntimeError("the experts' logits were overwritten by a later call before backward() was reached")
+        grad_down = torch.zeros(len(up), up.shape[2], hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+        grad_up = torch.zeros_like(up)
+        for k in range(len(up)):
+            weight = (grad[:, k] / total[:, k])[:, None]
+            probability = ctx.buffer[k]
+            torch.mm(probability.T, states[k] * weight, out=grad_up[k])
+            grad_up[k].neg_()
+            grad_state = (probability @ up[k]) * -weight
+            own = grad[rows, k, None]
+            grad_up[k].index_add_(0, columns, states[k][rows] * own)
+            grad_state.index_add_(0, rows, up[k][columns] * own)
+            torch.mm(grad_state.T, hidden, out=grad_down[k])
+        return None, grad_down, grad_up, None, None, None, None, None, None
+
+
+class _Workspace:
+    """Large buffers that are used again, step after step, instead of being mapped anew."""
+
+    def __init__(self) -> None:
+        self._flat: dict[str, Tensor] = {}
+        self._uses = 0
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        size = int(np.prod(shape))
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < size or flat.dtype != like.dtype or flat.device != like.device:
+            flat = self._flat[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        self._uses += 1
+        return flat[:size].view(shape)
+
+    def ticket(self) -> int:
+        return self._uses
+
+
+@dataclass(frozen=True)
+class HeadConstants:
+    """What the frozen head says about every position, whatever the experts are: computed once, kept on disk.
+
+    token_logit : (positions,) float32, logit of the response token under the base.
+    lse : (positions,) float32, logsumexp of the base's logits over the whole vocabulary.
+    lse_inactive : (positions,) float32, the same over the tokens outside the active set; -inf where all are active.
+    """
+
+    token_logit: np.ndarray
+    lse: np.ndarray
+    lse_inactive: np.ndarray
+
+
+class HeadExperts(nn.Module):
+    """K low-rank heads on one frozen base.
+
+    Parameters
+    ----------
+    base : the frozen language model, see `load_base`. It is also the reference of every expert.
+    n_experts : K >= 1; 1 is plain DPO.
+    rank : r >= 1, rank of each head; 8 by default: tuned on validation among 4, 8, 16.
+    active : "responses" (tokens of the training responses, see `activate`) or "all".
+
+    Notes
+    -----
+    A_k ~ N(0, 1/hidden), the same A for every expert, and B_k = 0: all experts start as the reference, and equal
+    experts cannot part by themselves (see `perturb` and `FitConfig.symmetry_breaking`).
+    """
+
+    def __init__(self, base: Base, n_experts: int = 3, rank: int = 8, active: str = "responses") -> None:
+        super().__init__()
+        if n_experts < 1:
+            raise ValueError(f"n_experts={n_experts}: a mixture needs at least one expert; use 1 for plain DPO")
+        if rank < 1:
+            raise ValueError(f"rank={rank}: each head needs a rank of at least 1")
+        if active not in ("responses", "all"):
+            raise ValueError(f"active={active!r}: possible are 'responses' (tokens of the training responses) and 'all'")
+        for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            value = getattr(base.model.config, option, None)
+            if value not in (None, 1, 1.0):
+                raise ValueError(f"base {base.name} has {option}={value}: low-rank heads need plain linear logits")
+        self.base = [base]  # in a list: the frozen base is neither a parameter nor part of a checkpoint
+        self.n_experts, self.rank, self.active = n_experts, rank, active
+        generator = torch.Generator().manual_seed(0)
+        down = torch.randn(1, rank, base.hidden_size, generator=generator) / base.hidden_size**0.5
+        self.down = nn.Parameter(down.repeat(n_experts, 1, 1))
+        self.up = nn.Parameter(torch.zeros(n_experts, base.hidden_size, rank))
+        self.register_buffer("active_ids", torch.zeros(0, dtype=torch.long))
+        self._workspace = _Workspace()
+        self._head_rows: Tensor | None = None
+        if active == "all":
+            self.activate(torch.arange(self._head.shape[0]))
+
+    @property
+    def _base(self) -> Base:
+        return self.base[0]
+
+    @property
+    def _head(self) -> Tensor:
+        return self._base.model.get_output_embeddings().weight
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return getattr(self._base.model.get_output_embeddings(), "bias", None)
+
+    def activate(self, token_ids: Int[Tensor, tokens]) -> None:
+        """Set the tokens whose logits the experts may change (sorted, distinct; part of the saved mixture)."""
+        self.active_ids = torch.unique(token_ids)
+        self._head_rows = self._head[self.active_ids].float().contiguous()
+
+    def activate_responses(self, data: PairFeatures) -> None:
+        """With active="responses": the active tokens are those of these training responses."""
+        if self.active == "responses":
+            _, positions, _ = gather_positions(data.texts, torch.unique(data.pairs))
+            self.activate(torch.from_numpy(data.texts.tokens)[positions])
+
+    def _require_active(self) -> Tensor:
+        if self._head_rows is None or len(self._head_rows) != len(self.active_ids):
+            if len(self.active_ids) == 0:
+                raise ValueError("the experts have no active tokens yet: call fit, or activate_responses, first")
+            self._head_rows = self._head[self.active_ids].float().contiguous()
+        return self._head_rows
+
+    def perturb(self, scale: float, generator: torch.Generator) -> None:
+        """Symmetry breaking "random_heads": B_k ~ N(0, scale^2), A_k drawn anew for each expert."""
+        hidden = self._base.hidden_size
+        with torch.no_grad():
+            self.down.copy_(torch.randn(self.down.shape, generator=generator) / hidden**0.5)
+            self.up.copy_(torch.randn(self.up.shape, generator=generator) * scale)
+
+    def constants(self, texts: TextFeatures, block: int = 2048) -> HeadConstants:
+        """The frozen head's constants for every position of `texts` (see `HeadConstants`), from the cache if there."""
+        self._require_active()
+        active = self.active_ids.numpy()
+        digest = hashlib.sha256(active.tobytes()).hexdigest()
+        inactive = np.setdiff1d(np.arange(self._head.shape[0]), active)
+
+        def build(folder: Path) -> None:
+            n = len(texts.tokens)
+            out = np.empty((3, n), dtype=np.float32)
+            inactive_ids = torch.from_numpy(inactive)
+            for start in range(0, n, block):
+                stop = min(start + block, n)
+                hidden = torch.from_numpy(np.asarray(texts.hidden[start:stop]))
+                with torch.inference_mode():
+                    logits = hidden @ self._head.T.float()
+                    if self._bias is not None:
+                        logits += self._bias
+                    tokens = torch.from_numpy(texts.tokens[start:stop])
+                    out[0, start:stop] = logits.gather(1, tokens[:, None]).squeeze(1)
+                    out[1, start:stop] = logits.logsumexp(1)
+                    if len(inactive):
+                        out[2, start:stop] = logits.index_select(1, inactive_ids).logsumexp(1)
+                    else:
+                        out[2, start:stop] = -np.inf
+                progress("head constants", stop, n, "positions")
+            np.save(folder / "constants.npy", out, allow_pickle=False)
+
+        folder = cached("head", VERSION, {"active": digest}, build, inputs=[texts.key])
+        return HeadConstants(*np.load(folder / "constants.npy", allow_pickle=False))
+
+    def batch(self, texts: TextFeatures, constants: HeadConstants, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
+        """Everything `logps` reads for these pairs; each distinct text is held, and later computed, once."""
+        self._require_active()
+        ids, place = torch.unique(pairs, return_inverse=True)
+        hidden, positions, segment = gather_positions(texts, ids)
+        tokens = torch.from_numpy(texts.tokens)[positions]
+        slot = torch.searchsorted(self.active_ids, tokens).clamp(max=len(self.active_ids) - 1)
+        target = torch.where(self.active_ids[slot] == tokens, slot, torch.full_like(slot, -1))
+        token_logit = torch.from_numpy(constants.token_logit)[positions]
+        ref = torch.zeros(len(ids)).index_add_(0, segment, token_logit - torch.from_numpy(constants.lse)[positions])
+        return {
+            "hidden": hidden,
+            "target": target,
+            "token_logit": token_logit,
+            "lse_inactive": torch.from_numpy(constants.lse_inactive)[positions],
+            "segment": segment,
+            "place": place,
+            "text_ref_logps": ref,
+        }
+
+    def text_logps(self, batch: dict[str, Tensor]) -> Float[Tensor, "texts experts"]:
+        """log pi_k of the distinct texts of a batch, nats, summed over response tokens."""
+        head = self._require_active().to(self.up.device)
+        up = head @ self.up
+        bias = None if self._bias is None else self._bias[self.active_ids]
+        logps = _LowRankTokenLogps.apply(
+            batch["hidden"], self.down, up, head, bias, batch["target"], batch["token_logit"], batch["lse_inactive"],
+            self._workspace,
+        )  # fmt: skip
+        sums = logps.new_zeros(len(batch["text_ref_logps"]), self.n_experts)
+        return sums.index_add(0, batch["segment"], logps)
+
+    def logps(self, batch: dict[str, Tensor]) -> Float[Tensor, "pairs 2 experts"]:
+        """log pi_k(y given x), nats, summed over response tokens; index 0 chosen, 1 rejected. Gradients flow."""
+        return self.text_logps(batch)[batch["place"]]
+
+    def ref_logps(self, batch: dict[str, Tensor]) -> Float[Tensor, "pairs 2 1"]:
+        """log pi_ref(y given x) of the shared reference, nats."""
+        return batch["text_ref_logps"][batch["place"]].unsqueeze(-1)
+
+    @torch.no_grad()
+    def all_text_logps(
+        self, texts: TextFeatures, constants: HeadConstants, block: int = 128, stage: str | None = None
+    ) -> tuple[Float[Tensor, "texts experts"], Float[Tensor, texts]]:
+        """log pi_k and log pi_ref of every text, in blocks of `block` texts."""
+        logps, refs = [], []
+        for start in range(0, len(texts), block):
+            ids = torch.arange(start, min(start + block, len(texts)))
+            batch = self.batch(texts, constants, torch.stack([ids, ids], 1))
+            logps.append(self.text_logps(batch))
+            refs.append(batch["text_ref_logps"])
+            if stage:
+                progress(stage, int(ids[-1]) + 1, len(texts), "texts")
+        return torch.cat(logps), torch.cat(refs)
+
+    def next_token(self, expert: Int[Tensor, rows] | None = None) -> NextToken:
+        """A next-token function where row i speaks as expert[i]; None: every row as the reference."""
+        return NextToken(self._base, None if expert is None else self, expert)
+
+
+class NextToken:
+    """Stateful next-token function of a base with optional expert heads, for `decoding.sample`.
+
+    Called with (input_ids (rows, t), attention_mask (rows, total)); returns float32 logits (rows, vocabulary).
+    With `observe`, called with the tokens that were drawn, it keeps log pi_k / pi_ref and log pi_ref of each of them.
+    """
+
+    def __init__(self, base: Base, experts: HeadExperts | None = None, expert: Int[Tensor, rows] | None = None) -> None:
+        self._base, self._cache = base, None
+        self._groups: list[tuple[Tensor, Tensor, Tensor]] = []
+        if experts is not None and expert is not None:
+            head = experts._require_active()
+            self._active = experts.active_ids
+            for k in expert.unique().tolist():
+                rows = (expert == k).nonzero().squeeze(1)
+                self._groups.append((rows, experts.down[k].detach(), (head @ experts.up[k]).detach()))
+        self._logits: Tensor | None = None
+        self._ref_logits: Tensor | None = None
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]) -> Tensor:
+        model = self._base.model
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        out = model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=True,
+            past_key_values=self._cache,
+        )  # fmt: skip
+        self._cache = out.past_key_values
+        hidden = out.last_hidden_state[:, -1]
+        logits = model.get_output_embeddings()(hidden).float()
+        self._ref_logits = logits
+        if self._groups:
+            logits = logits.clone()
+            for rows, down, up in self._groups:
+                part = logits[rows]
+                part[:, self._active] += (hidden[rows].float() @ down.T) @ up.T
+                logits[rows] = part
+        self._logits = logits
+        return logits
+
+    @torch.inference_mode()
+    def observe(self, tokens: Int[Tensor, rows]) -> None:
+        """Keep what policy and reference say of the tokens just drawn from the last logits."""
+        assert self._logits is not None and self._ref_logits is not None
+        ref = self._ref_logits.gather(1, tokens[:, None]).squeeze(1) - self._ref_logits.logsumexp(1)
+        own = ref
+        if self._groups:
+            own = self._logits.gather(1, tokens[:, None]).squeeze(1) - self._logits.logsumexp(1)
+        self._seen.append((own - ref, ref))
+
+    def scores(self) -> tuple[Float[Tensor, "rows steps"], Float[Tensor, "rows steps"]]:
+        """(log pi_k - log pi_ref, log pi_ref) of every token observed, nats."""
+        ratio, ref = zip(*self._seen, strict=True)
+        return torch.stack(ratio, 1), torch.stack(ref, 1)
+
+
+def reference_next_token(base: Base) -> NextToken:
+    """Next-token function of the plain base."""
+    return NextToken(base)

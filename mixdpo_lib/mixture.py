@@ -1,0 +1,223 @@
+"""Gate, experts and beta as one policy: pi(y given x) = sum_k w_k(x) pi_k(y given x)  (arXiv 2510.08256)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .decoding import sample
+from .elbo import log_responsibilities, margins
+from .em import predictive_probability
+from .experts import HeadConstants, HeadExperts
+from .features import PairFeatures, Text, TextFeatures, pair_features, text_store
+from .gating import FixedWeights, LearnedWeights
+from .gating import top_s as keep_top_s
+from .sources import Base, load_base
+from .store import read_json
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Sampled texts with the expert that spoke and what policy and reference say of them.
+
+    text : response text. expert : index drawn from the weights. log_ratio : nats, log pi_k - log pi_ref of the sampled
+    tokens. ref_logp : nats. n_tokens : sampled tokens, the end token included. ended : the end token was sampled.
+    """
+
+    text: list[str]
+    expert: list[int]
+    log_ratio: list[float]
+    ref_logp: list[float]
+    n_tokens: list[int]
+    ended: list[bool]
+
+
+class MixturePolicy(nn.Module):
+    """K experts, a gate and the strength `beta` of the KL term, as one policy.
+
+    Parameters
+    ----------
+    experts : see experts.py. gate : see gating.py; both with the same number of experts.
+    beta : > 0, default 0.1 (DPO's usual value): large keeps close to the reference.
+    """
+
+    def __init__(self, experts: HeadExperts, gate: FixedWeights | LearnedWeights, beta: float = 0.1) -> None:
+        super().__init__()
+        if not (beta > 0 and math.isfinite(beta)):
+            raise ValueError(f"beta={beta}: the strength of the KL term is a positive number; 0.1 is the usual value")
+        if gate.n_experts != experts.n_experts:
+            raise ValueError(f"the gate has {gate.n_experts} weights for {experts.n_experts} experts: make them equal")
+        self.experts, self.gate, self.beta = experts, gate, float(beta)
+        self._constants: dict[str, HeadConstants] = {}
+
+    @property
+    def n_experts(self) -> int:
+        """K."""
+        return self.experts.n_experts
+
+    @property
+    def base(self) -> Base:
+        """The frozen base model."""
+        return self.experts.base[0]
+
+    # ------------------------------------------------------------------------------------------------ likelihoods
+
+    def prepare(self, data: Dataset | PairFeatures) -> PairFeatures:
+        """Features of a preference set (from the cache where they are there)."""
+        return data if isinstance(data, PairFeatures) else pair_features(self.base, data)
+
+    def constants(self, texts: TextFeatures) -> HeadConstants:
+        """The frozen head's constants of these texts, kept while the active tokens stay the same."""
+        key = f"{texts.key}-{hash(self.experts.active_ids.numpy().tobytes())}"
+        if key not in self._constants:
+            self._constants = {**dict(list(self._constants.items())[-3:]), key: self.experts.constants(texts)}
+        return self._constants[key]
+
+    def batch_loglik(self, batch: dict[str, Tensor]) -> Float[Tensor, "pairs experts"]:
+        """log sigma(D_k) of a batch, nats; gradients flow to the experts."""
+        return F.logsigmoid(margins(self.experts.logps(batch), self.experts.ref_logps(batch), self.beta))
+
+    @torch.no_grad()
+    def text_rewards(self, texts: TextFeatures) -> Float[Tensor, "texts experts"]:
+        """beta (log pi_k - log pi_ref) of every text: the implicit reward of each expert, beta x nats."""
+        logps, refs = self.experts.all_text_logps(texts, self.constants(texts))
+        return self.beta * (logps - refs[:, None])
+
+    @torch.no_grad()
+    def loglik(self, data: Dataset | PairFeatures, rewards: Tensor | None = None) -> Float[Tensor, "pairs experts"]:
+        """log sigma(D_k) of every pair, nats. `rewards` of the texts (see `text_rewards`) may be given if known."""
+        data = self.prepare(data)
+        if rewards is None:
+            rewards = self.text_rewards(data.texts)
+        return F.logsigmoid(rewards[data.pairs[:, 0]] - rewards[data.pairs[:, 1]])
+
+    # ---------------------------------------------------------------------------------------------- who answered?
+
+    def responsibilities(self, data: Dataset | PairFeatures, unit: str | None = "user") -> pd.DataFrame:
+        """Posterior of the experts: one row a unit (or a pair, with unit=None), one column an expert, probabilities.
+
+        q_uk proportional to w_k prod_{n in u} sigma(D_nk). Source: docs/method.md.
+        """
+        data = self.prepare(data)
+        loglik = self.loglik(data)
+        if unit is None:
+            return pd.DataFrame(log_responsibilities(loglik, self.gate()).exp().numpy())
+        ids, names = data.units(unit)
+        q = log_responsibilities(loglik, self.gate(), ids, n_units=len(names)).exp()
+        return pd.DataFrame(q.numpy(), index=pd.Index(names, name=unit))
+
+    def user(self, pairs: Dataset | PairFeatures | None = None) -> Float[Tensor, experts]:
+        """log_w (K,) of one user: the posterior given the user's own pairs, the gate's weights without any."""
+        if pairs is None:
+            return self.gate().detach().clone()
+        loglik = self.loglik(pairs)
+        unit = torch.zeros(len(loglik), dtype=torch.long)
+        return log_responsibilities(loglik, self.gate(), unit, n_units=1)[0]
+
+    def predict(self, data: Dataset | PairFeatures, user: Float[Tensor, ...] | None = None) -> Tensor:
+        """Probability that `chosen` is preferred, (pairs,): sum_k w_k sigma(D_k), w the user's or the gate's."""
+        return predictive_probability(self.loglik(data), self.gate() if user is None else user)
+
+    def logps(self, prompt: str, response: str, user: Tensor | None = None, ended: bool = True) -> float:
+        """log sum_k w_k pi_k(response given prompt), nats."""
+        texts = text_store(self.base, [Text(prompt, response, ended)]).features
+        logps, _ = self.experts.all_text_logps(texts, self.constants(texts))
+        return float((logps[0] + (self.gate() if user is None else user)).logsumexp(0))
+
+    # ----------------------------------------------------------------------------------------------------- speech
+
+    def generate(
+        self, prompts: Sequence[str], user: Float[Tensor, ...] | None = None, *, max_new_tokens: int = 32, seed: int = 0,
+        top_s: int | None = None, expert: Sequence[int] | None = None, batch_size: int = 192,
+        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    ) -> Generated:  # fmt: skip
+        """Sample one response a prompt, exactly from the mixture: z ~ w once a sequence, then expert z decodes.
+
+        Parameters
+        ----------
+        user : log_w (K,) of one user or (prompts, K) of one user a prompt (see `user`); the gate's weights by default.
+        top_s : keep the S most likely experts of each row. expert : the expert of each prompt, instead of drawing it.
+        temperature, top_k, top_p : of the text; at the defaults the sample is exact and `log_ratio` unbiased for the KL.
+        """
+        if len(prompts) == 0:
+            raise ValueError("no prompts: give at least one")
+        generator = torch.Generator().manual_seed(seed)
+        if expert is None:
+            log_w = (self.gate() if user is None else user).expand(len(prompts), self.n_experts)
+            if top_s is not None:
+                log_w = keep_top_s(log_w, top_s)
+            expert = torch.multinomial(log_w.softmax(-1), 1, generator=generator).squeeze(1).tolist()
+        tokenizer = self.base.tokenizer
+        ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+        for p, tokens in zip(prompts, ids, strict=True):
+            if not tokens or len(tokens) + max_new_tokens > self.base.context:
+                raise ValueError(
+                    f"prompt {p[:40]!r} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} expected between "
+                    f"1 and {self.base.context - max_new_tokens}"
+                )
+        out = Generated([], [], [], [], [], [])
+        for start in range(0, len(ids), batch_size):
+            rows = torch.tensor(expert[start : start + batch_size])
+            speak = self.experts.next_token(rows)
+            decoded = sample(
+                speak, ids[start : start + batch_size], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                eos_token_id=self.base.eos_token_id, generator=generator, observe=speak.observe,
+            )  # fmt: skip
+            ratios, refs = speak.scores()
+            for i, (tokens, ended) in enumerate(zip(decoded.tokens, decoded.ended, strict=True)):
+                n = len(tokens) + int(ended)  # the end token counts, though it is no text
+                out.text.append(str(tokenizer.decode(tokens)))
+                out.expert.append(int(rows[i]))
+                out.log_ratio.append(float(ratios[i, :n].sum()))
+                out.ref_logp.append(float(refs[i, :n].sum()))
+                out.n_tokens.append(n)
+                out.ended.append(bool(ended))
+        return out
+
+    # ------------------------------------------------------------------------------------------------------- life
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write mixture.safetensors and config.json (base, family, sizes, beta)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().contiguous().clone() for k, v in self.state_dict().items()}
+        save_file(state, folder / "mixture.safetensors")
+        config = {
+            "base": self.base.name, "base_fingerprint": self.base.fingerprint, "experts": "HeadExperts",
+            "n_experts": self.n_experts, "rank": self.experts.rank, "active": self.experts.active, "beta": self.beta,
+            "gate": type(self.gate).__name__, "alpha": getattr(self.gate, "alpha", None),
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, base: Base | None = None) -> MixturePolicy:
+        """Read a mixture back; its base is loaded by name unless given, and must be the one it was trained on."""
+        config: dict[str, Any] = read_json(Path(folder) / "config.json")
+        base = base or load_base(config["base"])
+        if base.fingerprint != config["base_fingerprint"]:
+            raise ValueError(
+                f"{folder}: trained on a base with fingerprint {config['base_fingerprint']}, found {base.fingerprint} "
+                f"({base.name}): give the base that it was trained on"
+            )
+        experts = HeadExperts(base, config["n_experts"], config["rank"], config["active"])
+        gate: FixedWeights | LearnedWeights = (
+            LearnedWeights(config["n_experts"], config["alpha"]) if config["gate"] == "LearnedWeights"
+            else FixedWeights.uniform(config["n_experts"])
+        )  # fmt: skip
+        policy = cls(experts, gate, config["beta"])
+        state = load_file(Path(folder) / "mixture.safetensors")
+        experts.activate(state["experts.active_ids"])
+        policy.load_state_dict(state)
+        return policy

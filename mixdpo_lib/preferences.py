@@ -1,0 +1,291 @@
+"""Which of two texts does this user prefer? Prompts, candidates, users, pairs and splits.
+
+Preference data are `datasets.Dataset`s in the explicit-prompt form: prompt, chosen, rejected [, user, group, ended,
+metadata]. `group` is the hidden truth of simulated users: evaluation and the oracle alone may read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+from scipy.optimize import brentq
+
+from .decoding import sample
+from .experts import reference_next_token
+from .sources import Base
+from .store import cached, progress
+
+VERSION = 1
+GROUPS = ("sentiment", "informativeness", "grammar")
+GENRES = ("drama", "comedy", "thriller")
+TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class CandidateConfig:
+    """How prompts are cut and candidates sampled."""
+
+    n_prompts: int = 800  # 70 % train, 10 % validation, 20 % test
+    prompt_tokens: int = 10  # at most; cut back to a whole word
+    response_tokens: int = 32  # long enough to judge (see the report cards), short enough for a laptop
+    n_candidates: int = 4  # six pairs a prompt
+    batch_size: int = 192
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DesignConfig:
+    """Who labels which pairs. The design decides the outcome of a study: state it with every number."""
+
+    name: str = "default"  # "default": random pairs, noisy labels; "clean": best against worst, no noise
+    n_users: int = 60  # training users, divided evenly over the groups
+    n_new_users: int = 15
+    pairs_per_user: int = 55  # labelled on training prompts
+    validation_pairs_per_user: int = 10  # labelled on validation prompts, with the same noise
+    context_pairs: int = 16  # pairs of each new user, on training prompts
+    flip_rate: float = 0.10  # mean probability that a label goes against the reward; sets label_temperature
+    metadata_accuracy: float = 0.60  # how often the favourite genre is the one typical of the user's group
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("default", "clean"):
+            raise ValueError(f"design name={self.name!r}: possible are 'default' and 'clean'")
+        if not 0 <= self.flip_rate < 0.5:
+            raise ValueError(f"flip_rate={self.flip_rate}: expected at least 0 and below 0.5 (0 is no noise)")
+
+
+def review_prompts(base: Base, texts: Sequence[str], config: CandidateConfig) -> list[str]:
+    """The first tokens of reviews, cut back to whole words, distinct, in random order (seeded)."""
+    order = np.random.default_rng(config.seed).permutation(len(texts))
+    prompts: dict[str, None] = {}
+    for i in order:
+        ids = base.tokenizer(texts[i][:400], add_special_tokens=False)["input_ids"][: config.prompt_tokens + 1]
+        if len(ids) <= config.prompt_tokens:
+            continue
+        words = str(base.tokenizer.decode(ids)).split(" ")[:-1]
+        prompt = " ".join(words).strip()
+        if len(words) >= 4:
+            prompts.setdefault(prompt)
+        if len(prompts) == config.n_prompts:
+            return list(prompts)
+    raise ValueError(
+        f"only {len(prompts)} distinct prompts of {config.prompt_tokens} tokens in {len(texts)} reviews, "
+        f"n_prompts={config.n_prompts} wanted: give more reviews or ask for fewer prompts"
+    )
+
+
+def sample_candidates(base: Base, prompts: Sequence[str], config: CandidateConfig) -> pd.DataFrame:
+    """`n_candidates` continuations of each prompt, sampled from the base at temperature 1, untruncated.
+
+    Returns a table: prompt_id, candidate, prompt, response (keeps its leading space), ended.
+    """
+    parameters = {**asdict(config), "base": base.fingerprint, "prompts": list(prompts)}
+
+    def build(folder: Path) -> None:
+        ids = [base.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+        for prompt, tokens in zip(prompts, ids, strict=True):
+            if len(tokens) + config.response_tokens > base.context:
+                raise ValueError(
+                    f"prompt of {len(tokens)} tokens leaves no room for {config.response_tokens} response tokens in "
+                    f"the context of {base.name} ({base.context}). It begins: {prompt[:60]!r}"
+                )
+        jobs = [(i, c) for i in range(len(prompts)) for c in range(config.n_candidates)]
+        rows = []
+        for start in range(0, len(jobs), config.batch_size):
+            part = jobs[start : start + config.batch_size]
+            generator = torch.Generator().manual_seed(hash_seed(config.seed, "candidates", start))
+            out = sample(
+                reference_next_token(base), [ids[i] for i, _ in part], config.response_tokens,
+                eos_token_id=base.eos_token_id, generator=generator,
+                progress=lambda done, total: progress("candidates", start + len(part) * done // total, len(jobs), "texts"),
+            )  # fmt: skip
+            for (i, c), tokens, ended in zip(part, out.tokens, out.ended, strict=True):
+                text = base.tokenizer.decode(tokens)
+                rows.append({"prompt_id": i, "candidate": c, "prompt": prompts[i], "response": text, "ended": ended})
+        pd.DataFrame(rows).to_json(folder / "candidates.jsonl", orient="records", lines=True)
+
+    folder = cached("candidates", VERSION, parameters, build)
+    table = pd.read_json(folder / "candidates.jsonl", orient="records", lines=True, dtype=False, convert_dates=False)
+    return table
+
+
+def hash_seed(*parts: Any) -> int:
+    """One integer seed, split by stage name: a 31-bit number that depends on every part."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
+
+
+def split_prompts(n_prompts: int) -> dict[str, range]:
+    """Prompts 0 ... n-1 (already in random order) as train (70 %), validation (10 %), test (20 %)."""
+    a, b = round(0.7 * n_prompts), round(0.8 * n_prompts)
+    return {"train": range(0, a), "validation": range(a, b), "test": range(b, n_prompts)}
+
+
+def usable(candidates: pd.DataFrame) -> pd.DataFrame:
+    """Candidates that can be judged: a blank response has no words, a repeated one no rival. Says how many went."""
+    words = candidates["response"].str.contains(r"[A-Za-z]{2}")
+    repeated = candidates.duplicated(["prompt_id", "response"])
+    gone = int((~words | repeated).sum())
+    if gone:
+        progress("usable candidates", len(candidates) - gone, len(candidates), f"{gone} without words or repeated")
+    return candidates[words & ~repeated].reset_index(drop=True)
+
+
+def label_temperature(differences: np.ndarray, flip_rate: float) -> float:
+    """The temperature at which mean sigma(-|difference| / temperature) over random pairs is `flip_rate`.
+
+    >>> round(label_temperature(np.array([1.0, -1.0]), 0.25), 4)       # sigma(-1/t) = 1/4: t = 1 / log 3
+    0.9102
+    """
+    size = np.abs(differences[differences != 0])
+    if flip_rate == 0 or len(size) == 0:
+        return 0.0
+    return float(brentq(lambda t: np.mean(1 / (1 + np.exp(np.minimum(size / t, 700)))) - flip_rate, 1e-9, 1e6))
+
+
+def _pairs_of(scores: np.ndarray, ids: Sequence[int], clean: bool) -> list[tuple[int, int]]:
+    """Candidate pairs of one prompt, better first: all untied pairs, or only best against worst."""
+    if clean:
+        best, worst = max(ids, key=lambda i: scores[i]), min(ids, key=lambda i: scores[i])
+        return [(best, worst)] if scores[best] > scores[worst] else []
+    ordered = [(a, b) if scores[a] > scores[b] else (b, a) for a, b in itertools.combinations(ids, 2)]
+    return [(a, b) for a, b in ordered if scores[a] != scores[b]]
+
+
+def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig) -> datasets.DatasetDict:
+    """Preference sets of simulated users, each of whom follows one hidden reward.
+
+    Parameters
+    ----------
+    candidates : table of `sample_candidates`; prompts in random order.
+    scores : one column a group, one row a candidate (training judges); finite.
+    config : the design. In the default one a user meets random untied pairs of candidates and answers by Bradley-Terry:
+        p(better chosen) = sigma(difference / label_temperature), with the temperature of each reward set by `flip_rate`.
+
+    Returns
+    -------
+    train : pairs of the training users on training prompts.
+    validation : the same users and noise, validation prompts.
+    context : pairs of new users on training prompts.
+    test : noise-free labels of each group on test prompts; column `user` is empty: users are scored on their group's rows.
+    """
+    for group in GROUPS:
+        if group not in scores:
+            raise ValueError(f"scores: column {group!r} is missing, found {list(scores.columns)}")
+        bad = np.flatnonzero(~np.isfinite(scores[group].to_numpy(float)))
+        if len(bad):
+            raise ValueError(f"scores: row {bad[0]}, column {group!r} is not a finite number; score that text again")
+    if len(scores) != len(candidates):
+        raise ValueError(f"scores has {len(scores)} rows, candidates {len(candidates)}: one row a candidate expected")
+    clean = config.name == "clean"
+    rng = np.random.default_rng(hash_seed(config.seed, "users", config.name))
+    by_prompt = candidates.groupby("prompt_id").indices
+    splits = split_prompts(int(candidates["prompt_id"].max()) + 1)
+    values: dict[str, np.ndarray] = {g: scores[g].to_numpy(float) for g in GROUPS}
+    pairs = {
+        (g, s): [p for i in splits[s] for p in _pairs_of(values[g], by_prompt.get(i, []), clean)]
+        for g in GROUPS for s in splits  # every group, every split
+    }  # fmt: skip
+    temperatures = {}
+    for g in GROUPS:
+        difference = np.array([values[g][a] - values[g][b] for a, b in pairs[g, "train"]])
+        temperatures[g] = 0.0 if clean else label_temperature(difference, config.flip_rate)
+    text = candidates["response"].to_list()
+    prompt = candidates["prompt"].to_list()
+
+    def row(group: str, user: dict[str, str], better: int, worse: int, noisy: bool) -> dict[str, Any]:
+        gap = values[group][better] - values[group][worse]
+        t = temperatures[group]
+        flipped = bool(noisy and t > 0 and rng.random() < 1 / (1 + math.exp(min(gap / t, 700))))
+        chosen, rejected = (worse, better) if flipped else (better, worse)
+        return {
+            "prompt": prompt[better], "chosen": text[chosen], "rejected": text[rejected], "ended": False, **user,
+            "group": group, "prompt_id": int(candidates["prompt_id"].iloc[better]), "flipped": flipped, "gap": gap,
+        }  # fmt: skip
+
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "context": [], "test": []}
+    for kind, count in (("user", config.n_users), ("new", config.n_new_users)):
+        for n in range(count):
+            place = n % len(GROUPS)
+            group = GROUPS[place]
+            typical = rng.random() < config.metadata_accuracy
+            genre = GENRES[place] if typical else GENRES[(place + 1 + int(rng.integers(2))) % 3]
+            user = {"user": f"{kind}{n:03d}", "genre": genre, "age_band": str(rng.choice(["18-34", "35-54", "55+"]))}
+            wanted = [("context", "train", config.context_pairs)]
+            if kind == "user":
+                wanted = [("train", "train", config.pairs_per_user),
+                          ("validation", "validation", config.validation_pairs_per_user)]  # fmt: skip
+            for name, split, size in wanted:
+                pool = pairs[group, split]
+                if size > len(pool):
+                    raise ValueError(
+                        f"design {config.name!r}: {size} {name} pairs a user wanted, but group {group!r} has only "
+                        f"{len(pool)} untied pairs on {len(splits[split])} {split} prompts: sample more prompts"
+                    )
+                for chosen in rng.choice(len(pool), size, replace=False):
+                    better, worse = pool[chosen]
+                    rows[name].append(row(group, user, better, worse, not clean))
+    for group in GROUPS:
+        nobody = {"user": "", "genre": "", "age_band": ""}
+        rows["test"] += [row(group, nobody, a, b, False) for a, b in pairs[group, "test"]]
+    out = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in rows.items()})
+    for part in out.values():
+        part.info.description = json.dumps({"design": asdict(config), "label_temperature": temperatures})
+    return out
+
+
+def check_preferences(data: datasets.Dataset, place: str, columns: Sequence[str] = ()) -> datasets.Dataset:
+    """Refuse a preference set with a missing column, an empty or non-text field, or equal answers; name the row."""
+    for column in (*TEXT_COLUMNS, *columns):
+        if column not in data.column_names:
+            raise ValueError(f"{place}: column {column!r} is missing; found {data.column_names}; rename or add it")
+    texts: Mapping[str, Any] = {c: data[c] for c in TEXT_COLUMNS}
+    for i, fields in enumerate(zip(*(texts[c] for c in TEXT_COLUMNS), strict=True)):
+        for column, value in zip(TEXT_COLUMNS, fields, strict=True):
+            if not isinstance(value, str) or not value.strip():
+                found = repr(value)[:40] if isinstance(value, str) else f"{type(value).__name__} {value!r}"[:40]
+                raise ValueError(f"{place}: row {i}, column {column!r}: found {found}, expected a text with words")
+        if fields[1] == fields[2]:
+            raise ValueError(
+                f"{place}: row {i}: chosen equals rejected ({fields[1][:40]!r}): a tie says nothing about preference; "
+                "remove the row, or keep the pair only where one answer was better"
+            )
+    return data
+
+
+def load_preferences(path: str | Path, columns: Sequence[str] = ()) -> datasets.DatasetDict:
+    """Read preference sets: a folder of `save_to_disk`, a file, or a folder of parquet, jsonl, csv or arrow files.
+
+    Raises
+    ------
+    FileNotFoundError : nothing readable there. ValueError : a bad row, see `check_preferences`.
+    """
+    folder = Path(path)
+    found: dict[str, datasets.Dataset] = {}
+    if (folder / "dataset_dict.json").is_file():
+        found = dict(datasets.load_from_disk(str(folder)))
+    elif (folder / "dataset_info.json").is_file():
+        found = {"train": datasets.load_from_disk(str(folder))}
+    else:
+        kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
+        files = [folder] if folder.is_file() else sorted(folder.glob("*")) if folder.is_dir() else []
+        for file in files:
+            if file.suffix in kinds:
+                name = "train" if folder.is_file() else file.stem
+                found[name] = datasets.load_dataset(kinds[file.suffix], data_files=str(file), split="train")
+    if not found:
+        raise FileNotFoundError(
+            f"{folder}: no preference data found; expected a folder saved with save_to_disk, or files such as "
+            "train.parquet, train.jsonl or train.csv with columns prompt, chosen, rejected"
+        )
+    return datasets.DatasetDict({n: check_preferences(d, f"{folder} ({n})", columns) for n, d in found.items()})

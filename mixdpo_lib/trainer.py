@@ -1,0 +1,291 @@
+"""Learning at scale: `MixDPOTrainer` on `transformers.Trainer`, `fit` and `FitConfig`."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from .em import LoglikTable, Monitor
+from .features import PairFeatures
+from .gating import LearnedWeights
+from .mixture import MixturePolicy
+from .store import progress
+
+SYMMETRY_BREAKING = ("random_responsibilities", "random_heads", "none")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How a mixture is fitted. Values were tuned once on validation pairs; docs/log.md has what was tried."""
+
+    latent: str = "unit"  # "unit": one latent expert a unit (user); "pair": one a comparison
+    unit: str = "user"  # the column that says which pairs share a latent
+    learning_rate: float = 1e-3
+    passes: float = 3.0  # over the training pairs
+    batch_size: int = 32
+    weight_decay: float = 0.0
+    warmup: float = 0.05  # share of the steps
+    symmetry_breaking: str = "random_responsibilities"  # see SYMMETRY_BREAKING
+    symmetry_passes: float = 0.25  # how long the random responsibilities stand
+    symmetry_scale: float = 1e-3  # standard deviation of B_k with "random_heads"
+    start_temperature: float = 8.0  # of tempered responsibilities, q ~ w exp(sum loglik / T); falls to 1
+    tempering_passes: float = 1.0  # T reaches 1 here
+    restarts: int = 1  # short fits from other seeds; the one with the best training likelihood goes on
+    restart_passes: float = 1.0  # length of each of them
+    evaluations_per_pass: int = 2
+    patience: int = 0  # evaluations without a better validation likelihood before stopping; 0: never
+    gate_exponent: float = 0.6  # Robbins-Monro: rho_t = (t + 1) ** -gate_exponent, between 0.5 and 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.latent not in ("unit", "pair"):
+            raise ValueError(f"latent={self.latent!r}: possible are 'unit' (one a user) and 'pair' (one a comparison)")
+        if self.symmetry_breaking not in SYMMETRY_BREAKING:
+            raise ValueError(f"symmetry_breaking={self.symmetry_breaking!r}: possible are {SYMMETRY_BREAKING}")
+        for name in ("learning_rate", "passes", "batch_size", "restarts", "evaluations_per_pass"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
+        if self.start_temperature < 1:
+            raise ValueError(f"start_temperature={self.start_temperature}: expected at least 1, which is no tempering")
+        if not 0.5 < self.gate_exponent <= 1:
+            raise ValueError(f"gate_exponent={self.gate_exponent}: expected in (0.5, 1], so that sum rho^2 is finite")
+
+
+@dataclass
+class FitResult:
+    """What a fit leaves: one row a evaluation, why it stopped, every restart, and the experts at each evaluation."""
+
+    history: pd.DataFrame
+    stop_reason: str
+    best_step: int
+    restarts: pd.DataFrame
+    snapshots: dict[int, dict[str, Tensor]] = field(repr=False, default_factory=dict)
+
+
+class _Learner(nn.Module):
+    """What is trained and what a checkpoint holds: experts, gate and the table. The frozen base is not in it."""
+
+    random_log_q: Tensor
+    steps: Tensor
+
+    def __init__(self, policy: MixturePolicy, unit: Tensor, config: FitConfig, steps_per_pass: int) -> None:
+        super().__init__()
+        self.policy, self.config, self.steps_per_pass = policy, config, steps_per_pass
+        self.table = LoglikTable(unit, policy.n_experts)
+        generator = torch.Generator().manual_seed(config.seed)
+        shape = (self.table.n_units, policy.n_experts)
+        self.register_buffer("random_log_q", torch.rand(shape, generator=generator).log().log_softmax(1))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def temperature(self) -> float:
+        """Of the responsibilities at this step: geometric from start_temperature to 1."""
+        share = float(self.steps) / max(self.config.tempering_passes * self.steps_per_pass, 1)
+        return self.config.start_temperature ** max(0.0, 1 - share)
+
+    def forward(self, row: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        """loss = - mean_n sum_k q_nk log sigma(D_nk), nats per pair; q detached."""
+        loglik = self.policy.batch_loglik(batch)
+        config = self.config
+        if self.training:
+            self.table.update(row, loglik)
+        random_start = config.symmetry_breaking == "random_responsibilities"
+        if random_start and self.policy.n_experts > 1 and self.steps < config.symmetry_passes * self.steps_per_pass:
+            log_q = self.random_log_q[self.table.unit[row]]
+        else:
+            log_q = self.table.batch_log_q(row, self.policy.gate(), self.temperature())
+            if self.training and isinstance(self.policy.gate, LearnedWeights) and self.policy.n_experts > 1:
+                rho = (float(self.steps) + 1) ** -config.gate_exponent
+                mean = self.table.log_q(self.policy.gate(), self.temperature()).exp().mean(0)
+                self.policy.gate.update(mean, rho, n_units=self.table.n_units)
+        if self.training:
+            self.steps += 1
+        return {"loss": -(log_q.exp() * loglik).sum(1).mean()}
+
+
+class MixDPOTrainer(Trainer):
+    """Stochastic variational EM on `transformers.Trainer`: batches of pairs, E-step from the table, M-step by AdamW.
+
+    Checkpoints hold the experts, the gate and the table (safetensors), not the frozen base, and resume exactly.
+    """
+
+    def __init__(
+        self, policy: MixturePolicy, data: PairFeatures, config: FitConfig, folder: Path,
+        validation: PairFeatures | None = None, save_steps: int | None = None,
+    ) -> None:  # fmt: skip
+        unit, self.names = (
+            data.units(config.unit) if config.latent == "unit" else (torch.arange(len(data)), [])
+        )
+        self.policy, self.data, self.config, self.folder = policy, data, config, folder
+        steps_per_pass = math.ceil(len(data) / config.batch_size)
+        self.validation = validation
+        if validation is not None and config.latent == "unit":
+            place = {name: i for i, name in enumerate(self.names)}
+            ids, names = validation.units(config.unit)
+            unknown = [n for n in names if n not in place]
+            if unknown:
+                raise ValueError(f"validation: units {unknown[:3]} have no training pairs; expected units with some")
+            self.validation_unit = torch.tensor([place[n] for n in names])[ids]
+        arguments = TrainingArguments(
+            output_dir=str(folder), per_device_train_batch_size=config.batch_size, learning_rate=config.learning_rate,
+            max_steps=max(1, round(config.passes * steps_per_pass)), weight_decay=config.weight_decay,
+            warmup_steps=max(0, round(config.warmup * config.passes * steps_per_pass)), lr_scheduler_type="linear",
+            seed=config.seed, data_seed=config.seed, report_to=[], disable_tqdm=True, logging_strategy="no",
+            save_strategy="steps" if save_steps else "no", save_steps=save_steps or 500, remove_unused_columns=False,
+            dataloader_pin_memory=False, max_grad_norm=1.0, use_cpu=policy.base.model.device.type == "cpu",
+            label_names=[],
+        )  # fmt: skip
+        learner = _Learner(policy, unit, config, steps_per_pass)
+        constants = policy.constants(data.texts)
+
+        def collate(rows: list[int]) -> dict[str, Tensor]:
+            row = torch.tensor(rows)
+            return {"row": row, **policy.experts.batch(data.texts, constants, data.pairs[row])}
+
+        super().__init__(
+            model=learner, args=arguments, train_dataset=list(range(len(data))), data_collator=collate,
+            callbacks=[_Watch(self)],
+        )  # fmt: skip
+        self.remove_callback(PrinterCallback)
+
+    def measure(self) -> dict[str, Any]:
+        """Fill the table by a full pass and give the bound by term, accuracy and the validation likelihood."""
+        learner: _Learner = self.accelerator.unwrap_model(self.model)
+        policy, table = self.policy, learner.table
+        rewards = policy.text_rewards(self.data.texts)
+        table.fill(policy.loglik(self.data, rewards))
+        log_w = policy.gate()
+        row: dict[str, Any] = table.terms(log_w, 1.0)
+        log_q = table.log_q(log_w)[table.unit]
+        row["train_accuracy"] = float(((table.loglik + log_q).logsumexp(1).exp() > 0.5).float().mean())
+        if self.validation is not None:
+            same = self.validation.texts is self.data.texts
+            loglik = policy.loglik(self.validation, rewards if same else None)
+            weights = table.log_q(log_w)[self.validation_unit] if self.config.latent == "unit" else log_w
+            prediction = (loglik + weights).logsumexp(1)
+            row["validation_loglik"] = float(prediction.mean())
+            row["validation_accuracy"] = float((prediction.exp() > 0.5).float().mean())
+        return row
+
+
+class _Watch(TrainerCallback):
+    """Progress lines, the history, snapshots, early stopping."""
+
+    def __init__(self, trainer: MixDPOTrainer) -> None:
+        self.trainer, self.start = trainer, time.monotonic()
+        self.snapshots: dict[int, dict[str, Tensor]] = {}
+        self.monitor = Monitor(patience=trainer.config.patience)
+        self.stop_reason: str | None = None
+
+    def look(self, state: TrainerState) -> None:
+        """One row of the history (kept in the trainer's state, so in checkpoints too) and one snapshot."""
+        config, trainer = self.trainer.config, self.trainer
+        learner: _Learner = trainer.accelerator.unwrap_model(trainer.model)
+        row = trainer.measure()
+        step = state.global_step
+        row |= {"step": step, "pairs_seen": step * config.batch_size, "seconds": time.monotonic() - self.start}
+        row["responsibility_temperature"] = learner.temperature()
+        state.log_history.append(row)
+        self.snapshots[step] = {k: v.detach().clone() for k, v in trainer.policy.state_dict().items()}
+        if trainer.args.save_strategy != "no":
+            save_file(self.snapshots[step], trainer.folder / f"snapshot-{step}.safetensors")
+        self.stop_reason = self.monitor.step(row.get("validation_loglik", row["elbo"]))
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs):  # type: ignore[override]
+        for row in state.log_history:
+            self.stop_reason = self.monitor.step(row.get("validation_loglik", row["elbo"]))
+        folder = self.trainer.folder
+        for row in state.log_history:
+            step = int(row["step"])
+            self.snapshots[step] = load_file(folder / f"snapshot-{step}.safetensors")
+        if not state.log_history:
+            self.look(state)
+
+    def on_step_end(self, args, state: TrainerState, control, **kwargs):  # type: ignore[override]
+        config = self.trainer.config
+        per_pass = math.ceil(len(self.trainer.data) / config.batch_size)
+        every = max(1, per_pass // config.evaluations_per_pass)
+        progress(f"fit K={self.trainer.policy.n_experts} {config.latent}", state.global_step, state.max_steps, "steps")
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            self.look(state)
+            if self.stop_reason:
+                control.should_training_stop = True
+
+
+def _restarts(
+    policy: MixturePolicy, train: PairFeatures, config: FitConfig, validation: PairFeatures | None
+) -> pd.DataFrame:
+    """Short fits from several seeds; leaves the experts and the gate of the one with the best training likelihood."""
+    if config.restarts == 1 or policy.n_experts == 1:
+        return pd.DataFrame({"restart": [0], "seed": [config.seed], "elbo": [float("nan")], "kept": [True]})
+    start = copy.deepcopy(policy.state_dict())
+    rows, states = [], []
+    for i in range(config.restarts):
+        policy.load_state_dict(start)
+        seed = config.seed + 1000 * i
+        short = replace(config, seed=seed, restarts=1, passes=config.restart_passes, evaluations_per_pass=1, patience=0)
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = MixDPOTrainer(policy, train, short, Path(scratch), validation)
+            trainer.train()
+            rows.append({"restart": i, "seed": seed, "elbo": trainer.measure()["elbo"]})
+        states.append(copy.deepcopy(policy.state_dict()))
+    table = pd.DataFrame(rows)
+    best = int(table["elbo"].idxmax())
+    policy.load_state_dict(states[best])
+    return table.assign(kept=table.index == best)
+
+
+def fit(
+    policy: MixturePolicy, train: Dataset | PairFeatures, config: FitConfig | None = None,
+    validation: Dataset | PairFeatures | None = None, folder: str | Path | None = None,
+) -> FitResult:  # fmt: skip
+    """Fit the experts and the gate of `policy`, in place, by stochastic variational EM.
+
+    E-step: responsibilities from the table of last-seen log-likelihoods (em.py). M-step: AdamW on
+    - sum_n sum_k q_nk log sigma(D_nk). With K = 1 this is DPO.
+
+    Parameters
+    ----------
+    train : preference set; with latent="unit" its unit column says which pairs share a latent.
+    validation : pairs of the same units; its likelihood, by each unit's own training pairs, decides about stopping.
+    folder : where checkpoints are written (twice a pass) and resumed from; none by default.
+
+    Raises
+    ------
+    ValueError : bad rows, an absent unit column, an unknown option.
+    """
+    config = config or FitConfig()
+    train = policy.prepare(train)
+    if config.latent == "unit":
+        train.units(config.unit)
+    valid = None if validation is None else policy.prepare(validation)
+    if len(policy.experts.active_ids) == 0:
+        policy.experts.activate_responses(train)
+    if config.symmetry_breaking == "random_heads":
+        policy.experts.perturb(config.symmetry_scale, torch.Generator().manual_seed(config.seed))
+    resume = folder is not None and any(Path(folder).glob("checkpoint-*"))
+    restarts = _restarts(policy, train, replace(config, restarts=1) if resume else config, valid)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(folder) if folder else Path(scratch)
+        per_pass = math.ceil(len(train) / config.batch_size)
+        trainer = MixDPOTrainer(policy, train, config, place, valid, save_steps=per_pass // 2 if folder else None)
+        watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _Watch))
+        trainer.train(resume_from_checkpoint=resume or None)
+    history = pd.DataFrame(trainer.state.log_history)
+    history = history[history["step"].isin(watch.snapshots) & history["elbo"].notna()].reset_index(drop=True)
+    return FitResult(
+        history=history, stop_reason=watch.stop_reason or "max_iter",
+        best_step=int(history["step"].iloc[watch.monitor.best_step]), restarts=restarts, snapshots=watch.snapshots,
+    )  # fmt: skip
