@@ -573,6 +573,9 @@ def reproduce(profile: str = "default", cores: int = 2, extra: Sequence[str] = (
     """
     root = store.project_root()
     names = notebook_names()
+    profile_values(profile, "")
+    if not names:
+        raise MixDPOError(f"{root / 'notebooks'}: found no notebooks")
     for name in names:
         resolve_parameters(name, profile)       # every error in the profile before anything starts
     began = float(os.environ.get("MIXDPO_STARTED") or time.time())
@@ -588,8 +591,8 @@ def reproduce(profile: str = "default", cores: int = 2, extra: Sequence[str] = (
     with store.locked(root / "runs" / ".reproduce.lock", "make reproduce"):
         code = subprocess.run(command, cwd=root).returncode
     if code:
-        raise MixDPOError(f"profile {profile}: not finished (see the line above); what is done is kept, start again "
-                          "to go on from there")
+        raise MixDPOError(f"profile {profile}: not finished (see the line above; what Snakemake says: mixdpo reproduce "
+                          f"--profile {profile} -- --quiet host); what is done is kept, start again to go on from it")
     after = times()
     ran = [name for name in names if after.get(name) != before.get(name)]
     if not ran:
