@@ -1,4 +1,4 @@
-"""What does a worse version of a text look like? Corruptions of form, loss of content, odd strings: pure Python, one seed.
+"""What does a worse version of a text look like? Corruptions of form, loss of content, odd strings: plain Python.
 
 The judges of `rewards.py` are fitted on some of these versions and reported on all of them. Nothing here knows a judge.
 """
@@ -122,16 +122,16 @@ def agreement(text: str, rng: Random) -> str | None:
     return _replace(text, match, _VERB_NUMBER[match.group().lower()])
 
 
-_PAST = dict(
-    p.split(":")
-    for p in (
-        "go:went see:saw make:made get:got take:took give:gave find:found think:thought know:knew come:came say:said tell:told feel:felt "
-        "become:became keep:kept leave:left write:wrote begin:began lose:lost fall:fell meet:met hold:held bring:brought buy:bought "
-        "do:did have:had be:was watch:watched like:liked love:loved look:looked want:wanted try:tried enjoy:enjoyed believe:believed "
-        "seem:seemed play:played use:used work:worked call:called help:helped start:started turn:turned live:lived save:saved "
-        "follow:followed show:showed understand:understood spend:spent stand:stood sit:sat run:ran waste:wasted end:ended kill:killed"
-    ).split()
+_PAST_FORMS = (
+    "go:went see:saw make:made get:got take:took give:gave find:found think:thought know:knew come:came "
+    "say:said tell:told feel:felt become:became keep:kept leave:left write:wrote begin:began lose:lost "
+    "fall:fell meet:met hold:held bring:brought buy:bought do:did have:had be:was watch:watched like:liked "
+    "love:loved look:looked want:wanted try:tried enjoy:enjoyed believe:believed seem:seemed play:played "
+    "use:used work:worked call:called help:helped start:started turn:turned live:lived save:saved "
+    "follow:followed show:showed understand:understood spend:spent stand:stood sit:sat run:ran waste:wasted "
+    "end:ended kill:killed"
 )
+_PAST = {base: past for base, past in (form.split(":") for form in _PAST_FORMS.split())}
 _BASE_AFTER = re.compile(
     r"\b(?:to|will|would|can|could|should|must|did|didn't|don't|doesn't|can't|won't|couldn't|wouldn't) ("
     + "|".join(_PAST)
@@ -303,11 +303,8 @@ def written_pairs(n: int, rng: Random) -> list[tuple[str, str]]:
     return pairs
 
 
-# --- probes of robustness: what does a judge do with texts that a policy under optimisation may write? ------------------
-_NEGATIONS = {
-    "is": "is not", "was": "was not", "are": "are not", "were": "were not", "has": "has not", "can": "can not", "will": "will not",
-    "does": "does not", "did": "did not", "would": "would not", "could": "could not", "should": "should not",
-}  # fmt: skip
+# --- probes of robustness: texts that a policy under optimisation may write -------------------------------------------
+_NEGATIONS = {verb: f"{verb} not" for verb in "is was are were has can will does did would could should".split()}
 _NEGATABLE = re.compile(r"\b(" + "|".join(_NEGATIONS) + r")\b(?! not|n't)")
 SYMBOLS = ("###", "***", "@@@", "%%", "=>", "~~~", "|||", "{}", "[[", "^^", "\\\\", "<>")
 EMOJI = ("\U0001f600", "\U0001f525", "\U0001f3ac", "❤️", "\U0001f44d", "\U0001f62d", "\U0001f37f", "⭐")

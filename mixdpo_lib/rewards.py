@@ -1,8 +1,8 @@
 """How good is this text? Sentiment, informativeness and grammar, each by two instruments, each with a report card.
 
 A *training* judge makes the preference labels; an *evaluation* judge, of another family and fitted on other reviews,
-says what a policy's text is worth. Optimising against one judge and believing the same judge is how rewards get hacked
-(docs/method.md, trap 8). Judges are arrays and JSON on disk. Nothing here knows a policy.
+says what a policy's text is worth. Optimising against one judge and believing the same judge is how rewards get hacked.
+Judges are arrays and JSON on disk. Nothing here knows a policy.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -24,17 +25,46 @@ from typing import Any, ClassVar
 import harper
 import numpy as np
 import pandas as pd
+import torch
 from datasets import Dataset
 from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+from scipy.sparse import csr_matrix, diags
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn import functional as F
 
-from .probes import WORD, piece, wants_an
+from .nets import (
+    AveragingNet,
+    Encoder,
+    TextNet,
+    apply_net,
+    fit_averaging_net,
+    fit_net,
+    load_arrays,
+    net_arrays,
+    pad,
+    tokens_of,
+)
+from .probes import (
+    CORRUPTIONS,
+    EMOJI,
+    FILLER_FIT,
+    SYMBOLS,
+    WORD,
+    diluted,
+    generic,
+    padded,
+    piece,
+    repeated,
+    sentences,
+    wants_an,
+)
 from .sources import dataset_key, load_reviews
 from .store import MixDPOError, cached, progress, read_json
 
-VERSION = 1
+VERSION = 2
 REWARDS = ("sentiment", "informativeness", "grammar")
 ROLES = ("training", "evaluation")
 PARTS = ("training_judge", "evaluation_judge", "report", "prompts")
@@ -121,7 +151,7 @@ class Judge(ABC):
         if len(bad):
             raise ValueError(
                 f"{self.name}: row {bad[0]}: found {values[bad[0]]}, expected a finite score; "
-                f"the judge is damaged or the text ({texts[bad[0]][:40]!r}) is out of reach: fit it anew or drop the row"
+                f"fit the judge anew, or drop the text {texts[bad[0]][:40]!r}"
             )
         return values
 
@@ -150,12 +180,23 @@ def _cut(texts: Iterable[str], n_pieces: int, piece_words: int, rng: Random) -> 
     ]
 
 
+def _least(reviews: Dataset, config: JudgeConfig) -> int:
+    """In how many texts a term must occur; two where there are few reviews (tests, small sources)."""
+    return config.min_reviews if len(reviews) >= 1000 else min(2, config.min_reviews)
+
+
+def _log_count_ratio(counts: csr_matrix, labels: np.ndarray) -> np.ndarray:
+    """ln of the share of each term among the terms of positive texts over that among those of negative ones."""
+    up, down = (1.0 + np.asarray((counts[labels == side] > 0).sum(0)).ravel() for side in (1, 0))
+    return np.log(up / up.sum()) - np.log(down / down.sum())
+
+
 class SentimentTraining(Judge):
     """Logit of a linear classifier of word 1- and 2-grams, fitted on pieces of the length that it judges.
 
-    logit = b + sum_g a_g u_g / ||u||, u_g = (1 + ln count_g) idf_g: TF-IDF as in scikit-learn. In fitting, g is scaled by
-    sqrt|r_g| + 0.1 with r_g its naive Bayes log-count ratio over whole reviews (after Wang and Manning 2012, "Baselines
-    and bigrams"); on 40-token pieces this gains .01 over plain TF-IDF.
+    logit = b + sum_g a_g u_g / ||u||, u_g = (1 + ln count_g) idf_g: TF-IDF as in scikit-learn. In fitting, g is scaled
+    by sqrt|r_g| + 0.1 with r_g its naive Bayes log-count ratio over whole reviews (after Wang and Manning 2012,
+    "Baselines and bigrams"); on 40-token pieces this gains .01 over plain TF-IDF.
     """
 
     reward, role, unit, family = "sentiment", "training", "logit", "linear, word 1-2-grams"
@@ -176,12 +217,11 @@ class SentimentTraining(Judge):
         whole = np.arange(0, len(texts), config.pieces_per_review + 1)
         if len(set(labels)) < 2:
             raise ValueError("sentiment: found reviews of one label only, expected both 0 and 1; add the other kind")
-        min_df = config.min_reviews if len(reviews) >= 1000 else 2
-        vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=min_df, sublinear_tf=True, token_pattern=_FEATURE)
+        vectorizer = TfidfVectorizer(
+            ngram_range=(1, 2), min_df=_least(reviews, config), sublinear_tf=True, token_pattern=_FEATURE
+        )
         x = vectorizer.fit_transform(texts)
-        present, positive = x[whole] > 0, labels[whole] == 1
-        up, down = (1.0 + np.asarray(present[m].sum(0)).ravel() for m in (positive, ~positive))
-        scale = np.sqrt(np.abs(np.log(up / up.sum()) - np.log(down / down.sum()))) + 0.1
+        scale = np.sqrt(np.abs(_log_count_ratio(x[whole], labels[whole]))) + 0.1
         x = x.multiply(scale).tocsr()
         model = LogisticRegression(C=3.0, solver="liblinear", random_state=config.seed).fit(x, labels)
         return cls(vectorizer.get_feature_names_out().tolist(), vectorizer.idf_, model.coef_[0] * scale,
@@ -201,8 +241,8 @@ class SentimentTraining(Judge):
 # ------------------------------------------------------------------------------------------ informativeness, training
 _SAYS_LITTLE = frozenset(
     "movie movies film films really very quite just like good bad great thing things lot lots bit way watch watched "
-    "watching seen make made makes making got get gets getting say said know think thought people time times best worst "
-    "better".split()
+    "watching seen make made makes making got get gets getting say said know think thought people time times best "
+    "worst better".split()
 )
 
 
@@ -221,9 +261,9 @@ def count_reviews(texts: Iterable[str]) -> Counter[str]:
 class InformativenessTraining(Judge):
     """Distinct content words, weighted by inverse document frequency, per word of the text.
 
-    score = sum over distinct content words w of ln(N / n_w) / max(words, `shortest`); n_w of N reviews hold w. A content
-    word is in at least `min_reviews` and at most 10 % of the reviews and is no stop word: a non-word, a symbol or a
-    second mention counts in the length alone, so padding and repeating cost. Derived here; tested by hand.
+    score = sum over distinct content words w of ln(N / n_w) / max(words, `shortest`); n_w of N reviews hold w. A
+    content word is in at least `min_reviews` and at most 10 % of the reviews and is no stop word: a non-word, a symbol
+    or a second mention counts in the length alone, so padding and repeating cost. Derived here; tested by hand.
 
     Limit: a bare list of rare words beats every sentence (report card: the shuffle costs nothing).
     """
@@ -272,6 +312,32 @@ _TWICE = re.compile(r"\b([A-Za-z]+(?:'[a-z]+)?)\s+\1\b", re.IGNORECASE)
 _ARTICLE = re.compile(r"\b([Aa]n?)\s+([A-Za-z]+)")
 _MATTERS_OF_TASTE = frozenset("Spelling Typo Enhancement Redundancy Readability Style Formatting Repetition".split())
 _linters = threading.local()  # a Linter belongs to one thread
+
+
+def _linter(kind: str) -> harper.Linter:
+    """Of this thread: "form" finds everything but misspelt words, "spelling" only these (its suggestions are slow)."""
+    if not hasattr(_linters, kind):
+        linter = harper.Linter()
+        apart = ("SpellCheck", "SplitWords")
+        rules = linter.get_lint_config()
+        linter.set_lint_config(
+            {**rules, **dict.fromkeys(apart, False)}
+            if kind == "form"
+            else {**dict.fromkeys(rules, False), "SpellCheck": True}
+        )
+        setattr(_linters, kind, linter)
+    return getattr(_linters, kind)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Kept for the life of the process: a Linter takes a second to make. Harper lets go of the interpreter."""
+    return ThreadPoolExecutor(min(4, os.cpu_count() or 1), "grammar")
+
+
+@cache
+def _misspelt(word: str) -> bool:
+    return bool(_linter("spelling").lint(word))
 
 
 def _without_fragment(text: str) -> str:
@@ -341,25 +407,23 @@ class GrammarTraining(Judge):
     def findings(self, text: str) -> dict[str, float]:
         """What is counted in `text`, before weights; for the notebook and for tests."""
         text = _without_fragment(text)
-        if not hasattr(_linters, "linter"):
-            _linters.linter = harper.Linter()
-        checker, unknown = 0, set()
-        for lint in _linters.linter.lint(text):
-            word = lint.problem_text
-            if lint.lint_kind in ("Spelling", "Typo"):
-                if word.islower() and word.isalpha() and len(word) > 1 and word not in self.words:
-                    unknown.add(lint.span.start)
-            elif not (
+        checker = sum(
+            not (
                 lint.lint_kind in _MATTERS_OF_TASTE
                 or lint.message.startswith("Incorrect indefinite article")  # the rule below sees more
                 or lint.span.end >= len(text) - 1  # what follows was cut off
                 or (lint.span.start == 0 and lint.lint_kind == "Capitalization")  # what precedes may have been
-            ):
-                checker += 1
+            )
+            for lint in _linter("form").lint(text)
+        )
+        non_words = sum(
+            len(w) > 1 and w.islower() and w.isalpha() and w not in self.words and _misspelt(w)
+            for w in WORD.findall(text)
+        )
         articles = [(m[1].lower() == "an", wants_an(m[2])) for m in _ARTICLE.finditer(text)]
         return {
             "checker": checker,
-            "non_words": len(unknown),
+            "non_words": non_words,
             "article": sum(want is not None and want != is_an for is_an, want in articles),
             "repetition": sum(
                 m[1].lower() not in ("had", "that") and not m[1][0].isupper() for m in _TWICE.finditer(text)
@@ -375,11 +439,10 @@ class GrammarTraining(Judge):
 
     def _score(self, texts: list[str]) -> np.ndarray:
         scores = []
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # Harper lets go of the interpreter
-            for done, value in enumerate(pool.map(self._one, texts, chunksize=32), start=1):
-                scores.append(value)
-                if done % 200 == 0 or done == len(texts) >= 200:
-                    progress("grammar/training", done, len(texts), "texts judged")
+        for done, value in enumerate(_threads().map(self._one, texts), start=1):
+            scores.append(value)
+            if done % 200 == 0 or done == len(texts) >= 200:
+                progress("grammar/training", done, len(texts), "texts judged")
         return np.array(scores)
 
     def state(self) -> State:
@@ -391,9 +454,267 @@ class GrammarTraining(Judge):
         return cls(values["words"], values["common"], **arrays, total=values["total"])
 
 
+# --------------------------------------------------------------------------------------------------------- evaluation
+class SentimentEvaluation(Judge):
+    """Logit of a deep averaging network over word 1- and 2-grams, fitted on other reviews than the training judge.
+
+    Embeddings of the distinct terms are summed, divided by the square root of their number, and go through one hidden
+    layer (`nets.AveragingNet`). A convolutional net fitted from nothing on as many reviews was worse (.74 on 40 tokens
+    against .77). Limit: negation is seen within two words.
+    """
+
+    reward, role, unit, family = "sentiment", "evaluation", "logit", "deep averaging network"
+
+    def __init__(self, terms: Sequence[str], net: AveragingNet) -> None:
+        self.terms, self.net = list(terms), net
+        self._vectorizer = CountVectorizer(
+            vocabulary={t: i for i, t in enumerate(self.terms)}, ngram_range=(1, 2), binary=True, token_pattern=_FEATURE
+        )
+
+    @classmethod
+    def fit(cls, reviews: Dataset, config: JudgeConfig) -> SentimentEvaluation:
+        cut = _cut(reviews["text"], config.pieces_per_review, config.piece_words, Random(config.seed + 1))
+        labels = np.repeat(np.asarray(reviews["label"]), config.pieces_per_review + 1)
+        whole = np.arange(0, len(labels), config.pieces_per_review + 1)
+        vectorizer = CountVectorizer(
+            ngram_range=(1, 2), min_df=_least(reviews, config), binary=True, token_pattern=_FEATURE
+        )
+        counts = vectorizer.fit_transform([t for pieces in cut for t in pieces])
+        net = fit_averaging_net(
+            cls._scaled(counts), labels, _log_count_ratio(counts[whole], labels[whole]),
+            stage="judges: sentiment/evaluation", seed=config.seed,
+        )  # fmt: skip
+        return cls(vectorizer.get_feature_names_out().tolist(), net)
+
+    @staticmethod
+    def _scaled(counts: csr_matrix) -> csr_matrix:
+        number = np.maximum(np.asarray(counts.sum(1)).ravel(), 1)
+        return csr_matrix(diags(number**-0.5) @ counts, dtype=np.float32)
+
+    def _score(self, texts: list[str]) -> np.ndarray:
+        with torch.inference_mode():
+            return self.net(self._scaled(self._vectorizer.transform(texts))).double().numpy()
+
+    def state(self) -> State:
+        return net_arrays(self.net), {"terms": self.terms}
+
+    @classmethod
+    def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> SentimentEvaluation:
+        return cls(values["terms"], load_arrays(AveragingNet(len(values["terms"])), arrays))
+
+
+class _NetJudge(Judge):
+    """A judge that is an encoder and a convolutional `TextNet`."""
+
+    shape: ClassVar[dict[str, Any]]
+
+    def __init__(self, encoder: Encoder, net: TextNet) -> None:
+        self.encoder, self.net = encoder, net
+
+    def _of_tokens(self, texts: list[str]) -> list[np.ndarray]:
+        return apply_net(self.net, [self.encoder(t) for t in texts])
+
+    def state(self) -> State:
+        return net_arrays(self.net), {"words": self.encoder.words}
+
+    @classmethod
+    def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> Any:
+        encoder = Encoder(values["words"])
+        return cls(encoder, load_arrays(TextNet(encoder.n_words, **cls.shape), arrays))
+
+
+class InformativenessEvaluation(_NetJudge):
+    """Logit of a convolutional net that ranks pieces of real reviews above worse versions of them.
+
+    Worse are: filler after or in place of a part, a part said again and again, words outside the 300 commonest replaced
+    by words that say little (a random share of them, so that degrees are learned), a tail of symbols. Loss:
+    -log sigmoid(score(better) - score(worse)). No document frequency enters.
+
+    Limit: it knows these ways of saying little, and no others; filler of the probes was never seen in fitting.
+    """
+
+    reward, role, unit, family = "informativeness", "evaluation", "logit of a ranking", "convolutional ranker"
+    shape: ClassVar[dict[str, Any]] = {"width": 48, "blocks": 1, "dropout": 0.2}
+    n_epochs, n_common = 2, 300
+
+    @classmethod
+    def worse(cls, text: str, common: frozenset[str], rng: Random) -> str:
+        """One worse version, of a kind drawn at random."""
+        kind = rng.random()
+        if kind < 0.15:
+            return padded(text, rng, FILLER_FIT, share=rng.uniform(0.3, 1.2))
+        if kind < 0.35:
+            return diluted(text, rng, FILLER_FIT)
+        if kind < 0.55:
+            return repeated(text, rng)
+        if kind < 0.65:
+            words = text.split()
+            kept = words[: rng.randint(len(words) // 3, max(1, len(words) - 2))]
+            return " ".join(kept + [rng.choice(SYMBOLS + EMOJI) for _ in words[len(kept) :]])
+        unknown = {w.lower() for w in WORD.findall(text)} - common
+        spared = frozenset(w for w in sorted(unknown) if rng.random() > rng.choice((0.3, 0.6, 1.0)))
+        return generic(text, rng, common | spared)
+
+    @classmethod
+    def fit(cls, reviews: Dataset, config: JudgeConfig) -> InformativenessEvaluation:
+        texts, rng = list(reviews["text"]), Random(config.seed + 2)
+        encoder = Encoder.fit(texts, _least(reviews, config))
+        common = frozenset(w for w, _ in count_reviews(texts).most_common(cls.n_common))
+        low, high = round(0.6 * config.piece_words), round(1.4 * config.piece_words)
+
+        def passes() -> Iterator[tuple[np.ndarray, Callable[[TextNet, np.ndarray], Tensor]]]:
+            for _ in range(cls.n_epochs):
+                better = [piece(t, rng.randint(low, high), rng) for t in texts for _ in range(2)]
+                pairs = [(encoder(t), encoder(cls.worse(t, common, rng))) for t in better]
+
+                def loss(net: TextNet, rows: np.ndarray, pairs: list = pairs) -> Tensor:
+                    ids, mask = pad([side for r in rows for side in pairs[r]])
+                    value = net(ids, mask).view(-1, 2)
+                    return F.softplus(value[:, 1] - value[:, 0]).mean() + 1e-3 * value.square().mean()
+
+                yield np.array([len(a) + len(b) for a, b in pairs]), loss
+
+        net = fit_net(
+            lambda: TextNet(encoder.n_words, **cls.shape), passes(), cls.n_epochs,
+            stage="judges: informativeness/evaluation", seed=config.seed,
+        )  # fmt: skip
+        return cls(encoder, net)
+
+    def _score(self, texts: list[str]) -> np.ndarray:
+        return np.concatenate(self._of_tokens(texts))
+
+
+class GrammarEvaluation(_NetJudge):
+    """Mean log-probability that a word is right, by a convolutional net that was taught to find corrupted words.
+
+    score = mean over tokens of log(1 - p_t), p_t the probability that token t was corrupted; nats per token. The net
+    (`nets.TextNet`, three blocks: seven tokens to either side) is fitted on sentences and pieces of other reviews with
+    none to three of the corruptions of `probes`, fresh ones in each pass, and the place of each known. The likelihood
+    of the base model would be stronger on agreement, but it is the reference policy itself: a judge that is the
+    reference would reward staying near it, whatever is written.
+
+    Limits: it knows the kinds of corruption that it was taught; a last word without a full stop is not judged.
+    """
+
+    reward, role, unit, family = "grammar", "evaluation", "nats per token", "convolutional error detector"
+    shape: ClassVar[dict[str, Any]] = {"width": 64, "blocks": 3, "dropout": 0.05, "per_token": True}
+    n_epochs, per_review = 2, 3  # passes; sentences, and as many pieces, of each review
+
+    @staticmethod
+    def corrupted(text: str, rng: Random) -> tuple[str, np.ndarray]:
+        """None to three corruptions of `text`, and for each token of the result whether it is one of their places."""
+        tokens, label = tokens_of(text), np.zeros(len(tokens_of(text)), np.float32)
+        for _ in range(rng.choice((0, 1, 1, 2, 3))):
+            kind = rng.choices(list(CORRUPTIONS), [0.25 if k == "full_shuffle" else 1.0 for k in CORRUPTIONS])[0]
+            changed = CORRUPTIONS[kind](text, rng)
+            if changed is None:
+                continue
+            after, shorter, a, b = tokens_of(changed), 0, 0, 0
+            shorter = min(len(tokens), len(after))
+            while a < shorter and tokens[a] == after[a]:
+                a += 1
+            while b < shorter - a and tokens[-1 - b] == after[-1 - b]:
+                b += 1
+            label = np.concatenate([label[:a], np.ones(len(after) - a - b, np.float32), label[len(label) - b :]])
+            if len(after) == a + b and a < len(label):  # left out: the word after the gap
+                label[a] = 1
+            text, tokens = changed, after
+        return text, label
+
+    @classmethod
+    def fit(cls, reviews: Dataset, config: JudgeConfig) -> GrammarEvaluation:
+        rng, texts = Random(config.seed + 3), []
+        encoder = Encoder.fit(reviews["text"], _least(reviews, config))
+        for text in reviews["text"]:
+            whole = sentences(text, 6, 45)
+            texts += rng.sample(whole, min(cls.per_review, len(whole)))
+            texts += [
+                piece(text, rng.randint(10, round(1.25 * config.piece_words)), rng) for _ in range(cls.per_review)
+            ]
+
+        def passes() -> Iterator[tuple[np.ndarray, Callable[[TextNet, np.ndarray], Tensor]]]:
+            for _ in range(cls.n_epochs):
+                rows = [cls.corrupted(t, rng) for t in texts]
+                encoded, labels = [encoder(t) for t, _ in rows], [label for _, label in rows]
+
+                def loss(net: TextNet, rows: np.ndarray, encoded: list = encoded, labels: list = labels) -> Tensor:
+                    ids, mask = pad([encoded[r] for r in rows])
+                    target = torch.from_numpy(np.concatenate([labels[r] for r in rows]))
+                    return F.binary_cross_entropy_with_logits(net(ids, mask)[mask], target)
+
+                yield np.array([len(e) for e in encoded]), loss
+
+        net = fit_net(
+            lambda: TextNet(encoder.n_words, **cls.shape), passes(), cls.n_epochs,
+            stage="judges: grammar/evaluation", seed=config.seed, learning_rate=8e-3, batch_tokens=6144,
+        )  # fmt: skip
+        return cls(encoder, net)
+
+    def _score(self, texts: list[str]) -> np.ndarray:
+        logits = self._of_tokens([_without_fragment(t) for t in texts])
+        return np.array([-np.logaddexp(0.0, row).mean() for row in logits])
+
+
+class HubSentimentJudge(Judge):
+    """A sentiment classifier of the hub (or of a local folder of the same form) in place of a fitted one.
+
+    score = logit of the positive label minus that of the negative one.
+
+    Parameters
+    ----------
+    name_or_folder : for `transformers.AutoModelForSequenceClassification`; two labels, or one logit.
+    role : which judge it stands in for.
+    positive : index of the positive label; default the one whose name begins with "pos", else the last.
+
+    Raises
+    ------
+    ValueError : the model has neither one nor two labels.
+    """
+
+    reward, unit, family = "sentiment", "logit", "pretrained transformer"
+
+    def __init__(self, name_or_folder: str | Path, role: str = "evaluation", positive: int | None = None) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.role = role  # type: ignore[misc]
+        self.name_or_folder = str(name_or_folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_folder)
+        self.model = AutoModelForSequenceClassification.from_pretrained(self.name_or_folder).eval()
+        n_labels = self.model.config.num_labels
+        if n_labels not in (1, 2):
+            raise ValueError(
+                f"{self.name_or_folder}: found {n_labels} labels, expected 1 or 2; use a binary classifier"
+            )
+        names = {int(i): str(n).lower() for i, n in self.model.config.id2label.items()}
+        named = [i for i, n in names.items() if n.startswith("pos")]
+        self.positive = positive if positive is not None else (named[0] if named else n_labels - 1)
+
+    @torch.inference_mode()
+    def _score(self, texts: list[str]) -> np.ndarray:
+        out = []
+        for start in range(0, len(texts), 32):
+            batch = self.tokenizer(
+                texts[start : start + 32], padding=True, truncation=True, return_tensors="pt",
+                max_length=min(512, getattr(self.model.config, "max_position_embeddings", 512)),
+            )  # fmt: skip
+            logits = self.model(**batch).logits.double()
+            out.append(
+                logits[:, 0] if logits.shape[1] == 1 else logits[:, self.positive] - logits[:, 1 - self.positive]
+            )
+            progress(f"{self.name} ({self.name_or_folder})", min(start + 32, len(texts)), len(texts), "texts judged")
+        return torch.cat(out).numpy()
+
+    def state(self) -> State:
+        return {}, {"name_or_folder": self.name_or_folder, "role": self.role, "positive": self.positive}
+
+    @classmethod
+    def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> HubSentimentJudge:
+        return cls(**values)
+
+
 # -------------------------------------------------------------------------------------------------------- all of them
 _TRAINING: tuple[type[Judge], ...] = (SentimentTraining, InformativenessTraining, GrammarTraining)
-_EVALUATION: tuple[type[Judge], ...] = ()
+_EVALUATION: tuple[type[Judge], ...] = (SentimentEvaluation, InformativenessEvaluation, GrammarEvaluation)
 
 
 @dataclass(frozen=True)
