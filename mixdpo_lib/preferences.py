@@ -36,9 +36,9 @@ TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 class CandidateConfig:
     """How prompts are cut and candidates sampled."""
 
-    n_prompts: int = 800  # 70 % train, 10 % validation, 20 % test
+    n_prompts: int = 700  # 70 % train, 10 % validation, 20 % test
     prompt_tokens: int = 10  # at most; cut back to a whole word
-    response_tokens: int = 32  # long enough to judge (see the report cards), short enough for a laptop
+    response_tokens: int = 24  # with the prompt about 27 words: long enough to judge, short enough for a laptop
     n_candidates: int = 4  # six pairs a prompt
     batch_size: int = 192
     seed: int = 0

@@ -1,0 +1,244 @@
+"""What came out? Tidy tables with intervals.
+
+Intervals are 95 % bootstrap intervals over prompts: pairs and texts of one prompt are not independent, so whole prompts
+are drawn, and the seeds of a method are averaged within a prompt first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from torch import Tensor
+
+from .features import PairFeatures
+from .mixture import Generated, MixturePolicy
+
+N_BOOTSTRAP = 2000
+
+
+def bootstrap_means(values: np.ndarray, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0) -> np.ndarray:
+    """Means over resampled rows (clusters), (n_bootstrap, columns); NaN entries are left out of a mean."""
+    rng = np.random.default_rng(seed)
+    known = np.isfinite(values)
+    filled = np.where(known, values, 0.0)
+    draws = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=n_bootstrap)
+    return (draws @ filled) / np.maximum(draws @ known, 1)
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """The 2.5 and 97.5 percentiles of bootstrap draws."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def align(responsibilities: Float[np.ndarray, "units experts"], groups: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Which expert serves which group: order[i] is the expert of names[i] (Hungarian, on summed responsibilities).
+
+    With fewer experts than groups, or more, the unmatched are left out (-1 for a group without an expert).
+
+    >>> align(np.array([[0.1, 0.9], [0.8, 0.2]]), ["a", "b"], ["a", "b"])
+    [1, 0]
+    """
+    where = np.array(list(groups))
+    table = np.stack([responsibilities[where == n].sum(0) for n in names])
+    rows, columns = linear_sum_assignment(-table)
+    order = [-1] * len(names)
+    for r, c in zip(rows, columns, strict=True):
+        order[r] = int(c)
+    return order
+
+
+def recovery(responsibilities: pd.DataFrame, groups: Sequence[str]) -> dict[str, float]:
+    """NMI, ARI and aligned accuracy of the most responsible expert against the hidden groups of the units.
+
+    >>> q = pd.DataFrame([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+    >>> recovery(q, ["a", "a", "b"])
+    {'n_users': 3, 'nmi': 1.0, 'ari': 1.0, 'aligned_accuracy': 1.0}
+    """
+    label = responsibilities.to_numpy().argmax(1)
+    names = sorted(set(groups))
+    order = align(np.eye(responsibilities.shape[1])[label], groups, names)
+    hits = [label[i] == order[names.index(g)] for i, g in enumerate(groups)]
+    return {
+        "n_users": len(label),
+        "nmi": float(normalized_mutual_info_score(list(groups), label)),
+        "ari": float(adjusted_rand_score(list(groups), label)),
+        "aligned_accuracy": float(np.mean(hits)),
+    }
+
+
+def user_groups(data: PairFeatures, column: str = "user") -> dict[str, str]:
+    """Hidden group of each user of a preference set, in order of first appearance."""
+    return dict(zip(data.rows[column], data.rows["group"], strict=True))
+
+
+def prompt_accuracy(
+    policy: MixturePolicy, test: PairFeatures, weights: dict[str, Float[Tensor, "rows experts"]],
+    test_loglik: Float[Tensor, "pairs experts"] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Share of correct predictions by group and prompt: sum_k w_k sigma(D_k) > 0.5, one half counts half.
+
+    Parameters
+    ----------
+    test : noise-free pairs with columns group and prompt_id.
+    weights : by group, log_w of each user of that group (one row a user); a user is scored on its group's pairs.
+
+    Returns
+    -------
+    group, prompt_id, accuracy (mean over users and pairs of the prompt), n_pairs.
+    """
+    loglik = policy.loglik(test) if test_loglik is None else test_loglik
+    group = np.array(test.rows["group"])
+    prompt = np.array(test.rows["prompt_id"])
+    parts = []
+    for name, log_w in weights.items():
+        mask = np.flatnonzero(group == name)
+        p = (loglik[mask][None] + log_w[:, None]).logsumexp(-1).exp()
+        correct = (p > 0.5).double() + 0.5 * (p == 0.5).double()
+        table = pd.DataFrame({"group": name, "prompt_id": prompt[mask], "accuracy": correct.mean(0).numpy(), "n_pairs": 1})
+        parts.append(table.groupby(["group", "prompt_id"], as_index=False).agg({"accuracy": "mean", "n_pairs": "sum"}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _wide(by_prompt: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(prompts, groups) accuracies and pair counts, seeds averaged within a prompt."""
+    mean = by_prompt.pivot_table(index="prompt_id", columns="group", values="accuracy", aggfunc="mean")
+    count = by_prompt.pivot_table(index="prompt_id", columns="group", values="n_pairs", aggfunc="mean").reindex_like(mean)
+    return mean.to_numpy(), count.fillna(0).to_numpy(), list(mean.columns)
+
+
+def _group_means(accuracy: np.ndarray, count: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Pair-weighted accuracy of each group, and its bootstrap draws over prompts (the same prompts for all groups)."""
+    rng = np.random.default_rng(seed)
+    hits = np.where(count > 0, np.nan_to_num(accuracy) * count, 0.0)
+    draws = rng.multinomial(len(hits), np.full(len(hits), 1 / len(hits)), size=N_BOOTSTRAP)
+    return hits.sum(0) / count.sum(0), (draws @ hits) / np.maximum(draws @ count, 1e-9)
+
+
+def summarise_accuracy(by_prompt: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Accuracy with intervals by group, mean and worst group; one row a seed, and seed "mean" for all seeds together.
+
+    Parameters
+    ----------
+    by_prompt : rows of `prompt_accuracy` with the columns `keys` (for example design, method, routing, users) and seed.
+    """
+    rows = []
+    for key, part in by_prompt.groupby(list(keys), sort=False):
+        seeds: list[object] = [*sorted(part["seed"].unique()), "mean"]
+        for s in seeds:
+            accuracy, count, names = _wide(part if s == "mean" else part[part["seed"] == s])
+            means, draws = _group_means(accuracy, count)
+            head = dict(zip(keys, key, strict=True)) | {"seed": str(s)}
+            for i, name in enumerate(names):
+                low, high = interval(draws[:, i])
+                rows.append({**head, "group": name, "n_pairs": int(count[:, i].sum()), "accuracy": means[i], "low": low, "high": high})  # fmt: skip
+            for name, value, spread in (("mean", means.mean(), draws.mean(1)), ("worst", means.min(), draws.min(1))):
+                low, high = interval(spread)
+                rows.append({**head, "group": name, "n_pairs": int(count.sum()), "accuracy": value, "low": low, "high": high})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def accuracy_gain(better: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
+    """Gain of one method over another on the same prompts, paired: groups, mean and worst; all seeds and each seed.
+
+    The worst-group gain is the difference of the two worst groups, which may be different ones.
+    """
+    rows = []
+    for s in ["mean", *sorted(better["seed"].unique())]:
+        parts = [t if s == "mean" else t[t["seed"] == s] for t in (better, baseline)]
+        (a, count, names), (b, _, _) = (_wide(part) for part in parts)
+        (mean_a, draw_a), (mean_b, draw_b) = _group_means(a, count), _group_means(b, count)
+        for i, name in enumerate(names):
+            low, high = interval(draw_a[:, i] - draw_b[:, i])
+            rows.append({"seed": str(s), "group": name, "gain": mean_a[i] - mean_b[i], "low": low, "high": high})
+        for name, f in (("mean", np.mean), ("worst", np.min)):
+            low, high = interval(f(draw_a, axis=1) - f(draw_b, axis=1))
+            rows.append({"seed": str(s), "group": name, "gain": f(mean_a) - f(mean_b), "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+# ------------------------------------------------------------------------------------------------------------- texts
+
+
+def distinct_2(text: str) -> float:
+    """Distinct pairs of neighbouring words over all such pairs of one text; 1 for texts of fewer than two words.
+
+    >>> distinct_2("a b a b")
+    0.6666666666666666
+    """
+    words = text.lower().split()
+    bigrams = list(pairwise(words))
+    return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
+
+
+def text_table(generated: Generated, prompts: Sequence[str], prompt_ids: Sequence[int], scores: pd.DataFrame) -> pd.DataFrame:
+    """One row a sampled text: judges' scores, log_ratio, ref_logp (nats), n_tokens, distinct_2."""
+    return pd.DataFrame(
+        {
+            "prompt_id": list(prompt_ids), "prompt": list(prompts), "text": generated.text,
+            **{c: scores[c].to_numpy() for c in scores}, "log_ratio": generated.log_ratio,
+            "ref_logp": generated.ref_logp, "n_tokens": generated.n_tokens,
+            "distinct_2": [distinct_2(t) for t in generated.text],
+        }
+    )  # fmt: skip
+
+
+def summarise_texts(texts: pd.DataFrame, rewards: Sequence[str], baseline: str = "dpo") -> pd.DataFrame:
+    """Mean reward of each policy with its gain over `baseline`, and KL, perplexity, distinct-2, length beside it.
+
+    `texts` has columns policy, seed, prompt_id and those of `text_table`. KL is mean log_ratio (nats a text); perplexity
+    is exp(- sum ref_logp / sum n_tokens) under the reference. Intervals are paired and clustered by prompt.
+    """
+    rows = []
+    for reward in rewards:
+        wide = texts.pivot_table(index="prompt_id", columns="policy", values=reward, aggfunc="mean")
+        draws = bootstrap_means(wide.to_numpy())
+        means = wide.mean()
+        base = list(wide.columns).index(baseline)
+        for i, policy in enumerate(wide.columns):
+            part = texts[texts["policy"] == policy]
+            low, high = interval(draws[:, i])
+            gain_low, gain_high = interval(draws[:, i] - draws[:, base])
+            rows.append(
+                {
+                    "policy": policy, "reward": reward, "n": len(part), "mean": means.iloc[i], "low": low, "high": high,
+                    "gain_over_dpo": means.iloc[i] - means.iloc[base], "gain_low": gain_low, "gain_high": gain_high,
+                    "kl": part["log_ratio"].mean(), "perplexity": np.exp(-part["ref_logp"].sum() / part["n_tokens"].sum()),
+                    "distinct_2": part["distinct_2"].mean(), "length": part["n_tokens"].mean(),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def prefix_kl(policy: MixturePolicy, texts, text_ids: Tensor, block: int = 64) -> Float[np.ndarray, "experts"]:
+    """Mean over texts of sum_t KL(pi_k(. given prefix) || pi_ref(. given prefix)) on given texts, nats a text.
+
+    The prefixes come from the reference, so this is not the KL of the policy's own samples; it rises with it, costs no
+    sampling, and serves to choose the checkpoints that are compared at equal KL.
+    """
+    experts = policy.experts
+    constants = policy.constants(texts)
+    head = experts._require_active()
+    total = np.zeros(policy.n_experts)
+    for start in range(0, len(text_ids), block):
+        ids = text_ids[start : start + block]
+        batch = experts.batch(texts, constants, torch.stack([ids, ids], 1))
+        hidden = batch["hidden"]
+        logits = hidden @ head.T
+        inactive = batch["lse_inactive"]
+        lse = torch.logaddexp(logits.logsumexp(1), inactive)
+        for k in range(policy.n_experts):
+            shift = (hidden @ experts.down[k].T) @ (head @ experts.up[k]).T
+            moved = logits + shift
+            lse_k = torch.logaddexp(moved.logsumexp(1), inactive)
+            p = (moved - lse_k[:, None]).exp()
+            total[k] += float(((p * shift).sum(1) - lse_k + lse).sum())
+    return total / len(text_ids)
