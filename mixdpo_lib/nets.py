@@ -50,7 +50,8 @@ def _shape(token: str) -> int:
 class Encoder:
     """Tokens as six integers: word (or its shape when unknown), shape, first letters, last letters, length, echo.
 
-    Echo is 1 where the token is the same as the one before it, 2 where it is the same as the one before that.
+    Echo is 1 where the token is the same as the one before it, 2 where as the one before that, 3 where it occurred
+    earlier in the text.
 
     Parameters
     ----------
@@ -83,11 +84,13 @@ class Encoder:
         tokens = tokens_of(text) or ["_"]
         rows = np.zeros((len(tokens), 6), np.int32)
         before = earlier = ""
+        said: set[str] = set()
         for row, token in enumerate(tokens):
             if token not in self._known:
                 self._known[token] = self._one(token)
             rows[row, :5], low = self._known[token], token.lower()
-            rows[row, 5] = 1 if low == before else 2 if low == earlier else 0
+            rows[row, 5] = 1 if low == before else 2 if low == earlier else 3 if low in said else 0
+            said.add(low)
             before, earlier = low, before
         return rows
 
@@ -112,7 +115,7 @@ class TextNet(nn.Module):
 
     def __init__(self, n_words: int, width: int = 64, blocks: int = 2, per_token: bool = False, dropout: float = 0.3):
         super().__init__()
-        sizes = (n_words, len(_SHAPES), AFFIXES, AFFIXES, 16, 3)
+        sizes = (n_words, len(_SHAPES), AFFIXES, AFFIXES, 16, 4)
         self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
         for table in self.tables:
             nn.init.normal_(table.weight, std=0.1)  # type: ignore[arg-type]
@@ -141,7 +144,7 @@ class TextNet(nn.Module):
 
 @contextmanager
 def _alone(seed: int) -> Iterator[None]:
-    """One thread (these nets are small: a second one mostly waits, and numbers do not hang on their count), own seed."""
+    """One thread (small nets: a second one mostly waits, and numbers must not hang on their count) and its own seed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -191,6 +191,39 @@ CORRUPTIONS: Mapping[str, Callable[[str, Random], str | None]] = {
     "full_shuffle": full_shuffle,
 }
 
+SYMBOLS = ("###", "***", "@@@", "%%", "=>", "~~~", "|||", "{}", "[[", "^^", "\\\\", "<>")
+EMOJI = ("\U0001f600", "\U0001f525", "\U0001f3ac", "❤️", "\U0001f44d", "\U0001f62d", "\U0001f37f", "⭐")
+_ODD_LETTERS = "abcdefghijklmnopqrstuvwxyz" * 2 + "éüñøßжиктраのアラ中文字"
+
+
+def stray_symbol(text: str, rng: Random) -> str | None:
+    """One to three symbols, emoji or foreign letters stand where a space was."""
+    places = [m for m in re.finditer(" ", text)]
+    if not places:
+        return None
+    match = rng.choice(places)
+    found = "".join(rng.choice(SYMBOLS + EMOJI + tuple(_ODD_LETTERS[-10:])) for _ in range(rng.randint(1, 3)))
+    return text[: match.start()] + rng.choice((" {} ", "{} ", " {}")).format(found) + text[match.end() :]
+
+
+def garbled_word(text: str, rng: Random) -> str | None:
+    """One word gives way to letters that make no word, at times joined to the next word."""
+    places = list(WORD.finditer(text))
+    if not places:
+        return None
+    match = rng.choice(places)
+    odd = "".join(
+        rng.choice(_ODD_LETTERS[: rng.choice((26, 26, len(_ODD_LETTERS)))]) for _ in range(rng.randint(3, 10))
+    )
+    odd = rng.choice((odd, odd, odd.capitalize(), match.group() + odd))
+    return text[: match.start()] + odd + text[match.end() + rng.randint(0, 1) :]
+
+
+DAMAGE: Mapping[str, Callable[[str, Random], str | None]] = {  # beyond what people write: what samplers write
+    "stray_symbol": stray_symbol,
+    "garbled_word": garbled_word,
+}
+
 # --- loss of content --------------------------------------------------------------------------------------------------
 FILLER_FIT = (  # seen by the judges that learn from degraded texts
     "I have to say that this is something that I would say about it.",
@@ -246,21 +279,26 @@ def repeated(text: str, rng: Random) -> str:
     return " ".join((part * (len(words) // len(part) + 1))[: len(words)])
 
 
-def generic(text: str, rng: Random, common: frozenset[str]) -> str:
+STAND_INS_FIT = {  # by ending; "" for every other word
+    "ly": ("really", "just", "also"), "ing": ("doing", "being", "having"), "ed": ("made", "done", "had"),
+    "": ("thing", "good", "people", "way", "something", "bad", "one", "movie", "time"),
+}  # fmt: skip
+STAND_INS_PROBE = {  # never seen in fitting
+    "ly": ("very", "quite", "too"), "ing": ("going", "getting", "making"), "ed": ("got", "put", "went"),
+    "": ("stuff", "great", "lot", "man", "thing", "someone", "nice", "film", "part", "bit"),
+}  # fmt: skip
+
+
+def generic(
+    text: str, rng: Random, common: frozenset[str], stand_ins: Mapping[str, Sequence[str]] = STAND_INS_PROBE
+) -> str:
     """Every word outside `common` (lower-cased) is replaced by a word that says little; the number of words stays."""
 
     def stand_in(match: re.Match) -> str:
-        word = match.group()
-        if word.lower() in common:
-            return word
-        low = word.lower()
-        if low.endswith("ly"):
-            return rng.choice(("really", "just", "also"))
-        if low.endswith("ing"):
-            return rng.choice(("doing", "being", "having"))
-        if low.endswith("ed"):
-            return rng.choice(("made", "done", "had"))
-        return rng.choice(("thing", "good", "people", "way", "something", "bad", "one", "movie", "time"))
+        word = match.group().lower()
+        if word in common:
+            return match.group()
+        return rng.choice(next(stand_ins[end] for end in stand_ins if word.endswith(end)))
 
     return WORD.sub(stand_in, text)
 
@@ -306,8 +344,6 @@ def written_pairs(n: int, rng: Random) -> list[tuple[str, str]]:
 # --- probes of robustness: texts that a policy under optimisation may write -------------------------------------------
 _NEGATIONS = {verb: f"{verb} not" for verb in "is was are were has can will does did would could should".split()}
 _NEGATABLE = re.compile(r"\b(" + "|".join(_NEGATIONS) + r")\b(?! not|n't)")
-SYMBOLS = ("###", "***", "@@@", "%%", "=>", "~~~", "|||", "{}", "[[", "^^", "\\\\", "<>")
-EMOJI = ("\U0001f600", "\U0001f525", "\U0001f3ac", "❤️", "\U0001f44d", "\U0001f62d", "\U0001f37f", "⭐")
 
 
 def negated(text: str, rng: Random) -> str | None:

@@ -30,6 +30,7 @@ from datasets import Dataset
 from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix, diags
+from scipy.stats import rankdata
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -49,8 +50,11 @@ from .nets import (
 )
 from .probes import (
     CORRUPTIONS,
+    DAMAGE,
     EMOJI,
     FILLER_FIT,
+    PROBES,
+    STAND_INS_FIT,
     SYMBOLS,
     WORD,
     diluted,
@@ -60,11 +64,12 @@ from .probes import (
     repeated,
     sentences,
     wants_an,
+    written_pairs,
 )
 from .sources import dataset_key, load_reviews
 from .store import MixDPOError, cached, progress, read_json
 
-VERSION = 2
+VERSION = 3
 REWARDS = ("sentiment", "informativeness", "grammar")
 ROLES = ("training", "evaluation")
 PARTS = ("training_judge", "evaluation_judge", "report", "prompts")
@@ -524,18 +529,19 @@ class _NetJudge(Judge):
 
 
 class InformativenessEvaluation(_NetJudge):
-    """Logit of a convolutional net that ranks pieces of real reviews above worse versions of them.
+    """Mean rating of the tokens by a convolutional net that ranks pieces of real reviews above worse versions of them.
 
-    Worse are: filler after or in place of a part, a part said again and again, words outside the 300 commonest replaced
-    by words that say little (a random share of them, so that degrees are learned), a tail of symbols. Loss:
-    -log sigmoid(score(better) - score(worse)). No document frequency enters.
+    score = mean over tokens of tanh(r_t), r_t the logit of token t with its two neighbours in sight (and whether it was
+    said before); between -1 and 1. Worse are: filler after or in place of a part, a part said again and again, words
+    outside the 300 commonest replaced by words that say little (a random share of them, so that degrees are learned), a
+    tail of symbols. Loss: -log sigmoid(15 (score(better) - score(worse))). No document frequency enters.
 
-    Limit: it knows these ways of saying little, and no others; filler of the probes was never seen in fitting.
+    Limit: it knows these ways of saying little, and no others (filler and stand-ins of the probes were not seen).
     """
 
-    reward, role, unit, family = "informativeness", "evaluation", "logit of a ranking", "convolutional ranker"
-    shape: ClassVar[dict[str, Any]] = {"width": 48, "blocks": 1, "dropout": 0.2}
-    n_epochs, n_common = 2, 300
+    reward, role, unit, family = "informativeness", "evaluation", "mean rating, -1 to 1", "convolutional ranker"
+    shape: ClassVar[dict[str, Any]] = {"width": 32, "blocks": 1, "dropout": 0.1, "per_token": True}
+    n_epochs, n_common, steepness = 2, 300, 15.0  # 10 ranks as well and agrees less with the other judge
 
     @classmethod
     def worse(cls, text: str, common: frozenset[str], rng: Random) -> str:
@@ -553,7 +559,7 @@ class InformativenessEvaluation(_NetJudge):
             return " ".join(kept + [rng.choice(SYMBOLS + EMOJI) for _ in words[len(kept) :]])
         unknown = {w.lower() for w in WORD.findall(text)} - common
         spared = frozenset(w for w in sorted(unknown) if rng.random() > rng.choice((0.3, 0.6, 1.0)))
-        return generic(text, rng, common | spared)
+        return generic(text, rng, common | spared, STAND_INS_FIT)
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig) -> InformativenessEvaluation:
@@ -564,13 +570,14 @@ class InformativenessEvaluation(_NetJudge):
 
         def passes() -> Iterator[tuple[np.ndarray, Callable[[TextNet, np.ndarray], Tensor]]]:
             for _ in range(cls.n_epochs):
-                better = [piece(t, rng.randint(low, high), rng) for t in texts for _ in range(2)]
+                better = [piece(t, rng.randint(low, high), rng) for t in texts]
                 pairs = [(encoder(t), encoder(cls.worse(t, common, rng))) for t in better]
 
                 def loss(net: TextNet, rows: np.ndarray, pairs: list = pairs) -> Tensor:
                     ids, mask = pad([side for r in rows for side in pairs[r]])
-                    value = net(ids, mask).view(-1, 2)
-                    return F.softplus(value[:, 1] - value[:, 0]).mean() + 1e-3 * value.square().mean()
+                    score = (torch.tanh(net(ids, mask)) * mask).sum(1) / mask.sum(1)
+                    better, worse = score.view(-1, 2).unbind(1)
+                    return F.softplus(cls.steepness * (worse - better)).mean()
 
                 yield np.array([len(a) + len(b) for a, b in pairs]), loss
 
@@ -581,7 +588,7 @@ class InformativenessEvaluation(_NetJudge):
         return cls(encoder, net)
 
     def _score(self, texts: list[str]) -> np.ndarray:
-        return np.concatenate(self._of_tokens(texts))
+        return np.array([np.tanh(row).mean() for row in self._of_tokens(texts)])
 
 
 class GrammarEvaluation(_NetJudge):
@@ -589,9 +596,9 @@ class GrammarEvaluation(_NetJudge):
 
     score = mean over tokens of log(1 - p_t), p_t the probability that token t was corrupted; nats per token. The net
     (`nets.TextNet`, three blocks: seven tokens to either side) is fitted on sentences and pieces of other reviews with
-    none to three of the corruptions of `probes`, fresh ones in each pass, and the place of each known. The likelihood
-    of the base model would be stronger on agreement, but it is the reference policy itself: a judge that is the
-    reference would reward staying near it, whatever is written.
+    none to three of the corruptions and damages of `probes`, fresh ones in each pass, the place of each known. The
+    likelihood of the base model would be stronger on agreement, but it is the reference policy itself: a judge that is
+    the reference would reward staying near it, whatever is written.
 
     Limits: it knows the kinds of corruption that it was taught; a last word without a full stop is not judged.
     """
@@ -603,10 +610,11 @@ class GrammarEvaluation(_NetJudge):
     @staticmethod
     def corrupted(text: str, rng: Random) -> tuple[str, np.ndarray]:
         """None to three corruptions of `text`, and for each token of the result whether it is one of their places."""
+        kinds = {**CORRUPTIONS, **DAMAGE}
         tokens, label = tokens_of(text), np.zeros(len(tokens_of(text)), np.float32)
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
-            kind = rng.choices(list(CORRUPTIONS), [0.25 if k == "full_shuffle" else 1.0 for k in CORRUPTIONS])[0]
-            changed = CORRUPTIONS[kind](text, rng)
+            kind = rng.choices(list(kinds), [0.25 if k == "full_shuffle" else 1.0 for k in kinds])[0]
+            changed = kinds[kind](text, rng)
             if changed is None:
                 continue
             after, shorter, a, b = tokens_of(changed), 0, 0, 0
@@ -789,3 +797,190 @@ def score_texts(texts: Sequence[str], by: Mapping[str, Judge]) -> pd.DataFrame:
     """
     texts = check_texts(texts, "score_texts")
     return pd.DataFrame({reward: judge.score(texts) for reward, judge in by.items()})
+
+
+# -------------------------------------------------------------------------------------------------------- report card
+BARS: Mapping[tuple[str, str], float] = {  # (reward, task) -> what a judge should reach; nothing is promised elsewhere
+    ("sentiment", "whole reviews"): 0.88,
+    ("sentiment", "first words"): 0.75,
+    ("sentiment", "words anywhere"): 0.75,
+    ("informativeness", "all kinds"): 0.90,
+    ("grammar", "spelling"): 0.85,
+    ("grammar", "article"): 0.85,
+    ("grammar", "repetition"): 0.85,
+    ("grammar", "all kinds"): 0.85,
+}
+
+
+def paired_rank(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
+    """1 where the better text scores higher than its own worse version, 0.5 where they tie, 0 elsewhere.
+
+    >>> paired_rank(np.array([2.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0])).tolist()
+    [1.0, 0.5, 0.0]
+    """
+    return (better > worse) + 0.5 * (better == worse)
+
+
+def _interval(statistic: Callable[[np.ndarray], float], n: int, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Value and 95 % bootstrap interval of `statistic(rows)`; 300 resamples of the rows."""
+    draws = [statistic(rng.integers(0, n, n)) for _ in range(300)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return statistic(np.arange(n)), float(low), float(high)
+
+
+def _pairs_of_content(texts: Sequence[str], reviews: Sequence[str], rng: Random) -> dict[str, list[tuple[str, str]]]:
+    common = frozenset(w for w, _ in count_reviews(reviews).most_common(InformativenessEvaluation.n_common))
+    return {
+        "filler after it": [(t, padded(t, rng)) for t in texts],
+        "half filler": [(t, diluted(t, rng)) for t in texts],
+        "a part repeated": [(t, repeated(t, rng)) for t in texts],
+        "generic words": [(t, generic(t, rng, common)) for t in texts],
+        "hand-written": written_pairs(max(20, len(texts) // 4), rng),
+    }
+
+
+def report_card(judges: Judges, reviews: Dataset, n: int = 300, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """What each judge can and cannot do, measured on reviews that fitted none of them.
+
+    Parameters
+    ----------
+    judges : fitted. reviews : columns text, label; the part "report" of `split_reviews`.
+    n : pieces and sentences drawn (sentiment uses every review); 300 take about a minute.
+
+    Returns
+    -------
+    tidy tables by name.
+    `validity` : reward, judge, measure, task, value, low, high (95 %, bootstrap over texts), n, bar (NaN where none).
+        Measures: accuracy; paired rank (how often a text beats its own worse version; ties count half); auc (the same
+        against the worse versions of all texts, which is harder).
+    `spread` : reward, judge, unit, mean, sd, p5, p50, p95, tied (share of texts whose score another text has too), n.
+    `agreement` : first, second, kind ("one reward", "two rewards"), spearman, low, high, n; by judge name.
+    `probes` : reward, judge, probe, effect (mean change of score, in sd of real pieces), low, high, n.
+    `scores` : text (number), reward, judge, unit, score: of `n` real pieces.
+
+    Raises
+    ------
+    ValueError : fewer than 20 sentences or pieces can be drawn.
+    """
+    rng, draw = np.random.default_rng(seed), Random(seed)
+    texts, labels = list(reviews["text"]), np.asarray(reviews["label"])
+    words = judges.config.piece_words
+    chosen = draw.sample(range(len(texts)), min(n, len(texts)))
+    pieces = [piece(texts[i], words, draw) for i in chosen]
+    real = [draw.choice(found) for i in chosen if (found := sentences(texts[i]))]
+    if min(len(pieces), len(real)) < 20:
+        raise ValueError(f"report_card: found {len(real)} sentences in {len(texts)} reviews, expected at least 20")
+    wrong = {kind: [make(t, draw) for t in real] for kind, make in {**CORRUPTIONS, **DAMAGE}.items()}
+    content = _pairs_of_content(pieces, texts, draw)
+    probed = {probe: [make(t, draw) for t in pieces] for probe, make in PROBES.items()}
+
+    validity: list[dict[str, Any]] = []
+    spread: list[dict[str, Any]] = []
+    probes: list[dict[str, Any]] = []
+    scores: dict[str, np.ndarray] = {}
+    everyone = [*judges.training.values(), *judges.evaluation.values()]
+    for number, judge in enumerate(everyone):
+        progress("report card", number, len(everyone), judge.name)
+        who = {"reward": judge.reward, "judge": judge.role}
+
+        def valid(measure: str, task: str, statistic: Callable, n: int, who: dict = who) -> None:
+            value, low, high = _interval(statistic, n, rng)
+            bar = BARS.get((who["reward"], task), np.nan)
+            if measure == "auc" or (task == "all kinds" and who == {"reward": "grammar", "judge": "training"}):
+                bar = np.nan
+            validity.append(
+                {**who, "measure": measure, "task": task, "value": value, "low": low, "high": high, "n": n, "bar": bar}
+            )
+
+        scores[judge.name] = of_pieces = judge.score(pieces)
+        if judge.reward == "sentiment":
+            cuts = {
+                "whole reviews": texts,
+                "first words": [piece(t, words, draw, start=0) for t in texts],
+                "words anywhere": [piece(t, words, draw) for t in texts],
+            }
+            for task, cut in cuts.items():
+                right = ((judge.score(cut) > 0) == (labels == 1)).astype(float)
+                valid("accuracy", task, lambda rows, right=right: float(right[rows].mean()), len(right))
+        elif judge.reward == "informativeness":
+            ranks = {
+                task: paired_rank(judge.score([a for a, _ in pairs]), judge.score([b for _, b in pairs]))
+                for task, pairs in content.items()
+            }
+            ranks["all kinds"] = np.concatenate(list(ranks.values()))
+            for task, rank in ranks.items():
+                valid("paired rank", task, lambda rows, rank=rank: float(rank[rows].mean()), len(rank))
+        else:
+            of_real = judge.score(real)
+            good: list[np.ndarray] = []
+            bad: list[np.ndarray] = []
+            for task, made in wrong.items():
+                have = [i for i, t in enumerate(made) if t is not None]
+                a, b = of_real[have], judge.score([made[i] for i in have])  # type: ignore[misc]
+                if task in CORRUPTIONS:
+                    good, bad = [*good, a], [*bad, b]
+                _valid_grammar(valid, task, a, b)
+            _valid_grammar(valid, "all kinds", np.concatenate(good), np.concatenate(bad))
+
+        sd = float(of_pieces.std()) or 1.0
+        p5, p50, p95 = np.quantile(of_pieces, [0.05, 0.5, 0.95])
+        tied = 1 - (np.unique(of_pieces, return_counts=True)[1] == 1).sum() / len(pieces)
+        spread.append(
+            {**who, "unit": judge.unit, "mean": of_pieces.mean(), "sd": sd, "p5": p5, "p50": p50, "p95": p95,
+             "tied": tied, "n": len(pieces)}
+        )  # fmt: skip
+        for probe, made in probed.items():
+            have = [i for i, t in enumerate(made) if t is not None]
+            change = (judge.score([made[i] for i in have]) - of_pieces[have]) / sd  # type: ignore[misc]
+
+            def mean_change(rows: np.ndarray, change: np.ndarray = change) -> float:
+                return float(change[rows].mean())
+
+            value, low, high = _interval(mean_change, len(change), rng)
+            probes.append({**who, "probe": probe, "effect": value, "low": low, "high": high, "n": len(change)})
+    progress("report card", len(everyone), len(everyone), "done")
+    return {
+        "validity": pd.DataFrame(validity),
+        "spread": pd.DataFrame(spread),
+        "agreement": judge_correlations(scores, seed),
+        "probes": pd.DataFrame(probes),
+        "scores": pd.DataFrame(
+            {"text": i, "reward": j.reward, "judge": j.role, "unit": j.unit, "score": value}
+            for j in everyone
+            for i, value in enumerate(scores[j.name])
+        ),
+    }
+
+
+def _valid_grammar(valid: Callable, task: str, good: np.ndarray, bad: np.ndarray) -> None:
+    rank = paired_rank(good, bad)
+    valid("paired rank", task, lambda rows: float(rank[rows].mean()), len(rank))
+    valid("auc", task, lambda rows: _auc(good[rows], bad[rows]), len(rank))
+
+
+def _auc(good: np.ndarray, bad: np.ndarray) -> float:
+    """Probability that a random good text scores above a random bad one; ties count half."""
+    both = rankdata(np.concatenate([good, bad]))
+    return float((both[: len(good)].sum() - len(good) * (len(good) + 1) / 2) / (len(good) * len(bad)))
+
+
+def judge_correlations(scores: Mapping[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
+    """Spearman correlation of every two judges on the same texts; `scores` by judge name ("sentiment/training").
+
+    Returns
+    -------
+    first, second, kind ("one reward", "two rewards", "itself"), spearman, low, high (95 %, bootstrap over texts), n.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    for first, a in scores.items():
+        for second, b in scores.items():
+            kind = "itself" if first == second else "one reward" if first.split("/")[0] == second.split("/")[0] else ""
+
+            def rho(at: np.ndarray, a: np.ndarray = a, b: np.ndarray = b) -> float:
+                x, y = rankdata(a[at]), rankdata(b[at])
+                return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
+
+            value, low, high = _interval(rho, len(a), rng)
+            rows.append({"first": first, "second": second, "kind": kind or "two rewards", "spearman": value,
+                         "low": low, "high": high, "n": len(a)})  # fmt: skip
+    return pd.DataFrame(rows)
