@@ -21,10 +21,14 @@ __all__ = [
     "Look",
     "accuracy_by_group",
     "group_disagreement",
+    "judge_agreement",
+    "judge_report",
     "pair_design",
+    "probe_scores",
     "recovery",
     "responsibility_map",
     "reward_against_kl",
+    "reward_distributions",
     "reward_gains",
     "routing_comparison",
     "style",
@@ -588,3 +592,113 @@ def _label_cells(ax: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ rewards and judges
+JUDGE_MARKERS = {"training": ("o", "training judge"), "evaluation": ("D", "evaluation judge")}
+_SHORT = {"sentiment": "sent.", "informativeness": "inform.", "grammar": "gramm."}
+
+
+def reward_distributions(scores: pd.DataFrame, ax: Axes) -> Axes:
+    """How one judge's scores of real pieces are spread.
+
+    Parameters
+    ----------
+    scores : columns ``reward``, ``judge``, ``unit``, ``score``, one row a text; one judge.
+    """
+    need(scores, ("reward", "judge", "unit", "score"), "reward_distributions")
+    _one_of(scores, ("reward", "judge"), "reward_distributions")
+    reward, judge, unit = (str(scores[column].iloc[0]) for column in ("reward", "judge", "unit"))
+    look = look_of(reward, EXPERT_STYLE)
+    ax.hist(
+        scores["score"], bins=30, color=look.colour if judge == "training" else "white", edgecolor=look.colour,
+        hatch=None if judge == "training" else look.hatch, linewidth=0.8,
+    )  # fmt: skip
+    ax.axvline(float(scores["score"].median()), color="black", linewidth=1, linestyle="--")
+    ax.set_title(f"{look.label}, {judge}")
+    ax.set_xlabel(f"score ({unit})")
+    ax.set_ylabel(f"texts (n = {len(scores):,})")
+    return ax
+
+
+def judge_agreement(agreement: pd.DataFrame, ax: Axes) -> Axes:
+    """Rank correlation of every two judges on the same texts; frames mark the two judges of one reward.
+
+    Parameters
+    ----------
+    agreement : columns ``first``, ``second``, ``kind``, ``spearman``; judges as "reward/role".
+    """
+    need(agreement, ("first", "second", "kind", "spearman"), "judge_agreement")
+    names = list(dict.fromkeys(agreement["first"]))
+    square = agreement.pivot(index="first", columns="second", values="spearman").loc[names, names]
+    ax.imshow(square.to_numpy(float), cmap="RdBu_r", vmin=-1, vmax=1)
+    kind = agreement.set_index(["first", "second"])["kind"]
+    for i, row in enumerate(names):
+        for j, column in enumerate(names):
+            value = float(square.loc[row, column])
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                    color="white" if abs(value) > 0.6 else "black")  # fmt: skip
+            if kind[row, column] == "one reward":
+                ax.add_patch(mpl.patches.Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, linewidth=1.6))
+    short = [f"{_SHORT.get(reward, reward)}\n{role}" for reward, role in (name.split("/") for name in names)]
+    _label_cells(ax, short, short)
+    ax.tick_params(labelsize=8)
+    return ax
+
+
+def judge_report(validity: pd.DataFrame, ax: Axes) -> Axes:
+    """What the two judges of one reward reach on each task, with 95 % intervals; a bar marks what is asked of them.
+
+    Parameters
+    ----------
+    validity : columns ``reward``, ``judge``, ``measure``, ``task``, ``value``, ``low``, ``high``, optional ``bar``; one
+        reward and one measure.
+    """
+    need(validity, ("reward", "judge", "measure", "task", "value", "low", "high"), "judge_report")
+    _one_of(validity, ("reward", "measure"), "judge_report")
+    look = look_of(str(validity["reward"].iloc[0]), EXPERT_STYLE)
+    tasks = list(dict.fromkeys(validity["task"]))
+    place = {task: len(tasks) - 1 - i for i, task in enumerate(tasks)}
+    for judge, shift in (("training", 0.15), ("evaluation", -0.15)):
+        rows = validity[validity["judge"] == judge]
+        marker, label = JUDGE_MARKERS[judge]
+        y = rows["task"].map(place).to_numpy(float) + shift
+        value = rows["value"].to_numpy(float)
+        error = np.maximum([value - rows["low"].to_numpy(float), rows["high"].to_numpy(float) - value], 0.0)
+        ax.errorbar(
+            value, y, xerr=error, linestyle="none", marker=marker, color=look.colour, capsize=2.5, label=label,
+            markerfacecolor=look.colour if judge == "training" else "white",
+        )  # fmt: skip
+        for bar, height in zip(rows.get("bar", pd.Series(np.nan, index=rows.index)), y, strict=True):
+            if np.isfinite(bar):
+                ax.plot([bar, bar], [height - 0.13, height + 0.13], color="black", linewidth=1.6, label="asked for")
+    ax.axvline(0.5, color="black", linewidth=1, linestyle=":", label="chance")
+    ax.set_yticks([place[task] for task in tasks], [task.replace("_", " ") for task in tasks])
+    ax.set_ylim(-0.6, len(tasks) - 0.4)
+    ax.set_xlim(min(0.45, float(validity["low"].min()) - 0.02), 1.01)
+    measure = str(validity["measure"].iloc[0])
+    ax.set_xlabel({"accuracy": "accuracy (share of texts)", "auc": "AUC (real against all corrupted)"}.get(
+        measure, "share of pairs in which the better text scores higher"))  # fmt: skip
+    legend_above(ax, columns=4)
+    return ax
+
+
+def probe_scores(probes: pd.DataFrame, ax: Axes) -> Axes:
+    """What tampering does to each judge's score, in standard deviations over real pieces; red is a reward for it.
+
+    Parameters
+    ----------
+    probes : columns ``reward``, ``judge``, ``probe``, ``effect``.
+    """
+    need(probes, ("reward", "judge", "probe", "effect"), "probe_scores")
+    rewards, names = _ordered(set(probes["reward"])), list(dict.fromkeys(probes["probe"]))
+    columns = [
+        (r, j) for r in rewards for j in JUDGE_MARKERS if ((probes["reward"] == r) & (probes["judge"] == j)).any()
+    ]
+    square = probes.pivot(index="probe", columns=["reward", "judge"], values="effect").loc[names, columns]
+    ax.imshow(square.to_numpy(float), cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
+    for i in range(len(names)):
+        for j in range(len(columns)):
+            value = float(square.iloc[i, j])
+            ax.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=8,
+                    color="white" if abs(value) > 1.9 else "black")  # fmt: skip
+    _label_cells(ax, [f"{_SHORT.get(r, r)}\n{j}" for r, j in columns], [name.replace("_", " ") for name in names])
+    ax.tick_params(labelsize=8)
+    return ax
