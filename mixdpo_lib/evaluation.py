@@ -38,7 +38,9 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def align(responsibilities: Float[np.ndarray, "units experts"], groups: Sequence[str], names: Sequence[str]) -> list[int]:
+def align(
+    responsibilities: Float[np.ndarray, "units experts"], groups: Sequence[str], names: Sequence[str]
+) -> list[int]:
     """Which expert serves which group: order[i] is the expert of names[i] (Hungarian, on summed responsibilities).
 
     With fewer experts than groups, or more, the unmatched are left out (-1 for a group without an expert).
@@ -102,7 +104,9 @@ def prompt_accuracy(
         mask = np.flatnonzero(group == name)
         p = (loglik[mask][None] + log_w[:, None]).logsumexp(-1).exp()
         correct = (p > 0.5).double() + 0.5 * (p == 0.5).double()
-        table = pd.DataFrame({"group": name, "prompt_id": prompt[mask], "accuracy": correct.mean(0).numpy(), "n_pairs": 1})
+        table = pd.DataFrame(
+            {"group": name, "prompt_id": prompt[mask], "accuracy": correct.mean(0).numpy(), "n_pairs": 1}
+        )
         parts.append(table.groupby(["group", "prompt_id"], as_index=False).agg({"accuracy": "mean", "n_pairs": "sum"}))
     return pd.concat(parts, ignore_index=True)
 
@@ -110,7 +114,9 @@ def prompt_accuracy(
 def _wide(by_prompt: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(prompts, groups) accuracies and pair counts, seeds averaged within a prompt."""
     mean = by_prompt.pivot_table(index="prompt_id", columns="group", values="accuracy", aggfunc="mean")
-    count = by_prompt.pivot_table(index="prompt_id", columns="group", values="n_pairs", aggfunc="mean").reindex_like(mean)
+    count = by_prompt.pivot_table(index="prompt_id", columns="group", values="n_pairs", aggfunc="mean").reindex_like(
+        mean
+    )
     return mean.to_numpy(), count.fillna(0).to_numpy(), list(mean.columns)
 
 
@@ -138,10 +144,12 @@ def summarise_accuracy(by_prompt: pd.DataFrame, keys: Sequence[str]) -> pd.DataF
             head = dict(zip(keys, key, strict=True)) | {"seed": str(s)}
             for i, name in enumerate(names):
                 low, high = interval(draws[:, i])
-                rows.append({**head, "group": name, "n_pairs": int(count[:, i].sum()), "accuracy": means[i], "low": low, "high": high})  # fmt: skip
+                n = int(count[:, i].sum())
+                rows.append({**head, "group": name, "n_pairs": n, "accuracy": means[i], "low": low, "high": high})
             for name, value, spread in (("mean", means.mean(), draws.mean(1)), ("worst", means.min(), draws.min(1))):
                 low, high = interval(spread)
-                rows.append({**head, "group": name, "n_pairs": int(count.sum()), "accuracy": value, "low": low, "high": high})  # fmt: skip
+                n = int(count.sum())
+                rows.append({**head, "group": name, "n_pairs": n, "accuracy": value, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -178,7 +186,9 @@ def distinct_2(text: str) -> float:
     return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
 
 
-def text_table(generated: Generated, prompts: Sequence[str], prompt_ids: Sequence[int], scores: pd.DataFrame) -> pd.DataFrame:
+def text_table(
+    generated: Generated, prompts: Sequence[str], prompt_ids: Sequence[int], scores: pd.DataFrame
+) -> pd.DataFrame:
     """One row a sampled text: judges' scores, log_ratio, ref_logp (nats), n_tokens, distinct_2."""
     return pd.DataFrame(
         {
@@ -193,7 +203,7 @@ def text_table(generated: Generated, prompts: Sequence[str], prompt_ids: Sequenc
 def summarise_texts(texts: pd.DataFrame, rewards: Sequence[str], baseline: str = "dpo") -> pd.DataFrame:
     """Mean reward of each policy with its gain over `baseline`, and KL, perplexity, distinct-2, length beside it.
 
-    `texts` has columns policy, seed, prompt_id and those of `text_table`. KL is mean log_ratio (nats a text); perplexity
+    `texts` has columns policy, seed, prompt_id and those of `text_table`. KL is mean log_ratio, nats a text; perplexity
     is exp(- sum ref_logp / sum n_tokens) under the reference. Intervals are paired and clustered by prompt.
     """
     rows = []
@@ -210,7 +220,8 @@ def summarise_texts(texts: pd.DataFrame, rewards: Sequence[str], baseline: str =
                 {
                     "policy": policy, "reward": reward, "n": len(part), "mean": means.iloc[i], "low": low, "high": high,
                     "gain_over_dpo": means.iloc[i] - means.iloc[base], "gain_low": gain_low, "gain_high": gain_high,
-                    "kl": part["log_ratio"].mean(), "perplexity": np.exp(-part["ref_logp"].sum() / part["n_tokens"].sum()),
+                    "kl": part["log_ratio"].mean(),
+                    "perplexity": np.exp(-part["ref_logp"].sum() / part["n_tokens"].sum()),
                     "distinct_2": part["distinct_2"].mean(), "length": part["n_tokens"].mean(),
                 }
             )  # fmt: skip

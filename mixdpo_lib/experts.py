@@ -136,7 +136,9 @@ class HeadExperts(nn.Module):
         if rank < 1:
             raise ValueError(f"rank={rank}: each head needs a rank of at least 1")
         if active not in ("responses", "all"):
-            raise ValueError(f"active={active!r}: possible are 'responses' (tokens of the training responses) and 'all'")
+            raise ValueError(
+                f"active={active!r}: possible are 'responses' (tokens of the training responses) and 'all'"
+            )
         for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             value = getattr(base.model.config, option, None)
             if value not in (None, 1, 1.0):

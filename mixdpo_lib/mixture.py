@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .features import PairFeatures, Text, TextFeatures, pair_features, text_stor
 from .gating import FixedWeights, LearnedWeights
 from .gating import top_s as keep_top_s
 from .sources import Base, load_base
-from .store import read_json
+from .store import progress, read_json
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Generated:
     ref_logp: list[float]
     n_tokens: list[int]
     ended: list[bool]
+
+
+def _report(start: int, rows: int, total: int, done: int, of: int) -> None:
+    progress("texts", start + rows * done // of, total, "sampled")
 
 
 class MixturePolicy(nn.Module):
@@ -139,8 +144,8 @@ class MixturePolicy(nn.Module):
     # ----------------------------------------------------------------------------------------------------- speech
 
     def generate(
-        self, prompts: Sequence[str], user: Float[Tensor, ...] | None = None, *, max_new_tokens: int = 32, seed: int = 0,
-        top_s: int | None = None, expert: Sequence[int] | None = None, batch_size: int = 192,
+        self, prompts: Sequence[str], user: Float[Tensor, ...] | None = None, *, max_new_tokens: int = 32,
+        seed: int = 0, top_s: int | None = None, expert: Sequence[int] | None = None, batch_size: int = 192,
         temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     ) -> Generated:  # fmt: skip
         """Sample one response a prompt, exactly from the mixture: z ~ w once a sequence, then expert z decodes.
@@ -149,7 +154,7 @@ class MixturePolicy(nn.Module):
         ----------
         user : log_w (K,) of one user or (prompts, K) of one user a prompt (see `user`); the gate's weights by default.
         top_s : keep the S most likely experts of each row. expert : the expert of each prompt, instead of drawing it.
-        temperature, top_k, top_p : of the text; at the defaults the sample is exact and `log_ratio` unbiased for the KL.
+        temperature, top_k, top_p : of the text; at the defaults the sample is exact and `log_ratio` unbiased for KL.
         """
         if len(prompts) == 0:
             raise ValueError("no prompts: give at least one")
@@ -164,16 +169,17 @@ class MixturePolicy(nn.Module):
         for p, tokens in zip(prompts, ids, strict=True):
             if not tokens or len(tokens) + max_new_tokens > self.base.context:
                 raise ValueError(
-                    f"prompt {p[:40]!r} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} expected between "
-                    f"1 and {self.base.context - max_new_tokens}"
+                    f"prompt {p[:40]!r} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} expected "
+                    f"between 1 and {self.base.context - max_new_tokens}"
                 )
         out = Generated([], [], [], [], [], [])
         for start in range(0, len(ids), batch_size):
             rows = torch.tensor(expert[start : start + batch_size])
             speak = self.experts.next_token(rows)
             decoded = sample(
-                speak, ids[start : start + batch_size], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                eos_token_id=self.base.eos_token_id, generator=generator, observe=speak.observe,
+                speak, ids[start : start + batch_size], max_new_tokens, temperature=temperature, top_k=top_k,
+                top_p=top_p, eos_token_id=self.base.eos_token_id, generator=generator, observe=speak.observe,
+                progress=partial(_report, start, len(rows), len(ids)),
             )  # fmt: skip
             ratios, refs = speak.scores()
             for i, (tokens, ended) in enumerate(zip(decoded.tokens, decoded.ended, strict=True)):

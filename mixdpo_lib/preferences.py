@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def sample_candidates(base: Base, prompts: Sequence[str], config: CandidateConfi
             out = sample(
                 reference_next_token(base), [ids[i] for i, _ in part], config.response_tokens,
                 eos_token_id=base.eos_token_id, generator=generator,
-                progress=lambda done, total: progress("candidates", start + len(part) * done // total, len(jobs), "texts"),
+                progress=partial(_report, start, len(part), len(jobs)),
             )  # fmt: skip
             for (i, c), tokens, ended in zip(part, out.tokens, out.ended, strict=True):
                 text = base.tokenizer.decode(tokens)
@@ -118,6 +119,10 @@ def sample_candidates(base: Base, prompts: Sequence[str], config: CandidateConfi
     folder = cached("candidates", VERSION, parameters, build)
     table = pd.read_json(folder / "candidates.jsonl", orient="records", lines=True, dtype=False, convert_dates=False)
     return table
+
+
+def _report(start: int, rows: int, total: int, done: int, of: int) -> None:
+    progress("candidates", start + rows * done // of, total, "texts")
 
 
 def hash_seed(*parts: Any) -> int:
@@ -169,7 +174,7 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
     ----------
     candidates : table of `sample_candidates`; prompts in random order.
     scores : one column a group, one row a candidate (training judges); finite.
-    config : the design. In the default one a user meets random untied pairs of candidates and answers by Bradley-Terry:
+    config : the design. A user of the default one meets random untied pairs and answers by Bradley-Terry:
         p(better chosen) = sigma(difference / label_temperature), with the temperature of each reward set by `flip_rate`.
 
     Returns
@@ -177,7 +182,7 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
     train : pairs of the training users on training prompts.
     validation : the same users and noise, validation prompts.
     context : pairs of new users on training prompts.
-    test : noise-free labels of each group on test prompts; column `user` is empty: users are scored on their group's rows.
+    test : noise-free labels of each group on test prompts, no users: a user is scored on its group's rows.
     """
     for group in GROUPS:
         if group not in scores:

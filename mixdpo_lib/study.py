@@ -1,15 +1,19 @@
-"""Which arrows make up the movie-review study? reviews -> prompts -> candidates -> scores -> pairs -> features -> fits -> texts.
+"""Which arrows make up the movie-review study?
 
-Every arrow is a method of `Study` whose result is kept in the cache, so that each notebook opens on its own and none
-computes what another has computed.
+reviews -> prompts -> candidates -> scores -> pairs -> features -> fits -> accuracy, responsibilities, texts. Each arrow
+is a method of `Study` whose result is kept in the cache, so that each notebook opens on its own and none computes what
+another has computed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -23,7 +27,7 @@ from .evaluation import align, prefix_kl, prompt_accuracy, recovery, text_table,
 from .experts import HeadExperts
 from .features import PairFeatures, Text, TextStore, pair_features, text_store
 from .gating import LearnedWeights
-from .mixture import MixturePolicy
+from .mixture import Generated, MixturePolicy
 from .preferences import (
     GROUPS,
     CandidateConfig,
@@ -34,14 +38,13 @@ from .preferences import (
     simulate_preferences,
     split_prompts,
     usable,
-)  # fmt: skip
+)
 from .rewards import JudgeConfig, Judges, judges, score_texts, split_reviews
 from .sources import Base, load_base, load_reviews
 from .store import artefact_key, cache_folder, cached, read_json, write_json_atomic
 from .trainer import FitConfig, FitResult, fit
 
 VERSION = 1
-EXPERT_OF = {f"expert_{group}": group for group in GROUPS}
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class StudyConfig:
 class Fitted:
     """A fitted method: the policy at its best validation step, its history, and the users' weights under it."""
 
+    design: str
     policy: MixturePolicy
     result: FitResult
     method: str
@@ -91,6 +95,34 @@ class Fitted:
     order: list[int]  # expert of each of GROUPS, aligned by training users' responsibilities
 
 
+def study_config(designs: Sequence[str] = ("default", "clean"), **values: Any) -> StudyConfig:
+    """A `StudyConfig` from flat values, each named as the field it sets (`n_prompts`, `flip_rate`, `passes`, ...).
+
+    >>> study_config(["clean"], pairs_per_user=20, learning_rate=0.01).designs[0].pairs_per_user
+    20
+    """
+    parts: dict[str, Any] = {
+        "candidates": CandidateConfig,
+        "judges": JudgeConfig,
+        "design": DesignConfig,
+        "fit": FitConfig,
+    }
+    own: dict[str, dict[str, Any]] = {name: {} for name in (*parts, "study")}
+    homes = {
+        f.name: name for name, kind in parts.items() for f in fields(kind) if f.name not in ("seed", "name", "latent")
+    }
+    homes |= {name: "study" for name in ("base", "reviews", "n_experts", "rank", "beta")}
+    for key, value in values.items():
+        if key not in homes:
+            raise ValueError(f"{key}={value!r} is no choice of the study; possible are {', '.join(sorted(homes))}")
+        own[homes[key]][key] = value
+    return StudyConfig(
+        candidates=CandidateConfig(**own["candidates"]),
+        judges=JudgeConfig(**own["judges"]), fit=FitConfig(**own["fit"]),
+        designs=tuple(DesignConfig(name=name, **own["design"]) for name in designs), **own["study"],
+    )  # fmt: skip
+
+
 class Study:
     """The arrows of the study, each computed once."""
 
@@ -98,6 +130,7 @@ class Study:
         self.config = config or StudyConfig()
         self._designs = {design.name: design for design in self.config.designs}
         self._pairs: dict[str, dict[str, PairFeatures]] = {}
+        self._fitted: dict[tuple[str, str, int], Fitted] = {}
         self.methods = study_methods(self.config.n_experts, self.config.rank)
 
     @cached_property
@@ -134,7 +167,8 @@ class Study:
     def texts(self) -> TextStore:
         """Features of all candidates."""
         table = self.candidates
-        return text_store(self.base, (Text(p, r, False) for p, r in zip(table["prompt"], table["response"], strict=True)))
+        pairs = zip(table["prompt"], table["response"], strict=True)
+        return text_store(self.base, (Text(prompt, response, False) for prompt, response in pairs))
 
     def preferences(self, design: str) -> datasets.DatasetDict:
         """The preference sets of a design: train, validation, context, test."""
@@ -156,9 +190,20 @@ class Study:
 
     def fitted(self, design: str, method: str, seed: int) -> Fitted:
         """Fit a method on a design's training pairs, or read the fit from the cache."""
+        key = (design, method, seed)
+        if key not in self._fitted:
+            self._fitted[key] = self._fit(design, method, seed)
+        return self._fitted[key]
+
+    def fits(self, methods: Sequence[str], seeds: Sequence[int]) -> list[Fitted]:
+        """Every method on every design with every seed."""
+        return [self.fitted(d, m, s) for d in self._designs for m in methods for s in seeds]
+
+    def _fit(self, design: str, method: str, seed: int) -> Fitted:
         m, sets = self.methods[method], self.pairs(design)
         config = replace(self.config.fit, seed=seed, latent=m.latent)
-        digest = artefact_key("pairs", VERSION, {n: s.rows.to_dict() for n, s in sets.items() if n in ("train", "validation")})
+        learned = {n: sets[n].rows.to_dict() for n in ("train", "validation")}
+        digest = artefact_key("pairs", VERSION, learned)
         parameters = {"method": asdict(m), "beta": self.config.beta, "fit": asdict(config), "pairs": digest}
         inputs = [self.texts.features.key]
         policy = self.new_policy(method)
@@ -169,11 +214,10 @@ class Study:
             result = fit(policy, sets["train"], config, sets["validation"], folder=checkpoints)
             result.history.to_csv(folder / "history.csv", index=False)
             result.restarts.to_csv(folder / "restarts.csv", index=False)
-            write_json_atomic(folder / "result.json", {"stop_reason": result.stop_reason, "best_step": result.best_step})
-            save_file(
-                {f"{s}/{k}": v.clone() for s, state in result.snapshots.items() for k, v in state.items() if "active" not in k},
-                folder / "snapshots.safetensors",
-            )
+            facts = {"stop_reason": result.stop_reason, "best_step": result.best_step}
+            write_json_atomic(folder / "result.json", facts)
+            states = {f"{s}/{k}": v.clone() for s, state in result.snapshots.items() for k, v in state.items()}
+            save_file({k: v for k, v in states.items() if "active_ids" not in k}, folder / "snapshots.safetensors")
             shutil.rmtree(checkpoints, ignore_errors=True)
 
         folder = cached("fit", VERSION, parameters, build, inputs=inputs)
@@ -192,98 +236,177 @@ class Study:
         log_q = log_responsibilities(policy.loglik(train), policy.gate(), ids, n_units=len(users))
         groups = user_groups(train)
         order = align(log_q.exp().numpy(), [groups[u] for u in users], GROUPS)
-        return Fitted(policy, result, method, seed, log_q, users, order)
+        return Fitted(design, policy, result, method, seed, log_q, users, order)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
-    def accuracy(self, design: str, fitted: Fitted) -> pd.DataFrame:
-        """Test accuracy by group and prompt, for every routing and for seen and new users (see `prompt_accuracy`)."""
-        sets, policy = self.pairs(design), fitted.policy
+    def history(self, fits: Sequence[Fitted]) -> pd.DataFrame:
+        """Every evaluation of every fit, one row each."""
+        return pd.concat([_named(f, f.result.history) for f in fits], ignore_index=True)
+
+    def restarts(self, fits: Sequence[Fitted]) -> pd.DataFrame:
+        """Every restart of every fit, with the kept one marked."""
+        return pd.concat([_named(f, f.result.restarts) for f in fits], ignore_index=True)
+
+    def stop_reasons(self, fits: Sequence[Fitted]) -> dict[str, str]:
+        """Why each fit ended."""
+        return {f"{f.design}/{f.method}/{f.seed}": f.result.stop_reason for f in fits}
+
+    def accuracy_by_prompt(self, fits: Sequence[Fitted]) -> pd.DataFrame:
+        """Test accuracy by group and prompt, for every fit, routing, seen and new users (see `prompt_accuracy`)."""
+        return pd.concat([self._accuracy(f) for f in fits], ignore_index=True)
+
+    def _accuracy(self, fitted: Fitted) -> pd.DataFrame:
+        sets, policy = self.pairs(fitted.design), fitted.policy
         rewards = policy.text_rewards(self.texts.features)
         test_loglik = policy.loglik(sets["test"], rewards)
-        groups = user_groups(sets["train"])
-        context = sets["context"]
-        ids, new_users = context.units("user")
-        new_groups = user_groups(context)
-        new_log_q = log_responsibilities(policy.loglik(context, rewards), policy.gate(), ids, n_units=len(new_users))
-        one = torch.full((fitted.policy.n_experts,), -torch.inf)
+        ids, new_users = sets["context"].units("user")
+        context = policy.loglik(sets["context"], rewards)
+        new_log_q = log_responsibilities(context, policy.gate(), ids, n_units=len(new_users))
         parts = []
-        for who, names, of, log_q in (
-            ("seen", fitted.users, groups, fitted.user_log_q), ("new", new_users, new_groups, new_log_q)
+        for who, names, data, log_q in (
+            ("seen", fitted.users, sets["train"], fitted.user_log_q), ("new", new_users, sets["context"], new_log_q)
         ):  # fmt: skip
-            routings: dict[str, dict[str, Tensor]] = {}
-            if policy.n_experts == 1:
-                routings["none"] = {g: policy.gate()[None] for g in GROUPS}
-            else:
-                routings["prior"] = {g: policy.gate()[None] for g in GROUPS}
-                routings["own_pairs"] = {g: log_q[[i for i, u in enumerate(names) if of[u] == g]] for g in GROUPS}
-                routings["oracle"] = {
-                    g: one.index_fill(0, torch.tensor([k]), 0.0)[None] if k >= 0 else policy.gate()[None]
-                    for g, k in zip(GROUPS, fitted.order, strict=True)
-                }
-            for routing, weights in routings.items():
+            of = user_groups(data)
+            own = {g: log_q[[i for i, u in enumerate(names) if of[u] == g]] for g in GROUPS}
+            for routing, weights in _routings(policy, fitted.order, own).items():
                 table = prompt_accuracy(policy, sets["test"], weights, test_loglik)
-                parts.append(table.assign(design=design, method=fitted.method, routing=routing, seed=fitted.seed, users=who))
+                parts.append(_named(fitted, table.assign(routing=routing, users=who)))
         return pd.concat(parts, ignore_index=True)
 
-    def responsibilities(self, design: str, fitted: Fitted) -> pd.DataFrame:
-        """Tidy responsibilities of the training users, experts in the order of the groups they serve."""
-        of = user_groups(self.pairs(design)["train"])
-        names = {k: g for g, k in zip(GROUPS, fitted.order, strict=True) if k >= 0}
-        q = fitted.user_log_q.exp()
-        rows = [
-            {"design": design, "method": fitted.method, "seed": fitted.seed, "user": u, "group": of[u], "expert": k,
-             "expert_serves": names.get(k, f"unmatched {k}"), "responsibility": float(q[i, k])}
-            for i, u in enumerate(fitted.users) for k in range(q.shape[1])
-        ]  # fmt: skip
-        return pd.DataFrame(rows)
+    def responsibilities(self, fits: Sequence[Fitted]) -> pd.DataFrame:
+        """Tidy responsibilities of the training users, experts named by the group they serve."""
+        parts = []
+        for f in fits:
+            of = user_groups(self.pairs(f.design)["train"])
+            names = {k: g for g, k in zip(GROUPS, f.order, strict=True) if k >= 0}
+            rows = [
+                {"user": u, "group": of[u], "expert": k, "expert_serves": names.get(k, f"unmatched {k}"),
+                 "responsibility": q}
+                for u, row in zip(f.users, f.user_log_q.exp().tolist(), strict=True) for k, q in enumerate(row)
+            ]  # fmt: skip
+            parts.append(_named(f, pd.DataFrame(rows)))
+        return pd.concat(parts, ignore_index=True)
 
-    def recovery(self, design: str, fitted: Fitted) -> dict[str, object]:
-        """How well the responsibilities recover the hidden groups (training users)."""
-        of = user_groups(self.pairs(design)["train"])
-        q = pd.DataFrame(fitted.user_log_q.exp().numpy())
-        return {"design": design, "method": fitted.method, "seed": fitted.seed, **recovery(q, [of[u] for u in fitted.users])}
+    def recovery(self, fits: Sequence[Fitted]) -> pd.DataFrame:
+        """How well the training users' responsibilities recover the hidden groups: NMI, ARI, aligned accuracy."""
+        parts = []
+        for f in fits:
+            of = user_groups(self.pairs(f.design)["train"])
+            found = recovery(pd.DataFrame(f.user_log_q.exp().numpy()), [of[u] for u in f.users])
+            parts.append(_named(f, pd.DataFrame([found])))
+        return pd.concat(parts, ignore_index=True)
 
     # ------------------------------------------------------------------------------------------------------ texts
 
     def checkpoint_kl(self, fitted: Fitted) -> pd.DataFrame:
         """KL to the reference of every checkpoint and expert on the prefixes of validation candidates (`prefix_kl`)."""
-        rows = self.candidates.index[self.candidates["prompt_id"].isin(split_prompts(len(self.prompts))["validation"])]
-        ids = torch.from_numpy(np.asarray(rows))
-        best = {k: v.clone() for k, v in fitted.policy.state_dict().items()}
-        out = []
-        for step, state in fitted.result.snapshots.items():
-            fitted.policy.load_state_dict(state, strict=False)
-            for k, value in enumerate(prefix_kl(fitted.policy, self.texts.features, ids)):
-                out.append({"seed": fitted.seed, "method": fitted.method, "step": step, "expert": k, "prefix_kl": value})
-        fitted.policy.load_state_dict(best)
-        return pd.DataFrame(out)
+        validation = split_prompts(len(self.prompts))["validation"]
+        ids = np.flatnonzero(self.candidates["prompt_id"].isin(validation))
+        text_ids = torch.tensor([self.texts.index[self._text(int(i))] for i in ids])
+        rows = []
+        for step in fitted.result.snapshots:
+            policy = self._at(fitted, step)
+            kl = prefix_kl(policy, self.texts.features, text_ids)
+            rows += [{"step": step, "expert": k, "prefix_kl": value} for k, value in enumerate(kl)]
+        return _named(fitted, pd.DataFrame(rows))
 
-    def sample_texts(self, fitted: Fitted, expert: int, step: int, policy_name: str, n_texts: int, max_new_tokens: int) -> pd.DataFrame:  # fmt: skip
-        """Texts of one expert at one checkpoint on test prompts, scored by the evaluation judges."""
+    def matched_checkpoints(self, design: str, seeds: Sequence[int], method: str = "mix_dpo") -> pd.DataFrame:
+        """For each seed: DPO's best checkpoint, and of every expert the checkpoint whose prefix KL is nearest to it.
+
+        Returns every checkpoint (policy, seed, step, expert, prefix_kl) with `chosen` marked.
+        """
+        parts = []
+        for seed in seeds:
+            dpo, mixture = self.fitted(design, "dpo", seed), self.fitted(design, method, seed)
+            single = self.checkpoint_kl(dpo).assign(policy="dpo")
+            single["chosen"] = single["step"] == dpo.result.best_step
+            target = float(single.loc[single["chosen"], "prefix_kl"].iloc[0])
+            experts = self.checkpoint_kl(mixture)
+            names = {k: f"expert_{g}" for g, k in zip(GROUPS, mixture.order, strict=True) if k >= 0}
+            experts = experts[experts["expert"].isin(names)].assign(policy=lambda t, n=names: t["expert"].map(n))
+            gap = (experts["prefix_kl"].clip(lower=1e-6).map(np.log) - np.log(target)).abs()
+            nearest = gap.groupby(experts["expert"]).idxmin()
+            parts += [single, experts.assign(chosen=experts.index.isin(nearest))]
+        return pd.concat(parts, ignore_index=True)
+
+    def texts_of(self, checkpoints: pd.DataFrame, n_texts: int) -> pd.DataFrame:
+        """Sample `n_texts` texts of every chosen checkpoint on test prompts; the evaluation judges score them.
+
+        One row a text: design, policy, seed, prompt_id, prompt, text, one column a reward, log_ratio, ref_logp, ...
+        """
+        chosen = checkpoints[checkpoints["chosen"]]
+        parts = []
+        for row in chosen.itertuples():
+            fitted = self.fitted(row.design, row.method, row.seed)
+            parts.append(self._sampled(fitted, row.policy, row.expert, row.step, n_texts).assign(design=row.design))
+        return pd.concat(parts, ignore_index=True)
+
+    def base_texts(self) -> pd.DataFrame:
+        """The base's own candidates on test prompts as texts of the policy "base" (log_ratio 0)."""
+        rows = np.flatnonzero(self.candidates["prompt_id"].isin(split_prompts(len(self.prompts))["test"]))
+        part = self.candidates.iloc[rows]
+        ids = torch.tensor([self.texts.index[self._text(int(i))] for i in rows])
+        policy = self.new_policy("dpo")
+        policy.experts.activate(torch.arange(8))
+        _, refs = policy.experts.all_text_logps(self.texts.features, policy.constants(self.texts.features))
+        offsets = self.texts.features.offsets
+        generated = Generated(
+            text=part["response"].tolist(), expert=[0] * len(part), log_ratio=[0.0] * len(part),
+            ref_logp=refs[ids].tolist(), n_tokens=(offsets[ids + 1] - offsets[ids]).tolist(),
+            ended=part["ended"].tolist(),
+        )  # fmt: skip
+        scores = score_texts(self._whole(part["prompt"], part["response"]), self.judges.evaluation)
+        return text_table(generated, part["prompt"], part["prompt_id"], scores).assign(policy="base", seed=0)
+
+    def _text(self, row: int) -> Text:
+        return Text(self.candidates["prompt"].iat[row], self.candidates["response"].iat[row], False)
+
+    def _at(self, fitted: Fitted, step: int) -> MixturePolicy:
+        policy = self.new_policy(fitted.method)
+        policy.experts.activate(fitted.policy.experts.active_ids)
+        policy._constants = fitted.policy._constants
+        policy.load_state_dict(fitted.result.snapshots[step], strict=False)
+        return policy
+
+    def _sampled(self, fitted: Fitted, name: str, expert: int, step: int, n_texts: int) -> pd.DataFrame:
         test = list(split_prompts(len(self.prompts))["test"])
         prompt_ids = [test[i % len(test)] for i in range(n_texts)]
         prompts = [self.prompts[i] for i in prompt_ids]
-        policy = self.new_policy(fitted.method)
-        policy.experts.activate(fitted.policy.experts.active_ids)
-        policy.load_state_dict(fitted.result.snapshots[step], strict=False)
-        state = {k: v.double().sum().item() for k, v in policy.state_dict().items()}
-        parameters = {
-            "state": state, "expert": expert, "prompts": prompts, "n": max_new_tokens, "seed": fitted.seed,
-            "base": self.base.fingerprint,
-        }  # fmt: skip
+        policy = self._at(fitted, step)
+        state = hashlib.sha256(b"".join(v.contiguous().numpy().tobytes() for v in policy.state_dict().values()))
+        length = self.config.candidates.response_tokens
+        seed = hash_seed(fitted.seed, "texts", name)
+        parameters = {"state": state.hexdigest(), "expert": expert, "prompts": prompts, "length": length, "seed": seed,
+                      "base": self.base.fingerprint}  # fmt: skip
 
         def build(folder: Path) -> None:
-            out = policy.generate(
-                prompts, expert=[expert] * len(prompts), max_new_tokens=max_new_tokens,
-                seed=hash_seed(fitted.seed, "texts", policy_name),
-            )  # fmt: skip
+            out = policy.generate(prompts, expert=[expert] * len(prompts), max_new_tokens=length, seed=seed)
             pd.DataFrame(asdict(out)).to_json(folder / "texts.jsonl", orient="records", lines=True)
 
         folder = cached("texts", VERSION, parameters, build)
         table = pd.read_json(folder / "texts.jsonl", orient="records", lines=True, dtype=False, convert_dates=False)
-        from .mixture import Generated
-
         generated = Generated(**{c: table[c].tolist() for c in table})
         scores = score_texts(self._whole(prompts, generated.text), self.judges.evaluation)
-        return text_table(generated, prompts, prompt_ids, scores).assign(policy=policy_name, seed=fitted.seed)
+        return text_table(generated, prompts, prompt_ids, scores).assign(policy=name, seed=fitted.seed)
+
+
+def _named(fitted: Fitted, table: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat(
+        [
+            pd.DataFrame({"design": fitted.design, "method": fitted.method, "seed": fitted.seed}, index=table.index),
+            table,
+        ],
+        axis=1,
+    )
+
+
+def _routings(policy: MixturePolicy, order: list[int], own: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """By routing and group the log_w rows that serve it: none (one policy), prior, own_pairs, oracle (the truth)."""
+    prior = {g: policy.gate()[None] for g in GROUPS}
+    if policy.n_experts == 1:
+        return {"none": prior}
+    one = torch.full((policy.n_experts,), -torch.inf)
+    oracle = {g: one.index_fill(0, torch.tensor([k]), 0.0)[None] if k >= 0 else prior[g]
+              for g, k in zip(GROUPS, order, strict=True)}  # fmt: skip
+    return {"prior": prior, "own_pairs": own, "oracle": oracle}
