@@ -36,7 +36,7 @@ class LoglikTable(nn.Module):
     loglik: Tensor
     unit: Tensor
 
-    def __init__(self, unit: Int[Tensor, pairs], n_experts: int) -> None:
+    def __init__(self, unit: Int[Tensor, "pairs"], n_experts: int) -> None:
         super().__init__()
         self.n_units = int(unit.max()) + 1
         self.register_buffer("unit", unit)
@@ -48,7 +48,7 @@ class LoglikTable(nn.Module):
         self.loglik.copy_(loglik)
 
     @torch.no_grad()
-    def update(self, row: Int[Tensor, batch], loglik: Float[Tensor, "batch experts"]) -> None:
+    def update(self, row: Int[Tensor, "batch"], loglik: Float[Tensor, "batch experts"]) -> None:
         """Replace some rows by what a batch has just computed, nats."""
         self.loglik[row] = loglik.detach()
 
@@ -61,7 +61,7 @@ class LoglikTable(nn.Module):
 
     @torch.no_grad()
     def batch_log_q(
-        self, row: Int[Tensor, batch], log_w: Float[Tensor, ...], temperature: float = 1.0
+        self, row: Int[Tensor, "batch"], log_w: Float[Tensor, ...], temperature: float = 1.0
     ) -> Float[Tensor, "batch experts"]:
         """log q of the unit that each of these rows belongs to."""
         return self.log_q(log_w, temperature)[self.unit[row]]
@@ -87,12 +87,12 @@ class LoglikTable(nn.Module):
 
 def predictive_probability(
     loglik: Float[Tensor, "pairs experts"], log_w: Float[Tensor, ...]
-) -> Float[Tensor, pairs]:
+) -> Float[Tensor, "pairs"]:
     """sum_k w_k sigma(D_k): probability that the first answer is preferred, for weights (K,) or one row a pair."""
     return (loglik + log_w).logsumexp(-1).exp()
 
 
-def unit_loglik(loglik: Float[Tensor, "pairs experts"], unit: Int[Tensor, pairs], n_units: int) -> Tensor:
+def unit_loglik(loglik: Float[Tensor, "pairs experts"], unit: Int[Tensor, "pairs"], n_units: int) -> Tensor:
     """Sum of loglik over the pairs of each unit, (U, K), nats."""
     return sum_over_units(loglik, unit, n_units)
 

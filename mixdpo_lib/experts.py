@@ -167,7 +167,7 @@ class HeadExperts(nn.Module):
     def _bias(self) -> Tensor | None:
         return getattr(self._base.model.get_output_embeddings(), "bias", None)
 
-    def activate(self, token_ids: Int[Tensor, tokens]) -> None:
+    def activate(self, token_ids: Int[Tensor, "tokens"]) -> None:
         """Set the tokens whose logits the experts may change (sorted, distinct; part of the saved mixture)."""
         self.active_ids = torch.unique(token_ids)
         self._head_rows = self._head[self.active_ids].float().contiguous()
@@ -266,7 +266,7 @@ class HeadExperts(nn.Module):
     @torch.no_grad()
     def all_text_logps(
         self, texts: TextFeatures, constants: HeadConstants, block: int = 128, stage: str | None = None
-    ) -> tuple[Float[Tensor, "texts experts"], Float[Tensor, texts]]:
+    ) -> tuple[Float[Tensor, "texts experts"], Float[Tensor, "texts"]]:
         """log pi_k and log pi_ref of every text, in blocks of `block` texts."""
         logps, refs = [], []
         for start in range(0, len(texts), block):
@@ -278,7 +278,7 @@ class HeadExperts(nn.Module):
                 progress(stage, int(ids[-1]) + 1, len(texts), "texts")
         return torch.cat(logps), torch.cat(refs)
 
-    def next_token(self, expert: Int[Tensor, rows] | None = None) -> NextToken:
+    def next_token(self, expert: Int[Tensor, "rows"] | None = None) -> NextToken:
         """A next-token function where row i speaks as expert[i]; None: every row as the reference."""
         return NextToken(self._base, None if expert is None else self, expert)
 
@@ -290,7 +290,9 @@ class NextToken:
     With `observe`, called with the tokens that were drawn, it keeps log pi_k / pi_ref and log pi_ref of each of them.
     """
 
-    def __init__(self, base: Base, experts: HeadExperts | None = None, expert: Int[Tensor, rows] | None = None) -> None:
+    def __init__(
+        self, base: Base, experts: HeadExperts | None = None, expert: Int[Tensor, "rows"] | None = None
+    ) -> None:
         self._base, self._cache = base, None
         self._groups: list[tuple[Tensor, Tensor, Tensor]] = []
         if experts is not None and expert is not None:
@@ -325,7 +327,7 @@ class NextToken:
         return logits
 
     @torch.inference_mode()
-    def observe(self, tokens: Int[Tensor, rows]) -> None:
+    def observe(self, tokens: Int[Tensor, "rows"]) -> None:
         """Keep what policy and reference say of the tokens just drawn from the last logits."""
         assert self._logits is not None and self._ref_logits is not None
         ref = self._ref_logits.gather(1, tokens[:, None]).squeeze(1) - self._ref_logits.logsumexp(1)

@@ -154,7 +154,7 @@ class PairFeatures:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def units(self, column: str) -> tuple[Int[Tensor, pairs], list[str]]:
+    def units(self, column: str) -> tuple[Int[Tensor, "pairs"], list[str]]:
         """Unit of each pair as 0 ... U-1, and the units' names in that order."""
         if column not in self.rows.column_names:
             raise ValueError(f"unit column {column!r} is missing; found {self.rows.column_names}: name one of them")
@@ -189,8 +189,8 @@ def pair_features(base: Base, rows: Dataset, store: TextStore | None = None) -> 
 
 
 def gather_positions(
-    features: TextFeatures, text_ids: Int[Tensor, texts]
-) -> tuple[Float[Tensor, "positions hidden"], Int[Tensor, positions], Int[Tensor, positions]]:
+    features: TextFeatures, text_ids: Int[Tensor, "texts"]
+) -> tuple[Float[Tensor, "positions hidden"], Int[Tensor, "positions"], Int[Tensor, "positions"]]:
     """Hidden states of the chosen texts, their places in the flat arrays, and the text (0, 1, ...) each belongs to."""
     ids = text_ids.numpy()
     starts, stops = features.offsets[ids], features.offsets[ids + 1]

@@ -123,7 +123,7 @@ class MixturePolicy(nn.Module):
         q = log_responsibilities(loglik, self.gate(), ids, n_units=len(names)).exp()
         return pd.DataFrame(q.numpy(), index=pd.Index(names, name=unit))
 
-    def user(self, pairs: Dataset | PairFeatures | None = None) -> Float[Tensor, experts]:
+    def user(self, pairs: Dataset | PairFeatures | None = None) -> Float[Tensor, "experts"]:
         """log_w (K,) of one user: the posterior given the user's own pairs, the gate's weights without any."""
         if pairs is None:
             return self.gate().detach().clone()

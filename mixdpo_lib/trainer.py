@@ -83,7 +83,8 @@ class _Learner(nn.Module):
 
     def __init__(self, policy: MixturePolicy, unit: Tensor, config: FitConfig, steps_per_pass: int) -> None:
         super().__init__()
-        self.policy, self.config, self.steps_per_pass = policy, config, steps_per_pass
+        self.policy, self.steps_per_pass = policy, steps_per_pass
+        self.options = config  # not `config`: Trainer writes to an attribute of that name
         self.table = LoglikTable(unit, policy.n_experts)
         generator = torch.Generator().manual_seed(config.seed)
         shape = (self.table.n_units, policy.n_experts)
@@ -92,13 +93,13 @@ class _Learner(nn.Module):
 
     def temperature(self) -> float:
         """Of the responsibilities at this step: geometric from start_temperature to 1."""
-        share = float(self.steps) / max(self.config.tempering_passes * self.steps_per_pass, 1)
-        return self.config.start_temperature ** max(0.0, 1 - share)
+        share = float(self.steps) / max(self.options.tempering_passes * self.steps_per_pass, 1)
+        return self.options.start_temperature ** max(0.0, 1 - share)
 
     def forward(self, row: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         """loss = - mean_n sum_k q_nk log sigma(D_nk), nats per pair; q detached."""
         loglik = self.policy.batch_loglik(batch)
-        config = self.config
+        config = self.options
         if self.training:
             self.table.update(row, loglik)
         random_start = config.symmetry_breaking == "random_responsibilities"

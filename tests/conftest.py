@@ -14,6 +14,7 @@ import hypothesis  # noqa: E402
 import nbformat  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tiny import save_tiny_base  # noqa: E402
 
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("mixdpo", deadline=None, derandomize=True)
@@ -57,3 +58,19 @@ def write_notebook(project):
         return project / "notebooks" / f"{name}.ipynb"
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Folder of a tiny random language model, see tiny.py."""
+    return save_tiny_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tiny_folder, tmp_path_factory):
+    """The tiny model, loaded as any other; MIXDPO_CACHE is a temporary folder while this module's tests run."""
+    from mixdpo_lib import sources  # here: what is imported before pytest is set up is not checked for shapes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield sources.load_base(tiny_folder)

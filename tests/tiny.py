@@ -1,0 +1,67 @@
+"""A tiny random Llama with a word-level tokenizer, and small preference sets for it."""
+
+import datasets
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = (
+    "the a this that film plot story actor scene music was is seems feels looks good bad dull bright slow long short "
+    "very quite not and but with of in it i you they he she"
+).split()
+VOCABULARY = {word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}
+UNUSED = {"he", "she", "they"}  # never in a response below: tokens that the experts leave alone
+
+
+def save_tiny_base(folder, seed=0, context=48):
+    """Write model and tokenizer so that `sources.load_base` reads them as it reads any folder."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True, initializer_range=0.25,
+        eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def sentence(rng, low, high):
+    return " ".join(rng.choice([w for w in WORDS if w not in UNUSED], rng.integers(low, high + 1)))
+
+
+def preference_rows(n=24, users=4, seed=0):
+    """Random pairs; the answers of user u are drawn with a bias to words that mark the user's group (u % 2)."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        group = (i % users) % 2
+        good, bad = ("bright", "dull") if group == 0 else ("dull", "bright")
+        prompt = sentence(rng, 2, 4)
+        chosen, rejected = (f"{sentence(rng, 1, 4)} {word} {sentence(rng, 1, 3)}" for word in (good, bad))
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "user": f"user{i % users}",
+                     "group": "ab"[group], "prompt_id": i, "ended": i % 3 > 0, "row": i})  # fmt: skip
+    return datasets.Dataset.from_list(rows)
+
+
+def full_logps(base, experts, prompt, response, ended):
+    """log pi_k(response) of every expert and of the base, by plain torch over the whole vocabulary; differentiable."""
+    tokens = base.tokenizer(prompt)["input_ids"], base.tokenizer(response)["input_ids"]
+    ids = [*tokens[0], *tokens[1], *([base.eos_token_id] if ended else [])]
+    with torch.no_grad():
+        out = base.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+    hidden, logits = out.hidden_states[-1][0], out.logits[0]
+    mask = torch.zeros(len(VOCABULARY))
+    mask[experts.active_ids] = 1
+    head = base.model.get_output_embeddings().weight
+    first, target = len(tokens[0]), torch.tensor(ids[len(tokens[0]) :])
+
+    def score(z):
+        return z.log_softmax(-1)[first - 1 : -1].gather(1, target[:, None]).sum()
+
+    shifts = [hidden @ down.T @ up.T @ head.T for down, up in zip(experts.down, experts.up, strict=True)]
+    return torch.stack([score(logits + mask * shift) for shift in shifts]), score(logits)
