@@ -172,6 +172,21 @@ def accuracy_gain(better: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def design_gains(by_prompt: pd.DataFrame, baseline: str = "dpo") -> pd.DataFrame:
+    """Gain of every other method over `baseline` for seen users, by design (see `accuracy_gain`).
+
+    A mixture is routed by each user's own training pairs, a single policy needs no routing.
+    """
+    seen = by_prompt[(by_prompt["users"] == "seen") & by_prompt["routing"].isin(["none", "own_pairs"])]
+    parts = []
+    for design, part in seen.groupby("design", sort=False):
+        single = part[part["method"] == baseline]
+        for method, rows in part[part["method"] != baseline].groupby("method", sort=False):
+            n_pairs = int(rows.groupby("seed")["n_pairs"].sum().iloc[0])
+            parts.append(accuracy_gain(rows, single).assign(design=design, method=method, n_pairs=n_pairs))
+    return pd.concat(parts, ignore_index=True)
+
+
 # ------------------------------------------------------------------------------------------------------------- texts
 
 

@@ -174,7 +174,7 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
     ----------
     candidates : table of `sample_candidates`; prompts in random order.
     scores : one column a group, one row a candidate (training judges); finite.
-    config : the design. A user of the default one meets random untied pairs and answers by Bradley-Terry:
+    config : the design. A user of the default one meets random untied pairs and answers by Bradley-Terry,
         p(better chosen) = sigma(difference / label_temperature), with the temperature of each reward set by `flip_rate`.
 
     Returns
@@ -247,6 +247,62 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
     for part in out.values():
         part.info.description = json.dumps({"design": asdict(config), "label_temperature": temperatures})
     return out
+
+
+# ------------------------------------------------------------------------------------------- tables about the designs
+
+
+def preference_counts(sets: Mapping[str, datasets.DatasetDict]) -> pd.DataFrame:
+    """Pairs, users and prompts of every part of every design, and the share of labels against the user's reward."""
+    rows = [
+        {"design": design, "part": name, "pairs": len(part), "users": len(set(part["user"]) - {""}),
+         "prompts": len(set(part["prompt_id"])), "flipped": float(np.mean(part["flipped"]))}
+        for design, parts in sets.items() for name, part in parts.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def label_temperatures(sets: Mapping[str, datasets.DatasetDict]) -> pd.DataFrame:
+    """The label temperature of each reward (in its own unit) in each design; 0 is no noise."""
+    kept = {design: json.loads(parts["train"].info.description) for design, parts in sets.items()}
+    return pd.DataFrame(
+        [
+            {"design": d, "group": g, "label_temperature": t}
+            for d, k in kept.items()
+            for g, t in k["label_temperature"].items()
+        ]
+    )
+
+
+def score_differences(sets: Mapping[str, datasets.DatasetDict], scores: pd.DataFrame) -> pd.DataFrame:
+    """Score of chosen minus rejected of every training pair, in standard deviations of the user's own reward."""
+    parts = []
+    for design, data in sets.items():
+        part = pd.DataFrame({c: data["train"][c] for c in ("group", "gap", "flipped")})
+        sign = np.where(part["flipped"], -1.0, 1.0)
+        part["score_difference"] = sign * part["gap"] / part["group"].map(scores.std())
+        parts.append(part.assign(design=design)[["design", "group", "score_difference"]])
+    return pd.concat(parts, ignore_index=True)
+
+
+def group_agreement(candidates: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """On what share of all untied candidate pairs of a prompt two groups prefer the same answer."""
+    signs: dict[str, list[float]] = {g: [] for g in GROUPS}
+    for rows in candidates.groupby("prompt_id").indices.values():
+        for a, b in itertools.combinations(rows, 2):
+            for g in GROUPS:
+                signs[g].append(float(np.sign(scores[g].iat[a] - scores[g].iat[b])))
+    table = pd.DataFrame(signs)
+    out = []
+    for a in GROUPS:
+        for b in GROUPS:
+            untied = (table[a] != 0) & (table[b] != 0)
+            share = (table[a] == table[b])[untied].mean()
+            out.append({"group_a": a, "group_b": b, "agreement": share, "n_pairs": int(untied.sum())})
+    return pd.DataFrame(out)
+
+
+# -------------------------------------------------------------------------------------------------- people's own data
 
 
 def check_preferences(data: datasets.Dataset, place: str, columns: Sequence[str] = ()) -> datasets.Dataset:

@@ -373,9 +373,21 @@ def load_table(where: str | Path, notebook: str, name: str) -> pd.DataFrame:
 def load_values(where: str | Path, notebook: str | None = None) -> dict[str, dict[str, Any]]:
     """Quoted numbers of one finished run, or with `notebook=None` those of `figures/reference` together."""
     if notebook is None:
-        return store.read_json(results_folder(where, "values.json"))
+        path = results_folder(where, "values.json")
+        return store.read_json(path) if path.exists() else {}
     folder = results_folder(where, notebook)
     return store.read_json(folder / "values.json") if "values.json" in _outputs(folder, where, notebook) else {}
+
+
+def values_table(values: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Quoted numbers as a table: name, value, low, high, unit, n, seeds (how many)."""
+    rows = []
+    for name, v in sorted(values.items()):
+        low, high = v["interval"] or (None, None)
+        count = len(v["seeds"]) if isinstance(v["seeds"], list) else v["seeds"]
+        rows.append({"name": name, "value": v["value"], "low": low, "high": high, "unit": v["unit"], "n": v["n"],
+                     "seeds": count})
+    return pd.DataFrame(rows, columns=["name", "value", "low", "high", "unit", "n", "seeds"])
 
 
 def _outputs(folder: Path, where: str | Path, notebook: str) -> dict[str, Any]:
