@@ -697,7 +697,7 @@ def probe_scores(probes: pd.DataFrame, ax: Axes) -> Axes:
     for i in range(len(names)):
         for j in range(len(columns)):
             value = float(square.iloc[i, j])
-            ax.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=8,
+            ax.text(j, i, f"{value:+.1f}" if abs(value) < 10 else f"{value:+.0f}", ha="center", va="center", fontsize=8,
                     color="white" if abs(value) > 1.9 else "black")  # fmt: skip
     _label_cells(ax, [f"{_SHORT.get(r, r)}\n{j}" for r, j in columns], [name.replace("_", " ") for name in names])
     ax.tick_params(labelsize=8)

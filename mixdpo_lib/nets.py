@@ -143,16 +143,21 @@ class TextNet(nn.Module):
 
 
 @contextmanager
-def _alone(seed: int) -> Iterator[None]:
-    """One thread (small nets: a second one mostly waits, and numbers must not hang on their count) and its own seed."""
+def _one_thread() -> Iterator[None]:
+    """Small nets: a second thread mostly waits, and a judge's numbers must not hang on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with _one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def batches(lengths: np.ndarray, batch_tokens: int, rng: np.random.Generator | None) -> list[np.ndarray]:
@@ -190,7 +195,7 @@ def fit_net(
         new data (fresh corruptions).
     stage : name in the progress lines.
     """
-    with _alone(seed):
+    with _seeded(seed):
         net = make().train()
         rng = np.random.default_rng(seed)
         optimiser = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=1e-2)
@@ -215,10 +220,11 @@ def apply_net(net: TextNet, encoded: Sequence[np.ndarray], batch_tokens: int = 1
     net.eval()
     out: list[np.ndarray] = [np.empty(0)] * len(encoded)
     lengths = np.array([len(e) for e in encoded])
-    for rows in batches(lengths, batch_tokens, None):
-        values = net(*pad([encoded[r] for r in rows])).double().numpy()
-        for value, row in zip(values, rows, strict=True):
-            out[row] = value[: lengths[row]] if net.per_token else value[None]
+    with _one_thread():
+        for rows in batches(lengths, batch_tokens, None):
+            values = net(*pad([encoded[r] for r in rows])).double().numpy()
+            for value, row in zip(values, rows, strict=True):
+                out[row] = value[: lengths[row]] if net.per_token else value[None]
     return out
 
 
@@ -276,9 +282,10 @@ def fit_averaging_net(
     word_dropout: float = 0.3,
 ) -> AveragingNet:
     """AdamW on the logistic loss; terms are dropped at random, so that no text hangs on one of them."""
-    with _alone(seed):
+    with _seeded(seed):
         net, rng = AveragingNet(counts.shape[1], first), np.random.default_rng(seed)
         target = torch.from_numpy(np.asarray(labels)).float()
+        batch_size = min(batch_size, max(16, len(labels) // 60))  # few texts: still some 60 steps a pass
         optimiser = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=0.0)
         total, done = n_epochs * -(-len(labels) // batch_size), 0
         for _ in range(n_epochs):

@@ -355,6 +355,23 @@ def negated(text: str, rng: Random) -> str | None:
     return _replace(text, match, _NEGATIONS[match.group()])
 
 
+_PRAISE = ("good", "funny", "great", "believable", "interesting", "convincing", "worth seeing", "well made")
+_BLAME = ("bad", "boring", "terrible", "predictable", "stupid", "awful", "a waste of time", "disappointing")
+_OF_WHAT = ("The film", "The acting", "The whole story", "In the end, the plot", "I must say that this movie")
+
+
+def negated_pairs() -> list[tuple[str, str]]:
+    """Hand-written sentences (better, worse) that differ by one "not", of praise and of blame.
+
+    >>> negated_pairs()[0], negated_pairs()[-1]
+    (('The film was good.', 'The film was not good.'),
+     ('I must say that this movie was not disappointing.', 'I must say that this movie was disappointing.'))
+    """
+    praise = [(f"{what} was {word}.", f"{what} was not {word}.") for what in _OF_WHAT for word in _PRAISE]
+    blame = [(f"{what} was not {word}.", f"{what} was {word}.") for what in _OF_WHAT for word in _BLAME]
+    return praise + blame
+
+
 def _half_tail(text: str, tail: Sequence[str], rng: Random) -> str:
     words = text.split()
     half = len(words) // 2

@@ -59,6 +59,7 @@ from .probes import (
     WORD,
     diluted,
     generic,
+    negated_pairs,
     padded,
     piece,
     repeated,
@@ -95,11 +96,12 @@ class JudgeConfig:
                 raise ValueError(f"JudgeConfig: {field.name}={getattr(self, field.name)}; expected at least {low}")
 
 
-def split_reviews(reviews: Dataset, seed: int = 0, config: JudgeConfig | None = None) -> dict[str, Dataset]:
+def split_reviews(reviews: Dataset, seed: int | None = None, config: JudgeConfig | None = None) -> dict[str, Dataset]:
     """Four disjoint parts of the reviews: `training_judge`, `evaluation_judge`, `report`, `prompts` (all that is left).
 
-    Sizes are `config`'s (25,000 reviews: 10,000, 9,500, 2,000 and about 3,400), scaled down together when there are
-    fewer than 25,000 reviews. A text that occurs twice is used once, so that no text is in two parts.
+    The seed is `config`'s when none is given: judges and prompts must come from one split. Sizes are `config`'s too
+    (25,000 reviews: 10,000, 9,500, 2,000 and about 3,400), scaled down together when there are too few reviews. A text
+    that occurs twice is used once, so that no text is in two parts.
 
     Raises
     ------
@@ -109,7 +111,7 @@ def split_reviews(reviews: Dataset, seed: int = 0, config: JudgeConfig | None = 
     seen: dict[str, int] = {}
     for row, text in enumerate(reviews["text"]):
         seen.setdefault(text, row)
-    rows = np.random.default_rng(seed).permutation(np.fromiter(seen.values(), int))
+    rows = np.random.default_rng(config.seed if seed is None else seed).permutation(np.fromiter(seen.values(), int))
     wanted = np.array([config.training_reviews, config.evaluation_reviews, config.report_reviews])
     if len(rows) < 50:
         raise ValueError(f"split_reviews: found {len(rows)} different reviews, expected at least 50 to fit judges on")
@@ -119,7 +121,7 @@ def split_reviews(reviews: Dataset, seed: int = 0, config: JudgeConfig | None = 
 
 
 # ------------------------------------------------------------------------------------------------------------- judges
-def check_texts(texts: Sequence[str], place: str = "score") -> list[str]:
+def check_texts(texts: Sequence[Any], place: str = "score") -> list[str]:
     """`texts` as a list; refuses what is no text or has nothing in it, with its row number (0 is the first)."""
     if isinstance(texts, str):
         raise ValueError(f"{place}: found one text, expected a list of texts; write [text]")
@@ -144,7 +146,7 @@ class Judge(ABC):
         """For example "sentiment/training"."""
         return f"{self.reward}/{self.role}"
 
-    def score(self, texts: Sequence[str]) -> Float[np.ndarray, "texts"]:
+    def score(self, texts: Sequence[Any]) -> Float[np.ndarray, "texts"]:
         """One float64 a text, in `unit`.
 
         Raises
@@ -426,7 +428,7 @@ class GrammarTraining(Judge):
             for w in WORD.findall(text)
         )
         articles = [(m[1].lower() == "an", wants_an(m[2])) for m in _ARTICLE.finditer(text)]
-        return {
+        counts = {
             "checker": checker,
             "non_words": non_words,
             "article": sum(want is not None and want != is_an for is_an, want in articles),
@@ -436,6 +438,7 @@ class GrammarTraining(Judge):
             "stray_symbols": len(_STRAY.findall(text)),
             "odd_neighbours": self.odd_neighbours(text),
         }
+        return {kind: float(count) for kind, count in counts.items()}
 
     def _one(self, text: str) -> float:
         found = self.findings(text)
@@ -767,7 +770,7 @@ class Judges:
 def fit_judges(reviews: Dataset, config: JudgeConfig | None = None) -> Judges:
     """Fit every judge on its own part of `reviews` (columns text, label; see `split_reviews`). About a minute."""
     config = config or JudgeConfig()
-    parts = split_reviews(reviews, config.seed, config)
+    parts = split_reviews(reviews, config=config)
     kinds = [(kind, "training_judge") for kind in _TRAINING] + [(kind, "evaluation_judge") for kind in _EVALUATION]
     made: dict[str, dict[str, Judge]] = {role: {} for role in ROLES}
     for done, (kind, part) in enumerate(kinds):
@@ -788,7 +791,7 @@ def judges(source: str | os.PathLike[str] = "imdb-packaged", config: JudgeConfig
     return Judges.load(folder)
 
 
-def score_texts(texts: Sequence[str], by: Mapping[str, Judge]) -> pd.DataFrame:
+def score_texts(texts: Sequence[Any], by: Mapping[str, Judge]) -> pd.DataFrame:
     """Every text by every judge of `by` (for example `judges.training`): one column a reward, one row a text.
 
     Raises
@@ -822,8 +825,8 @@ def paired_rank(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
 
 
 def _interval(statistic: Callable[[np.ndarray], float], n: int, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Value and 95 % bootstrap interval of `statistic(rows)`; 300 resamples of the rows."""
-    draws = [statistic(rng.integers(0, n, n)) for _ in range(300)]
+    """Value and 95 % bootstrap interval of `statistic(rows)`; 200 resamples of the rows."""
+    draws = [statistic(rng.integers(0, n, n)) for _ in range(200)]
     low, high = np.quantile(draws, [0.025, 0.975])
     return statistic(np.arange(n)), float(low), float(high)
 
@@ -851,11 +854,13 @@ def report_card(judges: Judges, reviews: Dataset, n: int = 300, seed: int = 0) -
     -------
     tidy tables by name.
     `validity` : reward, judge, measure, task, value, low, high (95 %, bootstrap over texts), n, bar (NaN where none).
-        Measures: accuracy; paired rank (how often a text beats its own worse version; ties count half); auc (the same
+        Measures: accuracy (also of the order of written pairs that differ by one "not"); paired rank
+        (how often a text beats its own worse version; ties count half); auc (the same
         against the worse versions of all texts, which is harder).
     `spread` : reward, judge, unit, mean, sd, p5, p50, p95, tied (share of texts whose score another text has too), n.
     `agreement` : first, second, kind ("one reward", "two rewards"), spearman, low, high, n; by judge name.
-    `probes` : reward, judge, probe, effect (mean change of score, in sd of real pieces), low, high, n.
+    `probes` : reward, judge, probe, effect (mean change of score, in sd of real pieces), low, high, size (mean absolute
+        change), n.
     `scores` : text (number), reward, judge, unit, score: of `n` real pieces.
 
     Raises
@@ -902,6 +907,9 @@ def report_card(judges: Judges, reviews: Dataset, n: int = 300, seed: int = 0) -
             for task, cut in cuts.items():
                 right = ((judge.score(cut) > 0) == (labels == 1)).astype(float)
                 valid("accuracy", task, lambda rows, right=right: float(right[rows].mean()), len(right))
+            better, worse = (judge.score(side) for side in zip(*negated_pairs(), strict=True))
+            rank = paired_rank(better, worse)
+            valid("accuracy", 'one "not"', lambda rows, rank=rank: float(rank[rows].mean()), len(rank))
         elif judge.reward == "informativeness":
             ranks = {
                 task: paired_rank(judge.score([a for a, _ in pairs]), judge.score([b for _, b in pairs]))
@@ -937,7 +945,10 @@ def report_card(judges: Judges, reviews: Dataset, n: int = 300, seed: int = 0) -
                 return float(change[rows].mean())
 
             value, low, high = _interval(mean_change, len(change), rng)
-            probes.append({**who, "probe": probe, "effect": value, "low": low, "high": high, "n": len(change)})
+            size = float(np.abs(change).mean())
+            probes.append(
+                {**who, "probe": probe, "effect": value, "low": low, "high": high, "size": size, "n": len(change)}
+            )
     progress("report card", len(everyone), len(everyone), "done")
     return {
         "validity": pd.DataFrame(validity),
@@ -971,16 +982,20 @@ def judge_correlations(scores: Mapping[str, np.ndarray], seed: int = 0) -> pd.Da
     -------
     first, second, kind ("one reward", "two rewards", "itself"), spearman, low, high (95 %, bootstrap over texts), n.
     """
-    rng, rows = np.random.default_rng(seed), []
+    rng, rows, found = np.random.default_rng(seed), [], {}
     for first, a in scores.items():
         for second, b in scores.items():
-            kind = "itself" if first == second else "one reward" if first.split("/")[0] == second.split("/")[0] else ""
 
             def rho(at: np.ndarray, a: np.ndarray = a, b: np.ndarray = b) -> float:
                 x, y = rankdata(a[at]), rankdata(b[at])
                 return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
 
-            value, low, high = _interval(rho, len(a), rng)
-            rows.append({"first": first, "second": second, "kind": kind or "two rewards", "spearman": value,
-                         "low": low, "high": high, "n": len(a)})  # fmt: skip
+            if (second, first) not in found:
+                found[first, second] = (1.0, 1.0, 1.0) if first == second else _interval(rho, len(a), rng)
+            value, low, high = found.get((first, second)) or found[second, first]
+            kind = "one reward" if first.split("/")[0] == second.split("/")[0] else "two rewards"
+            rows.append(
+                {"first": first, "second": second, "kind": "itself" if first == second else kind, "spearman": value,
+                 "low": low, "high": high, "n": len(a)}
+            )  # fmt: skip
     return pd.DataFrame(rows)
