@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -659,7 +660,52 @@ def update_reference(profile: str = "default") -> Path:
                                         "n": 1, "seeds": None, "runs": [f"make reproduce PROFILE={one}"]}
     store.write_json_atomic(fresh / "values.json", values)
     _replace(fresh, target)
+    readme = root / "README.md"
+    if readme.exists():
+        readme.write_text(with_results(readme.read_text(encoding="utf-8"), values), encoding="utf-8")
     return target
+
+
+# ------------------------------------------------------------------------------------------------------------- README
+def _quoted(values: Mapping[str, Mapping[str, Any]], name: str, digits: int) -> str:
+    if name not in values:
+        return "–"
+    value = values[name]
+    signed = f"{value['value']:+.{digits}f}" if "gain" in name else f"{value['value']:.{digits}f}"
+    return signed if not value["interval"] else signed + " [{:.{d}f}, {:.{d}f}]".format(*value["interval"], d=digits)
+
+
+def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The tables of README, from the values of the reference run: block name and its lines."""
+    q = lambda name, digits=3: _quoted(values, name, digits)  # noqa: E731
+    results = ["| Mix-DPO minus DPO, test prompts | random pairs, noisy labels | clean pairs |", "|---|---|---|"]
+    for label, name in (("accuracy, mean of the groups", "accuracy_gain_mean"),
+                        ("accuracy, worst group", "accuracy_gain_worst")):
+        results.append(f"| {label} | {q(name)} | {q(name + '_clean')} |")
+    results.append(f"| hidden groups found (NMI, median of seeds) | {q('user_nmi_median', 2)} | "
+                   f"{q('user_nmi_median_clean', 2)} |")
+    results += ["", "| texts at matched KL, evaluation judges | gain over DPO | KL, nats (DPO) | perplexity (DPO) |",
+                "|---|---|---|---|"]
+    for reward in ("sentiment", "informativeness", "grammar"):
+        results.append(f"| {reward} of the expert that serves it | {q('reward_gain_' + reward)} | "
+                       f"{q('kl_expert_' + reward, 1)} ({q('kl_dpo', 1)}) | "
+                       f"{q('perplexity_expert_' + reward, 0)} ({q('perplexity_dpo', 0)}) |")
+    results += ["", "Brackets: 95 % intervals over prompts, all seeds together; for NMI the lowest and highest seed."]
+    downloads = {"smoke": "packages, 13 + 93 MB of data", "default": "the same"}
+    costs = ["| command | minutes on 2 cores | downloads |", "|---|---|---|"]
+    costs += [f"| `make reproduce{'' if one == 'default' else ' PROFILE=' + one}` | {q('minutes_' + one, 0)} | "
+             f"{downloads[one]} |" for one in ("smoke", "default")]
+    return {"results": "\n".join(results), "costs": "\n".join(costs)}
+
+
+def with_results(readme: str, values: Mapping[str, Mapping[str, Any]]) -> str:
+    """README with the blocks between `<!-- name ... -->` and `<!-- end of name -->` written anew."""
+    for name, text in readme_blocks(values).items():
+        pattern = re.compile(rf"(<!-- {name}\b[^\n]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        readme, found = pattern.subn(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", readme)
+        if found != 1:
+            raise MixDPOError(f"README.md: found {found} blocks named {name}, expected one")
+    return readme
 
 
 def clean(everything: bool = False) -> list[Path]:

@@ -135,3 +135,11 @@ def test_the_workflow_knows_every_notebook():
     needs = ast.literal_eval(text.split("NEEDS = ")[1].split("\nPROFILE")[0])
     assert {path.stem for path in NOTEBOOKS if path.parent.name == "notebooks"} <= set(needs)
     assert all(need in needs for wanted in needs.values() for need in wanted)
+
+
+def test_readme_quotes_the_reference_results():
+    values = runs.load_values("reference")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert runs.with_results(readme, values) == readme, "run `mixdpo reference`: README is not that of values.json"
+    for picture in re.findall(r"\]\((figures/reference/[^)]+)\)", readme):
+        assert (ROOT / picture).is_file(), f"README shows {picture}, which is not there"
