@@ -683,22 +683,28 @@ def judge_report(validity: pd.DataFrame, ax: Axes) -> Axes:
 def probe_scores(probes: pd.DataFrame, ax: Axes) -> Axes:
     """What tampering does to each judge's score, in standard deviations over real pieces; red is a reward for it.
 
+    In brackets the mean absolute change: where scores of both signs move towards nothing, the mean alone stays at 0.
+
     Parameters
     ----------
-    probes : columns ``reward``, ``judge``, ``probe``, ``effect``.
+    probes : columns ``reward``, ``judge``, ``probe``, ``effect``, ``size``.
     """
-    need(probes, ("reward", "judge", "probe", "effect"), "probe_scores")
+    need(probes, ("reward", "judge", "probe", "effect", "size"), "probe_scores")
     rewards, names = _ordered(set(probes["reward"])), list(dict.fromkeys(probes["probe"]))
     columns = [
         (r, j) for r in rewards for j in JUDGE_MARKERS if ((probes["reward"] == r) & (probes["judge"] == j)).any()
     ]
-    square = probes.pivot(index="probe", columns=["reward", "judge"], values="effect").loc[names, columns]
+    square, sizes = (
+        probes.pivot(index="probe", columns=["reward", "judge"], values=v).loc[names, columns]
+        for v in ("effect", "size")
+    )
     ax.imshow(square.to_numpy(float), cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
     for i in range(len(names)):
         for j in range(len(columns)):
-            value = float(square.iloc[i, j])
-            ax.text(j, i, f"{value:+.1f}" if abs(value) < 10 else f"{value:+.0f}", ha="center", va="center", fontsize=8,
-                    color="white" if abs(value) > 1.9 else "black")  # fmt: skip
+            value, size = float(square.iloc[i, j]), float(sizes.iloc[i, j])
+            digits = 1 if abs(value) < 10 else 0
+            text = f"{round(value, digits) + 0.0:+.{digits}f} ({size:.{digits}f})"
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if abs(value) > 1.9 else "black")
     _label_cells(ax, [f"{_SHORT.get(r, r)}\n{j}" for r, j in columns], [name.replace("_", " ") for name in names])
     ax.tick_params(labelsize=8)
     return ax

@@ -449,7 +449,7 @@ class GrammarTraining(Judge):
         scores = []
         for done, value in enumerate(_threads().map(self._one, texts), start=1):
             scores.append(value)
-            if done % 200 == 0 or done == len(texts) >= 200:
+            if len(texts) >= 1000 and (done % 200 == 0 or done == len(texts)):
                 progress("grammar/training", done, len(texts), "texts judged")
         return np.array(scores)
 
@@ -891,8 +891,8 @@ def report_card(judges: Judges, reviews: Dataset, n: int = 300, seed: int = 0) -
         def valid(measure: str, task: str, statistic: Callable, n: int, who: dict = who) -> None:
             value, low, high = _interval(statistic, n, rng)
             bar = BARS.get((who["reward"], task), np.nan)
-            if measure == "auc" or (task == "all kinds" and who == {"reward": "grammar", "judge": "training"}):
-                bar = np.nan
+            if who["reward"] == "grammar" and (task == "all kinds") != (who["judge"] == "evaluation"):
+                bar = np.nan  # by kind for the training judge, over all kinds for the evaluation judge
             validity.append(
                 {**who, "measure": measure, "task": task, "value": value, "low": low, "high": high, "n": n, "bar": bar}
             )
@@ -923,6 +923,7 @@ def report_card(judges: Judges, reviews: Dataset, n: int = 300, seed: int = 0) -
             good: list[np.ndarray] = []
             bad: list[np.ndarray] = []
             for task, made in wrong.items():
+                progress("report card", number, len(everyone), f"{judge.name}: {task}")
                 have = [i for i, t in enumerate(made) if t is not None]
                 a, b = of_real[have], judge.score([made[i] for i in have])  # type: ignore[misc]
                 if task in CORRUPTIONS:
@@ -938,6 +939,7 @@ def report_card(judges: Judges, reviews: Dataset, n: int = 300, seed: int = 0) -
              "tied": tied, "n": len(pieces)}
         )  # fmt: skip
         for probe, made in probed.items():
+            progress("report card", number, len(everyone), f"{judge.name}: {probe}")
             have = [i for i, t in enumerate(made) if t is not None]
             change = (judge.score([made[i] for i in have]) - of_pieces[have]) / sd  # type: ignore[misc]
 
