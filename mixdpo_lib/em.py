@@ -92,6 +92,15 @@ def predictive_probability(
     return (loglik + log_w).logsumexp(-1).exp()
 
 
+def correct(probability: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
+    """1 where the first answer is predicted, 0 where the second; a tie (1/2 up to rounding of float32) counts half.
+
+    >>> correct(torch.tensor([0.7, 0.5 + 1e-7, 0.2]))
+    tensor([1.0000, 0.5000, 0.0000])
+    """
+    return torch.where((probability - 0.5).abs() <= 1e-6, 0.5, (probability > 0.5).float())
+
+
 def unit_loglik(loglik: Float[Tensor, "pairs experts"], unit: Int[Tensor, "pairs"], n_units: int) -> Tensor:
     """Sum of loglik over the pairs of each unit, (U, K), nats."""
     return sum_over_units(loglik, unit, n_units)

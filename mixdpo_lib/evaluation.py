@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
+from .em import correct
 from .features import PairFeatures
 from .mixture import Generated, MixturePolicy
 
@@ -102,10 +103,9 @@ def prompt_accuracy(
     parts = []
     for name, log_w in weights.items():
         mask = np.flatnonzero(group == name)
-        p = (loglik[mask][None] + log_w[:, None]).logsumexp(-1).exp()
-        correct = (p > 0.5).double() + 0.5 * (p == 0.5).double()
+        hits = correct((loglik[mask][None] + log_w[:, None]).logsumexp(-1).exp()).double()
         table = pd.DataFrame(
-            {"group": name, "prompt_id": prompt[mask], "accuracy": correct.mean(0).numpy(), "n_pairs": 1}
+            {"group": name, "prompt_id": prompt[mask], "accuracy": hits.mean(0).numpy(), "n_pairs": 1}
         )
         parts.append(table.groupby(["group", "prompt_id"], as_index=False).agg({"accuracy": "mean", "n_pairs": "sum"}))
     return pd.concat(parts, ignore_index=True)
@@ -259,6 +259,8 @@ def prefix_kl(policy: MixturePolicy, texts, text_ids: Tensor, block: int = 64) -
         batch = experts.batch(texts, constants, torch.stack([ids, ids], 1))
         hidden = batch["hidden"]
         logits = hidden @ head.T
+        if experts._bias is not None:
+            logits += experts._bias[experts.active_ids]
         inactive = batch["lse_inactive"]
         lse = torch.logaddexp(logits.logsumexp(1), inactive)
         for k in range(policy.n_experts):

@@ -113,6 +113,10 @@ class HeadConstants:
     lse_inactive: np.ndarray
 
 
+def _forget_head_rows(experts: HeadExperts, _: object) -> None:
+    experts._head_rows = None  # the active tokens that were loaded may be others
+
+
 class HeadExperts(nn.Module):
     """K low-rank heads on one frozen base.
 
@@ -152,6 +156,7 @@ class HeadExperts(nn.Module):
         self.register_buffer("active_ids", torch.zeros(0, dtype=torch.long))
         self._workspace = _Workspace()
         self._head_rows: Tensor | None = None
+        self.register_load_state_dict_post_hook(_forget_head_rows)
         if active == "all":
             self.activate(torch.arange(self._head.shape[0]))
 
@@ -205,7 +210,7 @@ class HeadExperts(nn.Module):
             inactive_ids = torch.from_numpy(inactive)
             for start in range(0, n, block):
                 stop = min(start + block, n)
-                hidden = torch.from_numpy(np.asarray(texts.hidden[start:stop]))
+                hidden = torch.from_numpy(np.array(texts.hidden[start:stop]))
                 with torch.inference_mode():
                     logits = hidden @ self._head.T.float()
                     if self._bias is not None:

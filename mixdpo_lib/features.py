@@ -7,10 +7,10 @@ A text is a (prompt, response, ended) triple; the positions kept are those that 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from .sources import Base
 from .store import MixDPOError, cached, progress
 
 VERSION = 1
+TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 class Text(NamedTuple):
@@ -169,6 +170,25 @@ class PairFeatures:
         return PairFeatures(self.rows.select(keep), self.texts, self.pairs[torch.from_numpy(keep)])
 
 
+def check_preferences(data: Dataset, place: str, columns: Sequence[str] = ()) -> Dataset:
+    """Refuse a preference set with a missing column, an empty or non-text field, or equal answers; name the row."""
+    for column in (*TEXT_COLUMNS, *columns):
+        if column not in data.column_names:
+            raise ValueError(f"{place}: column {column!r} is missing; found {data.column_names}; rename or add it")
+    texts: Mapping[str, Any] = {c: data[c] for c in TEXT_COLUMNS}
+    for i, fields in enumerate(zip(*(texts[c] for c in TEXT_COLUMNS), strict=True)):
+        for column, value in zip(TEXT_COLUMNS, fields, strict=True):
+            if not isinstance(value, str) or not value.strip():
+                found = repr(value)[:40] if isinstance(value, str) else f"{type(value).__name__} {value!r}"[:40]
+                raise ValueError(f"{place}: row {i}, column {column!r}: found {found}, expected a text with words")
+        if fields[1] == fields[2]:
+            raise ValueError(
+                f"{place}: row {i}: chosen equals rejected ({fields[1][:40]!r}): a tie says nothing about preference; "
+                "remove the row, or keep the pair only where one answer was better"
+            )
+    return data
+
+
 def pair_features(base: Base, rows: Dataset, store: TextStore | None = None) -> PairFeatures:
     """Features of a preference set (columns prompt, chosen, rejected [, ended: true where absent]).
 
@@ -176,6 +196,7 @@ def pair_features(base: Base, rows: Dataset, store: TextStore | None = None) -> 
     """
     if len(rows) == 0:
         raise ValueError("the preference set is empty: at least one pair is needed")
+    check_preferences(rows, "preference set")
     n = len(rows)
     ended = list(rows["ended"]) if "ended" in rows.column_names else [True] * n
     sides = [

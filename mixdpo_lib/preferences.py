@@ -24,13 +24,13 @@ from scipy.optimize import brentq
 
 from .decoding import sample
 from .experts import reference_next_token
+from .features import check_preferences
 from .sources import Base
 from .store import cached, progress
 
 VERSION = 1
 GROUPS = ("sentiment", "informativeness", "grammar")
 GENRES = ("drama", "comedy", "thriller")
-TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -303,25 +303,6 @@ def group_agreement(candidates: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFr
 
 
 # -------------------------------------------------------------------------------------------------- people's own data
-
-
-def check_preferences(data: datasets.Dataset, place: str, columns: Sequence[str] = ()) -> datasets.Dataset:
-    """Refuse a preference set with a missing column, an empty or non-text field, or equal answers; name the row."""
-    for column in (*TEXT_COLUMNS, *columns):
-        if column not in data.column_names:
-            raise ValueError(f"{place}: column {column!r} is missing; found {data.column_names}; rename or add it")
-    texts: Mapping[str, Any] = {c: data[c] for c in TEXT_COLUMNS}
-    for i, fields in enumerate(zip(*(texts[c] for c in TEXT_COLUMNS), strict=True)):
-        for column, value in zip(TEXT_COLUMNS, fields, strict=True):
-            if not isinstance(value, str) or not value.strip():
-                found = repr(value)[:40] if isinstance(value, str) else f"{type(value).__name__} {value!r}"[:40]
-                raise ValueError(f"{place}: row {i}, column {column!r}: found {found}, expected a text with words")
-        if fields[1] == fields[2]:
-            raise ValueError(
-                f"{place}: row {i}: chosen equals rejected ({fields[1][:40]!r}): a tie says nothing about preference; "
-                "remove the row, or keep the pair only where one answer was better"
-            )
-    return data
 
 
 def load_preferences(path: str | Path, columns: Sequence[str] = ()) -> datasets.DatasetDict:

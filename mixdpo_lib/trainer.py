@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .em import LoglikTable, Monitor
+from .em import LoglikTable, Monitor, correct
 from .features import PairFeatures
 from .gating import LearnedWeights
 from .mixture import MixturePolicy
@@ -47,6 +47,7 @@ class FitConfig:
     restart_passes: float = 1.0  # length of each of them
     evaluations_per_pass: int = 2
     patience: int = 0  # evaluations without a better validation likelihood before stopping; 0: never
+    min_usage: float = 0.0  # mean responsibility below which an expert ends the fit as dead; 0: reported, never fatal
     gate_exponent: float = 0.6  # Robbins-Monro: rho_t = (t + 1) ** -gate_exponent, between 0.5 and 1
     seed: int = 0
 
@@ -60,6 +61,8 @@ class FitConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
         if self.start_temperature < 1:
             raise ValueError(f"start_temperature={self.start_temperature}: expected at least 1, which is no tempering")
+        if not 0 <= self.min_usage < 1:
+            raise ValueError(f"min_usage={self.min_usage}: expected in [0, 1); 0 never ends a fit")
         if not 0.5 < self.gate_exponent <= 1:
             raise ValueError(f"gate_exponent={self.gate_exponent}: expected in (0.5, 1], so that sum rho^2 is finite")
 
@@ -110,7 +113,8 @@ class _Learner(nn.Module):
             if self.training and isinstance(self.policy.gate, LearnedWeights) and self.policy.n_experts > 1:
                 rho = (float(self.steps) + 1) ** -config.gate_exponent
                 mean = self.table.log_q(self.policy.gate(), self.temperature()).exp().mean(0)
-                self.policy.gate.update(mean, rho, n_units=self.table.n_units)
+                if mean.isfinite().all():  # otherwise the next evaluation ends the fit as non-finite
+                    self.policy.gate.update(mean, rho, n_units=self.table.n_units)
         if self.training:
             self.steps += 1
         return {"loss": -(log_q.exp() * loglik).sum(1).mean()}
@@ -170,14 +174,14 @@ class MixDPOTrainer(Trainer):
         log_w = policy.gate()
         row: dict[str, Any] = table.terms(log_w, 1.0)
         log_q = table.log_q(log_w)[table.unit]
-        row["train_accuracy"] = float(((table.loglik + log_q).logsumexp(1).exp() > 0.5).float().mean())
+        row["train_accuracy"] = float(correct((table.loglik + log_q).logsumexp(1).exp()).mean())
         if self.validation is not None:
             same = self.validation.texts is self.data.texts
             loglik = policy.loglik(self.validation, rewards if same else None)
             weights = table.log_q(log_w)[self.validation_unit] if self.config.latent == "unit" else log_w
             prediction = (loglik + weights).logsumexp(1)
             row["validation_loglik"] = float(prediction.mean())
-            row["validation_accuracy"] = float((prediction.exp() > 0.5).float().mean())
+            row["validation_accuracy"] = float(correct(prediction.exp()).mean())
         return row
 
 
@@ -187,7 +191,7 @@ class _Watch(TrainerCallback):
     def __init__(self, trainer: MixDPOTrainer) -> None:
         self.trainer, self.start = trainer, time.monotonic()
         self.snapshots: dict[int, dict[str, Tensor]] = {}
-        self.monitor = Monitor(patience=trainer.config.patience)
+        self.monitor = Monitor(trainer.config.patience, trainer.config.min_usage)
         self.stop_reason: str | None = None
 
     def look(self, state: TrainerState) -> None:
@@ -202,15 +206,18 @@ class _Watch(TrainerCallback):
         self.snapshots[step] = {k: v.detach().clone() for k, v in trainer.policy.state_dict().items()}
         if trainer.args.save_strategy != "no":
             save_file(self.snapshots[step], trainer.folder / f"snapshot-{step}.safetensors")
-        self.stop_reason = self.monitor.step(row.get("validation_loglik", row["elbo"]))
+        self.judge(row)
+
+    def judge(self, row: dict[str, Any]) -> None:
+        """Let the monitor see one row of the history."""
+        usage = [value for name, value in row.items() if name.startswith("usage_")]
+        self.stop_reason = self.monitor.step(row.get("validation_loglik", row["elbo"]), usage)
 
     def on_train_begin(self, args, state: TrainerState, control, **kwargs):  # type: ignore[override]
         for row in state.log_history:
-            self.stop_reason = self.monitor.step(row.get("validation_loglik", row["elbo"]))
-        folder = self.trainer.folder
-        for row in state.log_history:
+            self.judge(row)
             step = int(row["step"])
-            self.snapshots[step] = load_file(folder / f"snapshot-{step}.safetensors")
+            self.snapshots[step] = load_file(self.trainer.folder / f"snapshot-{step}.safetensors")
         if not state.log_history:
             self.look(state)
 
@@ -227,25 +234,29 @@ class _Watch(TrainerCallback):
 
 def _restarts(
     policy: MixturePolicy, train: PairFeatures, config: FitConfig, validation: PairFeatures | None
-) -> pd.DataFrame:
-    """Short fits from several seeds; leaves the experts and the gate of the one with the best training likelihood."""
+) -> tuple[pd.DataFrame, dict[str, Tensor] | None]:
+    """Short fits from several seeds: their table, and the learner of the one with the best training likelihood."""
     if config.restarts == 1 or policy.n_experts == 1:
-        return pd.DataFrame({"restart": [0], "seed": [config.seed], "elbo": [float("nan")], "kept": [True]})
+        return pd.DataFrame({"restart": [0], "seed": [config.seed], "elbo": [float("nan")], "kept": [True]}), None
     start = copy.deepcopy(policy.state_dict())
     rows, states = [], []
     for i in range(config.restarts):
         policy.load_state_dict(start)
         seed = config.seed + 1000 * i
-        short = replace(config, seed=seed, restarts=1, passes=config.restart_passes, evaluations_per_pass=1, patience=0)
+        if config.symmetry_breaking == "random_heads":
+            policy.experts.perturb(config.symmetry_scale, torch.Generator().manual_seed(seed))
+        short = replace(
+            config, seed=seed, restarts=1, passes=config.restart_passes, evaluations_per_pass=1,
+            patience=0, min_usage=0.0,
+        )  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
             trainer = MixDPOTrainer(policy, train, short, Path(scratch), validation)
             trainer.train()
             rows.append({"restart": i, "seed": seed, "elbo": trainer.measure()["elbo"]})
-        states.append(copy.deepcopy(policy.state_dict()))
+        states.append(copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model).state_dict()))
     table = pd.DataFrame(rows)
-    best = int(table["elbo"].idxmax())
-    policy.load_state_dict(states[best])
-    return table.assign(kept=table.index == best)
+    best = int(table["elbo"].fillna(-math.inf).idxmax())
+    return table.assign(kept=table.index == best), states[best]
 
 
 def fit(
@@ -263,6 +274,10 @@ def fit(
     validation : pairs of the same units; its likelihood, by each unit's own training pairs, decides about stopping.
     folder : where checkpoints are written (twice a pass) and resumed from; none by default.
 
+    Returns
+    -------
+    FitResult. The policy is left as it was after the last step; `snapshots[best_step]` are its best parameters.
+
     Raises
     ------
     ValueError : bad rows, an absent unit column, an unknown option.
@@ -277,16 +292,22 @@ def fit(
     if config.symmetry_breaking == "random_heads":
         policy.experts.perturb(config.symmetry_scale, torch.Generator().manual_seed(config.seed))
     resume = folder is not None and any(Path(folder).glob("checkpoint-*"))
-    restarts = _restarts(policy, train, replace(config, restarts=1) if resume else config, valid)
+    restarts, start = _restarts(policy, train, replace(config, restarts=1) if resume else config, valid)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(folder) if folder else Path(scratch)
-        per_pass = math.ceil(len(train) / config.batch_size)
-        trainer = MixDPOTrainer(policy, train, config, place, valid, save_steps=per_pass // 2 if folder else None)
+        twice_a_pass = max(1, math.ceil(len(train) / config.batch_size) // 2)
+        trainer = MixDPOTrainer(policy, train, config, place, valid, save_steps=twice_a_pass if folder else None)
+        if start is not None:  # the best restart goes on: its experts, gate, table, and where it was in the tempering
+            trainer.accelerator.unwrap_model(trainer.model).load_state_dict(start)
+        if folder and resume:
+            restarts = pd.read_csv(place / "restarts.csv")
+        elif folder:
+            restarts.to_csv(place / "restarts.csv", index=False)
         watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _Watch))
         trainer.train(resume_from_checkpoint=resume or None)
-    history = pd.DataFrame(trainer.state.log_history)
-    history = history[history["step"].isin(watch.snapshots) & history["elbo"].notna()].reset_index(drop=True)
+    history = pd.DataFrame([row for row in trainer.state.log_history if "elbo" in row])
     return FitResult(
         history=history, stop_reason=watch.stop_reason or "max_iter",
-        best_step=int(history["step"].iloc[watch.monitor.best_step]), restarts=restarts, snapshots=watch.snapshots,
+        best_step=int(history["step"].iloc[max(watch.monitor.best_step, 0)]), restarts=restarts,
+        snapshots=watch.snapshots,
     )  # fmt: skip
