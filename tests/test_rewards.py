@@ -5,14 +5,18 @@ import json
 import math
 from random import Random
 
-import numpy as np
-import pytest
-import torch
-from datasets import Dataset
+import matplotlib
 
-from mixdpo_lib import nets, probes, rewards
-from mixdpo_lib.sources import load_reviews
-from mixdpo_lib.store import MixDPOError
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+
+from mixdpo_lib import figures, nets, probes, rewards  # noqa: E402
+from mixdpo_lib.sources import load_reviews  # noqa: E402
+from mixdpo_lib.store import MixDPOError  # noqa: E402
 
 SMALL = rewards.JudgeConfig(pieces_per_review=2)
 
@@ -183,8 +187,12 @@ def test_what_few_reviews_can_teach(judges, reviews):
         assert rank.mean() > 0.65  # 350 reviews; 9,500 give .94 (notebook 01)
 
 
-def test_report_card(judges, reviews):
-    card = rewards.report_card(judges, reviews.select(range(100)), n=24)
+@pytest.fixture(scope="module")
+def card(judges, reviews):
+    return rewards.report_card(judges, reviews.select(range(100)), n=24)
+
+
+def test_report_card(card):
     assert set(card) == {"validity", "spread", "agreement", "probes", "scores"}
     validity = card["validity"]
     assert set(validity["reward"]) == set(rewards.REWARDS) and set(validity["judge"]) == set(rewards.ROLES)
@@ -196,6 +204,25 @@ def test_report_card(judges, reviews):
     assert len(card["scores"]) == 6 * 24
     rule = validity.query("reward == 'grammar' and judge == 'training' and measure == 'paired rank'").set_index("task")
     assert rule.loc[["article", "repetition"], "value"].min() >= 0.85
+
+
+def test_figures_show_the_report_card(card):
+    figure, ax = plt.subplots()
+    shown = card["validity"].query("reward == 'grammar' and measure == 'auc'")
+    assert figures.judge_report(shown, ax) is ax
+    assert len(ax.get_yticks()) == shown["task"].nunique()
+    with pytest.raises(ValueError, match="filter the table"):
+        figures.judge_report(card["validity"], ax)
+    for draw, table, texts in ((figures.judge_agreement, "agreement", 36), (figures.probe_scores, "probes", 54)):
+        ax.clear()
+        draw(card[table], ax)
+        assert len(ax.texts) == texts
+    ax.clear()
+    one = card["scores"].query("reward == 'sentiment' and judge == 'training'")
+    figures.reward_distributions(one, ax)
+    assert sum(bar.get_height() for bar in ax.patches) == 24
+    assert "logit" in ax.get_xlabel()
+    plt.close(figure)
 
 
 def test_auc_and_ties_by_hand():
