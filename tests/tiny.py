@@ -1,5 +1,7 @@
 """A tiny random Llama with a word-level tokenizer, and small preference sets for it."""
 
+from functools import cache
+
 import datasets
 import numpy as np
 import torch
@@ -48,13 +50,18 @@ def preference_rows(n=24, users=4, seed=0):
     return datasets.Dataset.from_list(rows)
 
 
+@cache
+@torch.no_grad()
+def _states(model, ids):
+    out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+    return out.hidden_states[-1][0], out.logits[0]
+
+
 def full_logps(base, experts, prompt, response, ended):
     """log pi_k(response) of every expert and of the base, by plain torch over the whole vocabulary; differentiable."""
     tokens = base.tokenizer(prompt)["input_ids"], base.tokenizer(response)["input_ids"]
     ids = [*tokens[0], *tokens[1], *([base.eos_token_id] if ended else [])]
-    with torch.no_grad():
-        out = base.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
-    hidden, logits = out.hidden_states[-1][0], out.logits[0]
+    hidden, logits = _states(base.model, tuple(ids))
     mask = torch.zeros(len(VOCABULARY))
     mask[experts.active_ids] = 1
     head = base.model.get_output_embeddings().weight

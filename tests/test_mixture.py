@@ -1,0 +1,214 @@
+"""Gate, experts and beta as one policy: probabilities, users, speech, and its life on disk."""
+
+import datasets
+import pytest
+import torch
+from tiny import VOCABULARY, full_logps, preference_rows, save_tiny_base
+
+from mixdpo_lib.experts import HeadExperts
+from mixdpo_lib.features import Text, pair_features, text_store
+from mixdpo_lib.gating import FixedWeights, LearnedWeights
+from mixdpo_lib.mixture import MixturePolicy
+
+WEIGHTS = [0.2, 0.5, 0.3]
+PROMPTS = ["the film", "a long story with the actor", "it", "this music was"]
+
+
+@pytest.fixture(scope="module")
+def data(tiny_base):
+    return pair_features(tiny_base, preference_rows(8))
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_base, data):
+    experts = HeadExperts(tiny_base, 3, rank=4)
+    experts.activate_responses(data)
+    experts.perturb(0.5, torch.Generator().manual_seed(2))
+    return MixturePolicy(experts, FixedWeights(WEIGHTS), beta=0.1)
+
+
+def probabilities(policy, row):
+    """sigma(D_k) of one pair from logits over the whole vocabulary."""
+    base, experts = policy.base, policy.experts
+    (a, ra), (b, rb) = (full_logps(base, experts, row["prompt"], row[s], row["ended"]) for s in ("chosen", "rejected"))
+    return torch.sigmoid(policy.beta * ((a - ra) - (b - rb))).detach()
+
+
+def test_prediction_by_hand(policy, data):
+    p = torch.stack([probabilities(policy, row) for row in data.rows])
+    assert float((p - 0.5).abs().max()) > 0.05
+    torch.testing.assert_close(policy.predict(data), p @ torch.tensor(WEIGHTS), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(policy.predict(data.rows), policy.predict(data))  # rows as they are
+    sure = torch.tensor([0.0, 0.0, 1.0]).log()
+    torch.testing.assert_close(policy.predict(data, sure), p[:, 2], atol=1e-4, rtol=1e-4)
+    each = torch.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]].log()  # one row of weights a pair
+    torch.testing.assert_close(policy.predict(data, each), p[range(8), [0, 1, 2, 0, 1, 2, 0, 1]], atol=1e-4, rtol=1e-4)
+
+
+def test_a_user_by_hand(policy, data):
+    own = data.rows.select([1, 5])
+    joint = torch.tensor(WEIGHTS) * probabilities(policy, own[0]) * probabilities(policy, own[1])
+    user = policy.user(own)
+    torch.testing.assert_close(user.exp(), joint / joint.sum(), atol=1e-4, rtol=1e-4)
+    assert float((user.exp() - torch.tensor(WEIGHTS)).abs().max()) > 0.005
+    torch.testing.assert_close(policy.user().exp(), torch.tensor(WEIGHTS))
+    # the same posterior, however it is asked for
+    table = policy.responsibilities(data)
+    assert table.index.tolist() == ["user0", "user1", "user2", "user3"] and table.index.name == "user"
+    torch.testing.assert_close(torch.tensor(table.loc["user1"].to_numpy()), user.exp(), atol=1e-5, rtol=1e-4)
+    single = policy.responsibilities(data, unit=None)
+    joint = torch.tensor(WEIGHTS) * probabilities(policy, data.rows[5])
+    torch.testing.assert_close(torch.tensor(single.loc[5].to_numpy()), joint / joint.sum(), atol=1e-4, rtol=1e-4)
+    assert len(single) == 8
+    with pytest.raises(ValueError, match="unit column 'club' is missing"):
+        policy.responsibilities(data, unit="club")
+
+
+def test_log_probability_of_the_mixture(policy):
+    own, _ = full_logps(policy.base, policy.experts, "the film", "was very good", True)
+    expected = (own + torch.tensor(WEIGHTS).log()).logsumexp(0)
+    assert policy.logps("the film", "was very good") == pytest.approx(float(expected.detach()), rel=1e-5)
+    own, _ = full_logps(policy.base, policy.experts, "the film", "was very good", False)
+    only = torch.tensor([0.0, 1.0, 0.0]).log()
+    found = policy.logps("the film", "was very good", user=only, ended=False)
+    assert found == pytest.approx(float(own[1].detach()), rel=1e-5)
+
+
+def test_rewards_are_beta_log_ratios(policy, data):
+    rewards = policy.text_rewards(data.texts)
+    first = data.rows[0]
+    a, ra = full_logps(policy.base, policy.experts, first["prompt"], first["chosen"], first["ended"])
+    torch.testing.assert_close(rewards[data.pairs[0, 0]], (0.1 * (a - ra)).detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(policy.loglik(data, rewards), policy.loglik(data))
+    some = policy.text_rewards(data.texts, torch.tensor([3, 0]))  # only these texts are computed
+    torch.testing.assert_close(some[[0, 3]], rewards[[0, 3]])
+    assert some[[1, 2]].isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------------------- speech
+
+
+def test_a_batch_may_mix_experts(policy):
+    experts = [0, 2, 1, 2]
+    mixed = policy.generate(PROMPTS, expert=experts, max_new_tokens=8, seed=5)
+    assert mixed.expert == experts
+    for k in range(3):  # every row has its own random numbers: the rows beside it do not matter
+        alone = policy.generate(PROMPTS, expert=[k] * 4, max_new_tokens=8, seed=5)
+        for row in (i for i in range(4) if experts[i] == k):
+            assert mixed.text[row] == alone.text[row] and mixed.n_tokens[row] == alone.n_tokens[row]
+            assert mixed.log_ratio[row] == pytest.approx(alone.log_ratio[row], abs=1e-4)
+    assert len({policy.generate(PROMPTS * 3, expert=[k] * 12, max_new_tokens=8, seed=5).text[0] for k in range(3)}) > 1
+    split = policy.generate(PROMPTS, expert=experts, max_new_tokens=8, seed=5, batch_size=3)
+    assert split.text == mixed.text and split.ended == mixed.ended
+    assert policy.generate(PROMPTS, expert=experts, max_new_tokens=8, seed=6).text != mixed.text
+
+
+def test_the_log_ratio_is_that_of_the_sampled_text(policy):
+    out = policy.generate(PROMPTS * 6, max_new_tokens=6, seed=1)
+    assert set(out.ended) == {True, False} and set(out.expert) == {0, 1, 2}
+    whole = [i for i, text in enumerate(out.text) if text]  # a response of the end token alone is no text
+    texts = [Text((PROMPTS * 6)[i], out.text[i], out.ended[i]) for i in whole]
+    store = text_store(policy.base, texts)
+    logps, refs = policy.experts.all_text_logps(store.features, policy.constants(store.features))
+    for i, text in zip(whole, texts, strict=True):
+        place = store.index[text]
+        assert out.n_tokens[i] == store.features.offsets[place + 1] - store.features.offsets[place]
+        assert out.ref_logp[i] == pytest.approx(float(refs[place]), abs=2e-4)
+        assert out.log_ratio[i] == pytest.approx(float(logps[place, out.expert[i]] - refs[place]), abs=3e-4)
+
+
+def test_experts_speak_as_often_as_their_weights_say(policy):
+    n = 3000
+    out = policy.generate(["the film"] * n, max_new_tokens=1, seed=0)
+    share = torch.bincount(torch.tensor(out.expert), minlength=3) / n
+    for k, w in enumerate(WEIGHTS):
+        assert abs(float(share[k]) - w) < 4 * (w * (1 - w) / n) ** 0.5, k
+    # and the tokens follow sum_k w_k pi_k
+    texts = text_store(policy.base, [Text("the film", word, False) for word in VOCABULARY])
+    logps, _ = policy.experts.all_text_logps(texts.features, policy.constants(texts.features))
+    p = (logps + torch.tensor(WEIGHTS).log()).logsumexp(1).exp()
+    seen = torch.zeros(len(VOCABULARY))
+    for text, ended in zip(out.text, out.ended, strict=True):
+        seen[VOCABULARY["</s>" if ended else text]] += 1
+    assert float(((seen - n * p) ** 2 / (n * p)).sum()) < 75  # chi-square, 35 degrees of freedom: 99.99 % below 75
+
+
+def test_a_user_chooses_the_experts(policy):
+    only = torch.tensor([0.0, 1.0, 0.0]).log()
+    assert set(policy.generate(PROMPTS * 5, only, max_new_tokens=1).expert) == {1}
+    each = torch.eye(3)[[2, 0, 1, 0]].log()
+    assert policy.generate(PROMPTS, each, max_new_tokens=1).expert == [2, 0, 1, 0]
+    assert set(policy.generate(PROMPTS * 20, max_new_tokens=1, top_s=1).expert) == {1}
+    assert set(policy.generate(PROMPTS * 20, max_new_tokens=1, top_s=2).expert) == {1, 2}
+
+
+def test_the_same_seed_gives_the_same_texts(policy):
+    assert policy.generate(PROMPTS, max_new_tokens=5, seed=3) == policy.generate(PROMPTS, max_new_tokens=5, seed=3)
+    assert policy.generate(PROMPTS, max_new_tokens=5, seed=3) != policy.generate(PROMPTS, max_new_tokens=5, seed=4)
+
+
+def test_prompts_that_cannot_be_continued_are_refused(policy):
+    with pytest.raises(ValueError, match=r"prompt 'the the .* has 45 tokens; with max_new_tokens=4 expected .*44"):
+        policy.generate(["the " * 45], max_new_tokens=4)
+    policy.generate(["the " * 44], max_new_tokens=4)
+    with pytest.raises(ValueError, match="prompt '' has 0 tokens"):
+        policy.generate(["the", ""], max_new_tokens=4)
+    with pytest.raises(ValueError, match="no prompts: give at least one"):
+        policy.generate([])
+
+
+# --------------------------------------------------------------------------------------------------------------- life
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("active", ["responses", "all"])
+def test_saved_and_read_back(tiny_base, tiny_folder, data, tmp_path, learned, active):
+    experts = HeadExperts(tiny_base, 3, rank=4, active=active)
+    experts.activate_responses(data)
+    experts.perturb(0.5, torch.Generator().manual_seed(2))
+    gate = LearnedWeights(3, alpha=1.5) if learned else FixedWeights(WEIGHTS)
+    if learned:
+        gate.update(torch.tensor(WEIGHTS), n_units=10)
+    policy = MixturePolicy(experts, gate, beta=0.25)
+    policy.save_pretrained(tmp_path / "mixture")
+    assert {p.name for p in (tmp_path / "mixture").iterdir()} == {"mixture.safetensors", "config.json"}
+    for back in (MixturePolicy.from_pretrained(tmp_path / "mixture"),  # the base is found by its name
+                 MixturePolicy.from_pretrained(str(tmp_path / "mixture"), tiny_base)):  # fmt: skip
+        assert back.beta == 0.25 and type(back.gate) is type(gate) and back.experts.active == active
+        assert getattr(back.gate, "alpha", None) == getattr(gate, "alpha", None)
+        assert torch.equal(back.gate(), policy.gate()) and torch.equal(back.loglik(data), policy.loglik(data))
+        assert back.logps("the film", "was good") == policy.logps("the film", "was good")
+        assert back.generate(PROMPTS, max_new_tokens=6, seed=9) == policy.generate(PROMPTS, max_new_tokens=6, seed=9)
+
+
+def test_another_base_is_refused(policy, tmp_path):
+    from mixdpo_lib.sources import load_base
+
+    policy.save_pretrained(tmp_path / "mixture")
+    other = load_base(save_tiny_base(tmp_path / "other", seed=4))
+    with pytest.raises(ValueError, match="trained on a base with fingerprint .*, found .*: give the base that it was"):
+        MixturePolicy.from_pretrained(tmp_path / "mixture", other)
+
+
+def test_a_folder_without_a_mixture_is_refused(tmp_path):
+    from mixdpo_lib.store import MixDPOError
+
+    with pytest.raises(MixDPOError, match="config.json: not found"):
+        MixturePolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.1, float("nan"), float("inf")])
+def test_beta_is_positive(policy, beta):
+    with pytest.raises(ValueError, match=f"beta={beta}: the strength of the KL term is a positive number"):
+        MixturePolicy(policy.experts, FixedWeights(WEIGHTS), beta)
+
+
+def test_gate_and_experts_must_agree(policy):
+    with pytest.raises(ValueError, match="the gate has 2 weights for 3 experts: make them equal"):
+        MixturePolicy(policy.experts, FixedWeights([0.5, 0.5]))
+
+
+def test_bad_rows_are_refused_here_too(policy):
+    rows = datasets.Dataset.from_list([{"prompt": "the", "chosen": "film", "rejected": 3}])
+    with pytest.raises(ValueError, match="preference set: row 0, column 'rejected': found int 3"):
+        policy.predict(rows)
