@@ -1,6 +1,6 @@
 """Which of two texts does this user prefer? Prompts, candidates, users, pairs and splits.
 
-Preference data are `datasets.Dataset`s in the explicit-prompt form: prompt, chosen, rejected [, user, group, ended,
+Preference data are `Dataset`s in the explicit-prompt form: prompt, chosen, rejected [, user, group, ended,
 metadata]. `group` is the hidden truth of simulated users: evaluation and the oracle alone may read it.
 """
 
@@ -20,13 +20,14 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset, DatasetDict
 from scipy.optimize import brentq
 
 from .decoding import sample
 from .experts import reference_next_token
-from .features import check_preferences
+from .features import TEXT_COLUMNS, check_preferences
 from .sources import Base
-from .store import cached, progress
+from .store import cache_folder, cached, progress
 
 VERSION = 1
 GROUPS = ("sentiment", "informativeness", "grammar")
@@ -160,6 +161,8 @@ def label_temperature(differences: np.ndarray, flip_rate: float) -> float:
 
 def _pairs_of(scores: np.ndarray, ids: Sequence[int], clean: bool) -> list[tuple[int, int]]:
     """Candidate pairs of one prompt, better first: all untied pairs, or only best against worst."""
+    if len(ids) < 2:
+        return []
     if clean:
         best, worst = max(ids, key=lambda i: scores[i]), min(ids, key=lambda i: scores[i])
         return [(best, worst)] if scores[best] > scores[worst] else []
@@ -167,7 +170,7 @@ def _pairs_of(scores: np.ndarray, ids: Sequence[int], clean: bool) -> list[tuple
     return [(a, b) for a, b in ordered if scores[a] != scores[b]]
 
 
-def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig) -> datasets.DatasetDict:
+def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig) -> DatasetDict:
     """Preference sets of simulated users, each of whom follows one hidden reward.
 
     Parameters
@@ -175,7 +178,7 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
     candidates : table of `sample_candidates`; prompts in random order.
     scores : one column a group, one row a candidate (training judges); finite.
     config : the design. A user of the default one meets random untied pairs and answers by Bradley-Terry,
-        p(better chosen) = sigma(difference / label_temperature), with the temperature of each reward set by `flip_rate`.
+        p(better chosen) = sigma(difference / label_temperature); `flip_rate` sets the temperature of each reward.
 
     Returns
     -------
@@ -194,7 +197,7 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
         raise ValueError(f"scores has {len(scores)} rows, candidates {len(candidates)}: one row a candidate expected")
     clean = config.name == "clean"
     rng = np.random.default_rng(hash_seed(config.seed, "users", config.name))
-    by_prompt = candidates.groupby("prompt_id").indices
+    by_prompt = {i: rows.tolist() for i, rows in candidates.groupby("prompt_id").indices.items()}
     splits = split_prompts(int(candidates["prompt_id"].max()) + 1)
     values: dict[str, np.ndarray] = {g: scores[g].to_numpy(float) for g in GROUPS}
     pairs = {
@@ -243,7 +246,7 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
     for group in GROUPS:
         nobody = {"user": "", "genre": "", "age_band": ""}
         rows["test"] += [row(group, nobody, a, b, False) for a, b in pairs[group, "test"]]
-    out = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in rows.items()})
+    out = DatasetDict({name: Dataset.from_list(part) for name, part in rows.items()})
     for part in out.values():
         part.info.description = json.dumps({"design": asdict(config), "label_temperature": temperatures})
     return out
@@ -252,7 +255,7 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
 # ------------------------------------------------------------------------------------------- tables about the designs
 
 
-def preference_counts(sets: Mapping[str, datasets.DatasetDict]) -> pd.DataFrame:
+def preference_counts(sets: Mapping[str, DatasetDict]) -> pd.DataFrame:
     """Pairs, users and prompts of every part of every design, and the share of labels against the user's reward."""
     rows = [
         {"design": design, "part": name, "pairs": len(part), "users": len(set(part["user"]) - {""}),
@@ -262,7 +265,7 @@ def preference_counts(sets: Mapping[str, datasets.DatasetDict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def label_temperatures(sets: Mapping[str, datasets.DatasetDict]) -> pd.DataFrame:
+def label_temperatures(sets: Mapping[str, DatasetDict]) -> pd.DataFrame:
     """The label temperature of each reward (in its own unit) in each design; 0 is no noise."""
     kept = {design: json.loads(parts["train"].info.description) for design, parts in sets.items()}
     return pd.DataFrame(
@@ -274,7 +277,7 @@ def label_temperatures(sets: Mapping[str, datasets.DatasetDict]) -> pd.DataFrame
     )
 
 
-def score_differences(sets: Mapping[str, datasets.DatasetDict], scores: pd.DataFrame) -> pd.DataFrame:
+def score_differences(sets: Mapping[str, DatasetDict], scores: pd.DataFrame) -> pd.DataFrame:
     """Score of chosen minus rejected of every training pair, in standard deviations of the user's own reward."""
     parts = []
     for design, data in sets.items():
@@ -305,7 +308,19 @@ def group_agreement(candidates: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFr
 # -------------------------------------------------------------------------------------------------- people's own data
 
 
-def load_preferences(path: str | Path, columns: Sequence[str] = ()) -> datasets.DatasetDict:
+def _read_table(file: Path, kind: str) -> Dataset:
+    try:
+        place = str(cache_folder() / "datasets")
+        return datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=place)
+    except Exception as error:  # of datasets, pyarrow or pandas: the cause says more than the error itself
+        said = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{file}: not readable as {file.suffix} ({said}); expected one row a pair with text in the columns "
+            f"{', '.join(TEXT_COLUMNS)}"
+        ) from error
+
+
+def load_preferences(path: str | Path, columns: Sequence[str] = ()) -> DatasetDict:
     """Read preference sets: a folder of `save_to_disk`, a file, or a folder of parquet, jsonl, csv or arrow files.
 
     Raises
@@ -313,7 +328,7 @@ def load_preferences(path: str | Path, columns: Sequence[str] = ()) -> datasets.
     FileNotFoundError : nothing readable there. ValueError : a bad row, see `check_preferences`.
     """
     folder = Path(path)
-    found: dict[str, datasets.Dataset] = {}
+    found: dict[str, Dataset] = {}
     if (folder / "dataset_dict.json").is_file():
         found = dict(datasets.load_from_disk(str(folder)))
     elif (folder / "dataset_info.json").is_file():
@@ -324,10 +339,10 @@ def load_preferences(path: str | Path, columns: Sequence[str] = ()) -> datasets.
         for file in files:
             if file.suffix in kinds:
                 name = "train" if folder.is_file() else file.stem
-                found[name] = datasets.load_dataset(kinds[file.suffix], data_files=str(file), split="train")
+                found[name] = _read_table(file, kinds[file.suffix])
     if not found:
         raise FileNotFoundError(
             f"{folder}: no preference data found; expected a folder saved with save_to_disk, or files such as "
             "train.parquet, train.jsonl or train.csv with columns prompt, chosen, rejected"
         )
-    return datasets.DatasetDict({n: check_preferences(d, f"{folder} ({n})", columns) for n, d in found.items()})
+    return DatasetDict({n: check_preferences(d, f"{folder} ({n})", columns) for n, d in found.items()})
