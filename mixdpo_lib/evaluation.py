@@ -58,7 +58,7 @@ def align(
     return order
 
 
-def recovery(responsibilities: pd.DataFrame, groups: Sequence[str]) -> dict[str, float]:
+def recovery(responsibilities: pd.DataFrame, groups: Sequence[str]) -> dict[str, float | int]:
     """NMI, ARI and aligned accuracy of the most responsible expert against the hidden groups of the units.
 
     >>> q = pd.DataFrame([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])

@@ -1,0 +1,280 @@
+"""Accuracy by group, intervals over prompts, recovery of groups, tables of texts, KL on prefixes."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import full_logps, preference_rows
+from torch import nn
+
+from mixdpo_lib.evaluation import (
+    accuracy_gain,
+    align,
+    bootstrap_means,
+    distinct_2,
+    interval,
+    prefix_kl,
+    prompt_accuracy,
+    recovery,
+    summarise_accuracy,
+    summarise_texts,
+    text_table,
+    user_groups,
+)
+from mixdpo_lib.experts import HeadExperts
+from mixdpo_lib.features import Text, pair_features, text_store, tokenise
+from mixdpo_lib.gating import FixedWeights
+from mixdpo_lib.mixture import Generated, MixturePolicy
+
+
+def make(base, data, active="responses", scale=0.5):
+    experts = HeadExperts(base, 2, rank=4, active=active)
+    experts.activate_responses(data)
+    if scale:
+        experts.perturb(scale, torch.Generator().manual_seed(4))
+    return MixturePolicy(experts, FixedWeights([0.5, 0.5]))
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny_base):
+    rows = preference_rows(6, users=2)  # groups a and b in turn
+    rows = rows.remove_columns("prompt_id").add_column("prompt_id", [0, 0, 0, 1, 1, 1])
+    return pair_features(tiny_base, rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- accuracy
+
+#                      a           b           a           b           a           b
+P = torch.tensor([[0.9, 0.2], [0.6, 0.1], [0.4, 0.8], [0.7, 0.7], [0.3, 0.6], [0.5, 0.5]])
+
+
+def test_accuracy_by_hand(tiny_base, held_out):
+    first, second, even = (torch.tensor(w).log() for w in ([1.0, 0.0], [0.0, 1.0], [0.5, 0.5]))
+    weights = {"a": torch.stack([first, second]), "b": even[None]}
+    table = prompt_accuracy(make(tiny_base, held_out), held_out, weights, P.log()).set_index(["group", "prompt_id"])
+    # group a, prompt 0, pairs 0 and 2: the first user is right and wrong, the second wrong and right
+    assert table.loc[("a", 0), "accuracy"] == 0.5 and table.loc[("a", 0), "n_pairs"] == 2
+    assert table.loc[("a", 1), "accuracy"] == 0.5 and table.loc[("a", 1), "n_pairs"] == 1  # pair 4: wrong and right
+    # group b by the mean: pair 1 .35 is wrong; pairs 3 (.7) right and 5 (.5) a tie, which counts half
+    assert table.loc[("b", 0), "accuracy"] == 0.0 and table.loc[("b", 1), "accuracy"] == 0.75
+
+
+def test_an_untrained_policy_knows_nothing(tiny_base, held_out):
+    policy = make(tiny_base, held_out, scale=0)
+    table = prompt_accuracy(policy, held_out, {g: policy.gate()[None] for g in "ab"})
+    assert table["accuracy"].tolist() == [0.5] * 4  # whatever its rounding
+
+
+def test_predictions_are_those_of_the_policy(tiny_base, held_out):
+    policy = make(tiny_base, held_out)
+    table = prompt_accuracy(policy, held_out, {g: policy.gate()[None] for g in "ab"})
+    hits = (policy.predict(held_out) > 0.5).double().numpy()
+    for _, row in table.iterrows():
+        key = (row["group"], row["prompt_id"])
+        own = [hits[i] for i, r in enumerate(held_out.rows) if (r["group"], r["prompt_id"]) == key]
+        assert row["accuracy"] == pytest.approx(np.mean(own))
+
+
+def by_prompt(method, values, seeds=(0,)):
+    """values[group] = accuracies by prompt, one pair each."""
+    rows = [{"method": method, "seed": s, "group": g, "prompt_id": i, "accuracy": v, "n_pairs": 1}
+            for s in seeds for g, part in values.items() for i, v in enumerate(part)]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_groups_mean_and_worst_by_hand():
+    table = by_prompt("m", {"a": [1.0, 1.0, 0.5, 0.5], "b": [0.0, 1.0, 0.5, 0.5]})
+    table.loc[0, "n_pairs"] = 3  # a prompt with more pairs weighs more: a = (3 + 1 + .5 + .5) / 6
+    found = summarise_accuracy(table, ["method"])
+    one = found[found["seed"] == "0"].set_index("group")
+    assert one["accuracy"].to_dict() == pytest.approx({"a": 5 / 6, "b": 0.5, "mean": 2 / 3, "worst": 0.5})
+    assert one["n_pairs"].to_dict() == {"a": 6, "b": 4, "mean": 10, "worst": 10}
+    assert (one["low"] <= one["accuracy"]).all() and (one["accuracy"] <= one["high"]).all()
+    assert one.loc["b", "low"] < 0.3 and one.loc["b", "high"] > 0.7
+    assert set(found["method"]) == {"m"} and set(found["seed"]) == {"0", "mean"}
+
+
+def test_seeds_are_averaged_within_a_prompt():
+    parts = [by_prompt("m", {"a": v, "b": v}, seeds=(s,)) for s, v in ((1, [1.0, 0.0]), (2, [0.0, 1.0]))]
+    found = summarise_accuracy(pd.concat(parts), ["method"]).set_index(["seed", "group"])
+    together = found.loc[("mean", "a")]
+    assert together["accuracy"] == together["low"] == together["high"] == 0.5  # no prompt differs from another
+    assert found.loc[("1", "a"), "low"] == 0.0 and found.loc[("1", "a"), "high"] == 1.0
+    assert together["n_pairs"] == 2
+
+
+def test_intervals_hold_what_they_promise():
+    """95 % of the intervals cover the truth, although the pairs of a prompt go together; a binomial one would not."""
+    rng, covered, width, binomial = np.random.default_rng(0), 0, [], 0
+    for _ in range(100):
+        p = rng.beta(0.7, 0.7, 60)  # prompts differ; mean accuracy 0.5
+        hits = rng.binomial(10, p)
+        table = pd.DataFrame({"method": "m", "seed": 0, "group": "a", "prompt_id": range(60), "accuracy": hits / 10,
+                              "n_pairs": 10})  # fmt: skip
+        row = summarise_accuracy(table, ["method"]).iloc[0]
+        covered += row["low"] <= 0.5 <= row["high"]
+        width.append(row["high"] - row["low"])
+        binomial += abs(row["accuracy"] - 0.5) <= 1.96 * math.sqrt(0.25 / 600)
+    assert 0.88 <= covered / 100 <= 0.99
+    assert binomial / 100 < 0.8
+    assert np.mean(width) == pytest.approx(2 * 1.96 * math.sqrt((0.25 / 2.4 + 0.25 * 1.4 / 2.4 / 10) / 60), rel=0.1)
+
+
+def test_a_gain_is_paired():
+    rng = np.random.default_rng(1)
+    hard = rng.uniform(0.2, 0.8, 80)  # prompts differ a lot, the gain does not
+    better = by_prompt("mix", {"a": hard + 0.1, "b": hard + 0.2})
+    base = by_prompt("dpo", {"a": hard, "b": hard[::-1] - 0.1})
+    gain = accuracy_gain(better, base).set_index(["seed", "group"])
+    total = gain.loc["mean"]
+    assert total["gain"].to_dict() == pytest.approx({"a": 0.1, "b": 0.3, "mean": 0.2, "worst": 0.2})
+    assert total.loc["a", "low"] == pytest.approx(0.1) and total.loc["a", "high"] == pytest.approx(0.1)
+    assert total.loc["b", "high"] - total.loc["b", "low"] > 0.05  # these two are not alike
+    unpaired = summarise_accuracy(base, ["method"]).set_index("group").loc["a"].iloc[0]
+    assert unpaired["high"] - unpaired["low"] > 0.05
+    assert gain.loc[("0", "mean"), "gain"] == pytest.approx(0.2)
+    # the worst group of one method may be another one than that of the other: min(a, b) against min(a, b)
+    mine, theirs = by_prompt("m", {"a": [0.5] * 4, "b": [0.9] * 4}), by_prompt("d", {"a": [0.7] * 4, "b": [0.4] * 4})
+    turned = accuracy_gain(mine, theirs)
+    assert turned.set_index(["seed", "group"]).loc[("mean", "worst"), "gain"] == pytest.approx(0.1)
+
+
+def test_bootstrap_of_clusters():
+    values = np.array([[1.0, np.nan], [3.0, 2.0], [5.0, np.nan]])
+    draws = bootstrap_means(values, n_bootstrap=4000)
+    assert draws.shape == (4000, 2)
+    assert draws[:, 0].mean() == pytest.approx(3, abs=0.1)
+    assert draws[:, 0].std() == pytest.approx((8 / 9) ** 0.5, abs=0.05)
+    assert set(draws[:, 1]) == {0.0, 2.0}  # a prompt that is missing is left out
+    assert np.array_equal(draws, bootstrap_means(values, n_bootstrap=4000))
+    assert interval(np.arange(1001.0)) == (25.0, 975.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- recovery
+
+
+def test_alignment():
+    q = np.array([[0.1, 0.7, 0.2], [0.2, 0.7, 0.1], [0.6, 0.2, 0.2], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
+    assert align(q, ["x", "x", "y", "y", "z"], ["x", "y", "z"]) == [1, 0, 2]
+    assert align(q[:, [2, 1, 0]], ["x", "x", "y", "y", "z"], ["x", "y", "z"]) == [1, 2, 0]
+    # one expert is best for both groups: the better total decides (.9 + .3 < .6 + .8 is not greedy)
+    greedy = np.array([[0.9, 0.6], [0.8, 0.3]])
+    assert align(greedy, ["x", "y"], ["x", "y"]) == [1, 0]
+    assert align(np.ones((2, 1)), ["x", "y"], ["x", "y"]) in ([0, -1], [-1, 0])  # fewer experts than groups
+    assert sorted(align(q[:2], ["x", "x"], ["x"])) == [1]  # more experts than groups
+
+
+def test_recovery_by_hand():
+    # experts 0 0 1 1 1 0, groups a a b b b b: NMI and ARI from their definitions
+    q = pd.DataFrame([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.1, 0.9], [0.3, 0.7], [0.8, 0.2]])
+    found = recovery(q, list("aabbbb"))
+    h_group = -(1 / 3 * math.log(1 / 3) + 2 / 3 * math.log(2 / 3))
+    h_expert = math.log(2)
+    mutual = 2 / 6 * math.log((2 / 6) / (2 / 6 * 3 / 6)) + 3 / 6 * math.log((3 / 6) / (4 / 6 * 3 / 6)) \
+        + 1 / 6 * math.log((1 / 6) / (4 / 6 * 3 / 6))  # fmt: skip
+    assert found["nmi"] == pytest.approx(2 * mutual / (h_group + h_expert))
+    pairs, expected = 1 + 3, (1 + 6) * (3 + 3) / 15  # pairs together in both; by chance
+    assert found["ari"] == pytest.approx((pairs - expected) / ((7 + 6) / 2 - expected))
+    assert found["aligned_accuracy"] == pytest.approx(5 / 6) and found["n_users"] == 6
+
+
+def test_recovery_does_not_depend_on_the_names_of_experts():
+    rng = np.random.default_rng(0)
+    q, groups = pd.DataFrame(rng.dirichlet([0.5] * 3, 40)), rng.choice(["x", "y", "z"], 40).tolist()
+    assert recovery(q[[2, 0, 1]], groups) == pytest.approx(recovery(q, groups))
+    assert recovery(q, groups)["nmi"] < 0.2
+    alike = pd.DataFrame(np.tile([0.2, 0.5, 0.3], (40, 1)))  # one expert for everybody
+    assert recovery(alike, groups)["nmi"] == pytest.approx(0) and recovery(alike, groups)["aligned_accuracy"] < 0.6
+
+
+def test_groups_of_users(held_out):
+    assert user_groups(held_out) == {"user0": "a", "user1": "b"}
+
+
+# -------------------------------------------------------------------------------------------------------------- texts
+
+
+def test_distinct_2():
+    assert distinct_2("a b a b") == pytest.approx(2 / 3) and distinct_2("A b a B") == distinct_2("a b a b")
+    assert distinct_2("good good good good good") == 0.25 and distinct_2("one two three") == 1.0
+    assert distinct_2("one") == distinct_2("") == 1.0
+
+
+def test_table_of_texts():
+    made = Generated(["a b a b", "c"], [0, 1], [0.5, -0.25], [-3.0, -1.0], [5, 1], [True, False])
+    table = text_table(made, ["p", "q"], [7, 9], pd.DataFrame({"sentiment": [1.0, 2.0]}, index=[5, 6]))
+    assert table.to_dict("records")[0] == {
+        "prompt_id": 7, "prompt": "p", "text": "a b a b", "sentiment": 1.0, "log_ratio": 0.5, "ref_logp": -3.0,
+        "n_tokens": 5, "distinct_2": pytest.approx(2 / 3)}  # fmt: skip
+    assert len(table) == 2
+
+
+def test_summary_of_texts_by_hand():
+    texts = pd.DataFrame({
+        "policy": ["dpo"] * 3 + ["mix"] * 3, "seed": 0, "prompt_id": [0, 0, 1] * 2,
+        "sentiment": [1.0, 3.0, 5.0, 3.0, 5.0, 7.0], "log_ratio": [0.1, 0.2, 0.3, 1.0, 2.0, 6.0],
+        "ref_logp": [-10.0, -20.0, -30.0, -5.0, -5.0, -20.0], "n_tokens": [10, 10, 10, 10, 20, 30],
+        "distinct_2": [1.0, 0.5, 0.0, 1.0, 1.0, 0.7],
+    })  # fmt: skip
+    found = summarise_texts(texts, ["sentiment"]).set_index("policy")
+    dpo, mix = found.loc["dpo"], found.loc["mix"]
+    assert dpo["mean"] == 3.5 and mix["mean"] == 5.5  # the mean over prompts of (2, 5) and of (4, 7)
+    assert mix["gain_over_dpo"] == mix["gain_low"] == mix["gain_high"] == 2.0  # the same on both prompts
+    assert (dpo["low"], dpo["high"]) == (2.0, 5.0) and dpo["gain_over_dpo"] == 0
+    assert dpo["kl"] == pytest.approx(0.2) and mix["kl"] == pytest.approx(3.0)
+    assert dpo["perplexity"] == pytest.approx(math.exp(2)) and mix["perplexity"] == pytest.approx(math.exp(0.5))
+    assert dpo["length"] == 10 and mix["length"] == 20 and mix["distinct_2"] == pytest.approx(0.9)
+    assert dpo["n"] == 3 and dpo["reward"] == "sentiment"
+
+
+# ---------------------------------------------------------------------------------------------------------- prefix KL
+
+
+@pytest.mark.parametrize("active", ["responses", "all"])
+def test_prefix_kl_is_the_kl_over_the_whole_vocabulary(tiny_base, held_out, active):
+    policy = make(tiny_base, held_out, active)
+    found = prefix_kl(policy, held_out.texts, torch.tensor([0, 3, 7, 8, 2]), block=2)
+    base, experts = tiny_base, policy.experts
+    head = base.model.get_output_embeddings().weight
+    mask = torch.zeros(len(head))
+    mask[experts.active_ids] = 1
+    rows = list(held_out.rows)
+    texts = [Text(r["prompt"], r[s], r["ended"]) for s in ("chosen", "rejected") for r in rows]
+    total = torch.zeros(2)
+    for i in (0, 3, 7, 8, 2):
+        prompt, response = tokenise(base, texts[i])
+        with torch.no_grad():
+            out = base.model(torch.tensor([prompt + response]), output_hidden_states=True)
+        hidden, logits = out.hidden_states[-1][0, len(prompt) - 1 : -1], out.logits[0, len(prompt) - 1 : -1]
+        for k in range(2):
+            own = (logits + mask * (hidden @ experts.down[k].T @ experts.up[k].T @ head.T)).log_softmax(-1).detach()
+            total[k] += (own.exp() * (own - logits.log_softmax(-1))).sum()
+    np.testing.assert_allclose(found, (total / 5).numpy(), rtol=1e-3)
+    assert (found > 0.05).all()
+
+
+def test_prefix_kl_of_the_reference_is_zero(tiny_base, held_out):
+    policy = make(tiny_base, held_out, scale=0)
+    np.testing.assert_allclose(prefix_kl(policy, held_out.texts, torch.arange(4)), 0, atol=1e-5)
+
+
+def test_prefix_kl_with_a_bias(tiny_base, held_out):
+    from dataclasses import replace
+
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(tiny_base.model.config).eval()
+    model.load_state_dict(tiny_base.model.state_dict())
+    head = model.lm_head = nn.Linear(*model.lm_head.weight.shape[::-1])
+    head.weight.data.copy_(tiny_base.model.get_output_embeddings().weight)
+    head.bias.data.copy_(torch.linspace(-2, 2, len(head.bias)))
+    base = replace(tiny_base, model=model.requires_grad_(False), fingerprint="biased")
+    store = text_store(base, [Text("the film", "was", False)])
+    data = pair_features(base, held_out.rows)
+    policy = make(base, data)
+    found = prefix_kl(policy, store.features, torch.tensor([0]))
+    words = [full_logps(base, policy.experts, "the film", w, False) for w in base.tokenizer.get_vocab()]
+    own, ref = torch.stack([w[0] for w in words]).detach(), torch.stack([w[1] for w in words])
+    np.testing.assert_allclose(found, (own.exp() * (own - ref[:, None])).sum(0), rtol=1e-3)
