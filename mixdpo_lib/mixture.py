@@ -95,10 +95,16 @@ class MixturePolicy(nn.Module):
         return F.logsigmoid(margins(self.experts.logps(batch), self.experts.ref_logps(batch), self.beta))
 
     @torch.no_grad()
-    def text_rewards(self, texts: TextFeatures) -> Float[Tensor, "texts experts"]:
-        """beta (log pi_k - log pi_ref) of every text: the implicit reward of each expert, beta x nats."""
-        logps, refs = self.experts.all_text_logps(texts, self.constants(texts))
-        return self.beta * (logps - refs[:, None])
+    def text_rewards(self, texts: TextFeatures, ids: Tensor | None = None) -> Float[Tensor, "texts experts"]:
+        """beta (log pi_k - log pi_ref) of every text: the implicit reward of each expert, beta x nats.
+
+        With `ids` only those texts are computed; the rows of the others are NaN.
+        """
+        ids = torch.arange(len(texts)) if ids is None else ids
+        logps, refs = self.experts.all_text_logps(texts, self.constants(texts), ids)
+        rewards = torch.full((len(texts), self.n_experts), torch.nan)
+        rewards[ids] = self.beta * (logps - refs[:, None])
+        return rewards
 
     @torch.no_grad()
     def loglik(self, data: Dataset | PairFeatures, rewards: Tensor | None = None) -> Float[Tensor, "pairs experts"]:

@@ -677,7 +677,9 @@ def _quoted(values: Mapping[str, Mapping[str, Any]], name: str, digits: int) -> 
 
 def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The tables of README, from the values of the reference run: block name and its lines."""
-    q = lambda name, digits=3: _quoted(values, name, digits)  # noqa: E731
+    def q(name: str, digits: int = 3) -> str:
+        return _quoted(values, name, digits)
+
     results = ["| Mix-DPO minus DPO, test prompts | random pairs, noisy labels | clean pairs |", "|---|---|---|"]
     for label, name in (("accuracy, mean of the groups", "accuracy_gain_mean"),
                         ("accuracy, worst group", "accuracy_gain_worst")):
@@ -702,9 +704,11 @@ def with_results(readme: str, values: Mapping[str, Mapping[str, Any]]) -> str:
     """README with the blocks between `<!-- name ... -->` and `<!-- end of name -->` written anew."""
     for name, text in readme_blocks(values).items():
         pattern = re.compile(rf"(<!-- {name}\b[^\n]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        readme, found = pattern.subn(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", readme)
-        if found != 1:
-            raise MixDPOError(f"README.md: found {found} blocks named {name}, expected one")
+        found = list(pattern.finditer(readme))
+        if len(found) != 1:
+            raise MixDPOError(f"README.md: found {len(found)} blocks named {name}, expected one")
+        (block,) = found
+        readme = f"{readme[:block.start()]}{block[1]}{text}\n{block[2]}{readme[block.end():]}"
     return readme
 
 

@@ -45,6 +45,18 @@ from .store import artefact_key, cache_folder, cached, read_json, write_json_ato
 from .trainer import FitConfig, FitResult, fit
 
 VERSION = 1
+# Tuned on validation pairs of the default design, first seed; docs/log.md has what was tried.
+STUDY_FIT: dict[str, Any] = {
+    "batch_by": "prompt",
+    "batch_size": 16,
+    "optimizer": "sgd",
+    "learning_rate": 0.015,
+    "passes": 4.0,
+    "start_temperature": 30.0,
+    "tempering_passes": 2.0,
+    "symmetry_passes": 0.5,
+    "evaluations_per_pass": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,9 @@ class StudyConfig:
     designs: tuple[DesignConfig, ...] = (DesignConfig(), DesignConfig(name="clean"))
     n_experts: int = 3
     rank: int = 8
+    min_count: int = 2  # occurrences of an active token in the training responses
     beta: float = 0.1
-    fit: FitConfig = field(default_factory=FitConfig)
+    fit: FitConfig = field(default_factory=lambda: FitConfig(**STUDY_FIT))
 
 
 @dataclass(frozen=True)
@@ -108,10 +121,11 @@ def study_config(designs: Sequence[str] = ("default", "clean"), **values: Any) -
         "fit": FitConfig,
     }
     own: dict[str, dict[str, Any]] = {name: {} for name in (*parts, "study")}
+    own["fit"] = dict(STUDY_FIT)
     homes = {
         f.name: name for name, kind in parts.items() for f in fields(kind) if f.name not in ("seed", "name", "latent")
     }
-    homes |= {name: "study" for name in ("base", "reviews", "n_experts", "rank", "beta")}
+    homes |= {name: "study" for name in ("base", "reviews", "n_experts", "rank", "beta", "min_count")}
     for key, value in values.items():
         if key not in homes:
             raise ValueError(f"{key}={value!r} is no choice of the study; possible are {', '.join(sorted(homes))}")
@@ -186,7 +200,11 @@ class Study:
     def new_policy(self, method: str) -> MixturePolicy:
         """An untrained policy of a method."""
         m = self.methods[method]
-        return MixturePolicy(HeadExperts(self.base, m.n_experts, m.rank), LearnedWeights(m.n_experts), self.config.beta)
+        return MixturePolicy(
+            HeadExperts(self.base, m.n_experts, m.rank, min_count=self.config.min_count),
+            LearnedWeights(m.n_experts),
+            self.config.beta,
+        )
 
     def fitted(self, design: str, method: str, seed: int) -> Fitted:
         """Fit a method on a design's training pairs, or read the fit from the cache."""
@@ -204,7 +222,13 @@ class Study:
         config = replace(self.config.fit, seed=seed, latent=m.latent)
         learned = {n: sets[n].rows.to_dict() for n in ("train", "validation")}
         digest = artefact_key("pairs", VERSION, learned)
-        parameters = {"method": asdict(m), "beta": self.config.beta, "fit": asdict(config), "pairs": digest}
+        parameters = {
+            "method": asdict(m),
+            "beta": self.config.beta,
+            "min_count": self.config.min_count,
+            "fit": asdict(config),
+            "pairs": digest,
+        }
         inputs = [self.texts.features.key]
         policy = self.new_policy(method)
         policy.experts.activate_responses(sets["train"])

@@ -35,8 +35,10 @@ class FitConfig:
     unit: str = "user"  # the column that says which pairs share a latent
     learning_rate: float = 1e-3
     passes: float = 3.0  # over the training pairs
-    batch_size: int = 32
+    batch_size: int = 32  # pairs, or prompts with batch_by="prompt"
+    batch_by: str = "pair"  # "prompt": all pairs of a prompt in one batch, so that texts they share are computed once
     weight_decay: float = 0.0
+    optimizer: str = "adamw"  # or "sgd": momentum 0.9, no scaling by coordinate
     warmup: float = 0.05  # share of the steps
     symmetry_breaking: str = "random_responsibilities"  # see SYMMETRY_BREAKING
     symmetry_passes: float = 0.25  # how long the random responsibilities stand
@@ -59,6 +61,8 @@ class FitConfig:
         for name in ("learning_rate", "passes", "batch_size", "restarts", "evaluations_per_pass"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
+        if self.batch_by not in ("pair", "prompt"):
+            raise ValueError(f"batch_by={self.batch_by!r}: possible are 'pair' and 'prompt' (all pairs of a prompt)")
         if self.start_temperature < 1:
             raise ValueError(f"start_temperature={self.start_temperature}: expected at least 1, which is no tempering")
         if not 0 <= self.min_usage < 1:
@@ -110,7 +114,8 @@ class _Learner(nn.Module):
             log_q = self.random_log_q[self.table.unit[row]]
         else:
             log_q = self.table.batch_log_q(row, self.policy.gate(), self.temperature())
-            if self.training and isinstance(self.policy.gate, LearnedWeights) and self.policy.n_experts > 1:
+            hard = self.temperature() == 1  # tempered responsibilities say little of the weights: a start could kill
+            if self.training and hard and isinstance(self.policy.gate, LearnedWeights) and self.policy.n_experts > 1:
                 rho = (float(self.steps) + 1) ** -config.gate_exponent
                 mean = self.table.log_q(self.policy.gate(), self.temperature()).exp().mean(0)
                 if mean.isfinite().all():  # otherwise the next evaluation ends the fit as non-finite
@@ -118,6 +123,16 @@ class _Learner(nn.Module):
         if self.training:
             self.steps += 1
         return {"loss": -(log_q.exp() * loglik).sum(1).mean()}
+
+
+def _groups(data: PairFeatures, batch_by: str) -> list[list[int]]:
+    """Rows that stay together in a batch: each alone, or all of a prompt."""
+    if batch_by == "pair":
+        return [[row] for row in range(len(data))]
+    groups: dict[str, list[int]] = {}
+    for row, prompt in enumerate(data.rows["prompt"]):
+        groups.setdefault(prompt, []).append(row)
+    return list(groups.values())
 
 
 class MixDPOTrainer(Trainer):
@@ -134,7 +149,8 @@ class MixDPOTrainer(Trainer):
             data.units(config.unit) if config.latent == "unit" else (torch.arange(len(data)), [])
         )
         self.policy, self.data, self.config, self.folder = policy, data, config, folder
-        steps_per_pass = math.ceil(len(data) / config.batch_size)
+        self.groups = _groups(data, config.batch_by)
+        self.steps_per_pass = steps_per_pass = math.ceil(len(self.groups) / config.batch_size)
         self.validation = validation
         if validation is not None and config.latent == "unit":
             place = {name: i for i, name in enumerate(self.names)}
@@ -143,24 +159,27 @@ class MixDPOTrainer(Trainer):
             if unknown:
                 raise ValueError(f"validation: units {unknown[:3]} have no training pairs; expected units with some")
             self.validation_unit = torch.tensor([place[n] for n in names])[ids]
+        # an expert owns about 1/K of the pairs, and so 1/K of the gradient; AdamW makes up for that by itself
+        rate = config.learning_rate * (policy.n_experts if config.optimizer == "sgd" else 1)
         arguments = TrainingArguments(
-            output_dir=str(folder), per_device_train_batch_size=config.batch_size, learning_rate=config.learning_rate,
+            output_dir=str(folder), per_device_train_batch_size=config.batch_size, learning_rate=rate,
             max_steps=max(1, round(config.passes * steps_per_pass)), weight_decay=config.weight_decay,
             warmup_steps=max(0, round(config.warmup * config.passes * steps_per_pass)), lr_scheduler_type="linear",
             seed=config.seed, data_seed=config.seed, report_to=[], disable_tqdm=True, logging_strategy="no",
             save_strategy="steps" if save_steps else "no", save_steps=save_steps or 500, remove_unused_columns=False,
             dataloader_pin_memory=False, max_grad_norm=1.0, use_cpu=policy.base.model.device.type == "cpu",
-            label_names=[],
+            label_names=[], optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
+            optim_args=None if config.optimizer == "adamw" else "momentum=0.9",
         )  # fmt: skip
         learner = _Learner(policy, unit, config, steps_per_pass)
         constants = policy.constants(data.texts)
 
-        def collate(rows: list[int]) -> dict[str, Tensor]:
-            row = torch.tensor(rows)
+        def collate(groups: list[list[int]]) -> dict[str, Tensor]:
+            row = torch.tensor([row for group in groups for row in group])
             return {"row": row, **policy.experts.batch(data.texts, constants, data.pairs[row])}
 
         super().__init__(
-            model=learner, args=arguments, train_dataset=list(range(len(data))), data_collator=collate,
+            model=learner, args=arguments, train_dataset=self.groups, data_collator=collate,
             callbacks=[_Watch(self)],
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
@@ -169,7 +188,8 @@ class MixDPOTrainer(Trainer):
         """Fill the table by a full pass and give the bound by term, accuracy and the validation likelihood."""
         learner: _Learner = self.accelerator.unwrap_model(self.model)
         policy, table = self.policy, learner.table
-        rewards = policy.text_rewards(self.data.texts)
+        seen = [d.pairs for d in (self.data, self.validation) if d is not None and d.texts is self.data.texts]
+        rewards = policy.text_rewards(self.data.texts, torch.unique(torch.cat(seen)))
         table.fill(policy.loglik(self.data, rewards))
         log_w = policy.gate()
         row: dict[str, Any] = table.terms(log_w, 1.0)
@@ -196,11 +216,12 @@ class _Watch(TrainerCallback):
 
     def look(self, state: TrainerState) -> None:
         """One row of the history (kept in the trainer's state, so in checkpoints too) and one snapshot."""
-        config, trainer = self.trainer.config, self.trainer
+        trainer = self.trainer
         learner: _Learner = trainer.accelerator.unwrap_model(trainer.model)
         row = trainer.measure()
         step = state.global_step
-        row |= {"step": step, "pairs_seen": step * config.batch_size, "seconds": time.monotonic() - self.start}
+        passes = step / trainer.steps_per_pass
+        row |= {"step": step, "pairs_seen": round(passes * len(trainer.data)), "seconds": time.monotonic() - self.start}
         row["responsibility_temperature"] = learner.temperature()
         state.log_history.append(row)
         self.snapshots[step] = {k: v.detach().clone() for k, v in trainer.policy.state_dict().items()}
@@ -220,10 +241,11 @@ class _Watch(TrainerCallback):
             self.snapshots[step] = load_file(self.trainer.folder / f"snapshot-{step}.safetensors")
         if not state.log_history:
             self.look(state)
+        control.should_training_stop = bool(self.stop_reason)
 
     def on_step_end(self, args, state: TrainerState, control, **kwargs):  # type: ignore[override]
         config = self.trainer.config
-        per_pass = math.ceil(len(self.trainer.data) / config.batch_size)
+        per_pass = self.trainer.steps_per_pass
         every = max(1, per_pass // config.evaluations_per_pass)
         progress(f"fit K={self.trainer.policy.n_experts} {config.latent}", state.global_step, state.max_steps, "steps")
         if state.global_step % every == 0 or state.global_step == state.max_steps:
@@ -295,7 +317,7 @@ def fit(
     restarts, start = _restarts(policy, train, replace(config, restarts=1) if resume else config, valid)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(folder) if folder else Path(scratch)
-        twice_a_pass = max(1, math.ceil(len(train) / config.batch_size) // 2)
+        twice_a_pass = max(1, math.ceil(len(_groups(train, config.batch_by)) / config.batch_size) // 2)
         trainer = MixDPOTrainer(policy, train, config, place, valid, save_steps=twice_a_pass if folder else None)
         if start is not None:  # the best restart goes on: its experts, gate, table, and where it was in the tempering
             trainer.accelerator.unwrap_model(trainer.model).load_state_dict(start)
@@ -306,6 +328,8 @@ def fit(
         watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _Watch))
         trainer.train(resume_from_checkpoint=resume or None)
     history = pd.DataFrame([row for row in trainer.state.log_history if "elbo" in row])
+    first = ["step", "pairs_seen", "elbo"]  # a checkpoint sorts the columns: one order, resumed or not
+    history = history[first + sorted(set(history) - set(first))]
     return FitResult(
         history=history, stop_reason=watch.stop_reason or "max_iter",
         best_step=int(history["step"].iloc[max(watch.monitor.best_step, 0)]), restarts=restarts,

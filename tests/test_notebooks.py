@@ -1,0 +1,126 @@
+"""The smoke profile: every notebook executed by the runner, real reviews and model; assertions on its tables."""
+
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mixdpo_lib import runs, store
+
+ROOT = store.project_root()
+SEEDS, DESIGNS, GROUPS = {"0", "1"}, {"default", "clean"}, {"sentiment", "informativeness", "grammar"}
+
+
+@pytest.fixture(scope="module")
+def smoke():
+    done = subprocess.run(
+        [sys.executable, "-m", "mixdpo_lib.cli", "reproduce", "--profile", "smoke"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return ROOT / "runs" / "smoke"
+
+
+def test_every_notebook_ran_and_its_record_holds(smoke):
+    for name in runs.notebook_names():
+        manifest = runs.verify_manifest(smoke / name)
+        assert manifest["notebook"] == name and manifest["parameters"] == runs.resolve_parameters(name, "smoke")
+        text = (smoke / name / "notebook.ipynb").read_text()
+        assert '"output_type": "error"' not in text
+
+
+def test_judges_are_reported(smoke):
+    validity = runs.load_table("smoke", "01_reviews_and_rewards", "validity")
+    assert set(validity["reward"]) == GROUPS and validity["value"].between(0, 1).all()
+    assert (validity["low"] <= validity["value"]).all() and (validity["value"] <= validity["high"]).all()
+
+
+def test_preferences_follow_the_design(smoke):
+    counts = runs.load_table("smoke", "02_preferences", "counts").set_index(["design", "part"])
+    parameters = runs.resolve_parameters("02_preferences", "smoke")
+    for design in DESIGNS:
+        assert counts.loc[(design, "train"), "pairs"] == parameters["n_users"] * parameters["pairs_per_user"]
+        assert counts.loc[(design, "context"), "users"] == parameters["n_new_users"]
+        assert counts.loc[(design, "test"), "flipped"] == 0
+    assert counts.loc[("clean", "train"), "flipped"] == 0
+    assert 0.02 < counts.loc[("default", "train"), "flipped"] < 0.25
+    agreement = runs.load_table("smoke", "02_preferences", "group_agreement")
+    own = agreement[agreement["group_a"] == agreement["group_b"]]["agreement"]
+    assert np.allclose(own, 1) and agreement["agreement"].between(0, 1).all()
+
+
+def test_accuracy_has_every_method_group_and_seed(smoke):
+    accuracy = runs.load_table("smoke", "04_mix_dpo", "accuracy")
+    assert set(accuracy["method"]) == {"dpo", "dpo_rank_3r", "mix_dpo", "mix_dpo_pair"}
+    assert set(accuracy["group"]) == GROUPS | {"mean", "worst"} and set(accuracy["seed"].astype(str)) == SEEDS | {
+        "mean"
+    }
+    keys = ["design", "method", "routing", "users", "seed", "group"]
+    assert not accuracy.duplicated(keys).any()
+    wide = accuracy.pivot(index=keys[:-1], columns="group", values="accuracy")
+    assert np.allclose(wide[sorted(GROUPS)].mean(axis=1), wide["mean"])
+    assert np.allclose(wide[sorted(GROUPS)].min(axis=1), wide["worst"])
+    assert set(accuracy[accuracy["method"] == "mix_dpo"]["routing"]) == {"prior", "own_pairs", "oracle"}
+    single = runs.load_table("smoke", "03_dpo", "accuracy")
+    same = single.merge(accuracy, on=keys, suffixes=("_a", "_b"))
+    assert len(same) == len(single) and np.allclose(same["accuracy_a"], same["accuracy_b"])
+
+
+def test_training_lifts_the_bound_and_stops_for_a_reason(smoke):
+    history = runs.load_table("smoke", "04_mix_dpo", "history")
+    for _, part in history.groupby(["design", "method", "seed"]):
+        assert math.isclose(part["elbo"].iloc[0], -math.log(2), abs_tol=1e-5)
+        assert part["elbo"].iloc[-1] > part["elbo"].iloc[0]
+        assert part["bound_gap"].abs().max() < 1e-5
+    reasons = set(runs.verify_manifest(smoke / "04_mix_dpo")["stop_reasons"].values())
+    assert reasons <= {"max_iter", "no_improvement"}
+
+
+def test_responsibilities_are_probabilities(smoke):
+    table = runs.load_table("smoke", "04_mix_dpo", "responsibilities")
+    totals = table.groupby(["design", "method", "seed", "user"])["responsibility"].sum()
+    assert np.allclose(totals, 1, atol=1e-5)
+    recovery = runs.load_table("smoke", "04_mix_dpo", "recovery")
+    assert recovery[["nmi", "aligned_accuracy"]].stack().between(0, 1).all() and len(recovery) == 8
+
+
+def test_texts_come_with_kl_and_perplexity(smoke):
+    summary = runs.load_table("smoke", "04_mix_dpo", "text_summary")
+    assert set(summary["policy"]) == {"base", "dpo", *(f"expert_{g}" for g in GROUPS)}
+    assert np.allclose(summary[summary["policy"] == "dpo"]["gain_over_dpo"], 0)
+    assert np.allclose(summary[summary["policy"] == "base"]["kl"], 0)
+    n = runs.resolve_parameters("04_mix_dpo", "smoke")["n_texts"] * len(SEEDS)
+    assert (summary[summary["policy"] != "base"]["n"] == n).all() and (summary["perplexity"] > 1).all()
+    chosen = runs.load_table("smoke", "04_mix_dpo", "checkpoints").query("chosen")
+    assert (chosen.groupby(["policy", "seed"]).size() == 1).all()
+
+
+def test_values_of_the_headline_are_those_of_the_tables(smoke):
+    values = runs.load_values("smoke", "04_mix_dpo")
+    gains = runs.load_table("smoke", "04_mix_dpo", "gains").query("method == 'mix_dpo' and seed == 'mean'")
+    row = gains.query("design == 'default' and group == 'worst'").iloc[0]
+    assert math.isclose(values["accuracy_gain_worst"]["value"], row["gain"])
+    assert values["accuracy_gain_worst"]["interval"] == pytest.approx([row["low"], row["high"]])
+    assert {"accuracy_gain_mean", "user_nmi_median_clean", "reward_gain_sentiment", "reward_gain_grammar"} <= set(
+        values
+    )
+
+
+def test_figures_have_a_sidecar_and_are_pictures(smoke):
+    pictures = list((smoke / "04_mix_dpo" / "figures").glob("*.png"))
+    assert len(pictures) >= 6
+    for picture in pictures:
+        record = store.read_json(picture.with_suffix(".json"))
+        assert record["notebook"] == "04_mix_dpo" and re.fullmatch("[0-9a-f]{64}", record["data_sha256"])
+        assert picture.stat().st_size > 5000 and picture.with_suffix(".svg").exists()
+
+
+def test_a_second_run_does_nothing(smoke):
+    before = {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in runs.notebook_names()}
+    subprocess.run([sys.executable, "-m", "mixdpo_lib.cli", "reproduce", "--profile", "smoke"], cwd=ROOT, check=True)
+    assert before == {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in runs.notebook_names()}
