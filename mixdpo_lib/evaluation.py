@@ -202,8 +202,9 @@ def distinct_2(text: str) -> float:
 
 
 def text_table(
-    generated: Generated, prompts: Sequence[str], prompt_ids: Sequence[int], scores: pd.DataFrame
-) -> pd.DataFrame:
+    generated: Generated, prompts: Sequence[str] | pd.Series, prompt_ids: Sequence[int] | pd.Series,
+    scores: pd.DataFrame,
+) -> pd.DataFrame:  # fmt: skip
     """One row a sampled text: judges' scores, log_ratio, ref_logp (nats), n_tokens, distinct_2."""
     return pd.DataFrame(
         {
