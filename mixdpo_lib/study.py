@@ -349,7 +349,7 @@ class Study:
             experts = self.checkpoint_kl(mixture)
             names = {k: f"expert_{g}" for g, k in zip(GROUPS, mixture.order, strict=True) if k >= 0}
             experts = experts[experts["expert"].isin(names)].assign(policy=lambda t, n=names: t["expert"].map(n))
-            gap = (experts["prefix_kl"].clip(lower=1e-6).map(np.log) - np.log(target)).abs()
+            gap = (experts["prefix_kl"].clip(lower=1e-6).map(np.log) - np.log(max(target, 1e-6))).abs()
             nearest = gap.groupby(experts["expert"]).idxmin()
             parts += [single, experts.assign(chosen=experts.index.isin(nearest))]
         return pd.concat(parts, ignore_index=True)

@@ -63,6 +63,8 @@ class FitConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
         if self.batch_by not in ("pair", "prompt"):
             raise ValueError(f"batch_by={self.batch_by!r}: possible are 'pair' and 'prompt' (all pairs of a prompt)")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer={self.optimizer!r}: possible are 'adamw' and 'sgd' (momentum 0.9)")
         if self.start_temperature < 1:
             raise ValueError(f"start_temperature={self.start_temperature}: expected at least 1, which is no tempering")
         if not 0 <= self.min_usage < 1:
