@@ -124,10 +124,10 @@ class HeadExperts(nn.Module):
     ----------
     base : the frozen language model, see `load_base`. It is also the reference of every expert.
     n_experts : K >= 1; 1 is plain DPO.
-    rank : r >= 1, rank of each head; 8 by default: tuned on validation among 4, 8, 16.
+    rank : r >= 1, rank of each head; 8 by default, not tuned.
     active : "responses" (tokens of the training responses, see `activate`) or "all".
     min_count : with "responses", how often a token has to occur in them to be active. Tokens seen once are half of all,
-        teach nothing that carries over, and double the cost.
+        and the head's cost grows with their number.
 
     Notes
     -----

@@ -81,7 +81,7 @@ State = tuple[dict[str, np.ndarray], dict[str, Any]]  # what is kept on disk: ar
 class JudgeConfig:
     """How the judges are fitted. Every number has its origin beside it."""
 
-    piece_words: int = 32  # what is judged: 10 prompt tokens + 32 response tokens are about 32 words
+    piece_words: int = 32  # pieces of 0.6 to 1.5 times this are fitted on; the study judges about 27 words
     training_reviews: int = 10_000  # 8,000 give .76 on 40-token pieces, 10,000 give .77 (report card)
     evaluation_reviews: int = 9_500  # as many as are left beside the report and the prompts
     report_reviews: int = 2_000  # standard error of an accuracy of .77: .009

@@ -45,7 +45,8 @@ from .store import artefact_key, cache_folder, cached, read_json, write_json_ato
 from .trainer import FitConfig, FitResult, fit
 
 VERSION = 1
-# Tuned on validation pairs of the default design, first seed; docs/log.md has what was tried.
+# Optimiser and rate: chosen on validation pairs of the default design, first seed (docs/log.md has what was tried).
+# Temperature and its length: raised after an expert died; passes: as many as the time of a reproduction allows.
 STUDY_FIT: dict[str, Any] = {
     "batch_by": "prompt",
     "batch_size": 16,
@@ -372,7 +373,7 @@ class Study:
         part = self.candidates.iloc[rows]
         ids = torch.tensor([self.texts.index[self._text(int(i))] for i in rows])
         policy = self.new_policy("dpo")
-        policy.experts.activate(torch.arange(8))
+        policy.experts.activate_responses(self.pairs(next(iter(self._designs)))["train"])  # constants are there
         _, refs = policy.experts.all_text_logps(self.texts.features, policy.constants(self.texts.features))
         offsets = self.texts.features.offsets
         generated = Generated(

@@ -29,7 +29,7 @@ SYMMETRY_BREAKING = ("random_responsibilities", "random_heads", "none")
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How a mixture is fitted. Values were tuned once on validation pairs; docs/log.md has what was tried."""
+    """How a mixture is fitted. The defaults are common values, not tuned ones; study.py has those of the study."""
 
     latent: str = "unit"  # "unit": one latent expert a unit (user); "pair": one a comparison
     unit: str = "user"  # the column that says which pairs share a latent
