@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .elbo import elbo_terms, log_responsibilities, mixture_log_likelihood, sum_over_units
+from .elbo import elbo_terms, entropy, log_responsibilities, mixture_log_likelihood, sum_over_units
+from .gating import FixedWeights, LearnedWeights
 
-STOP_REASONS = ("max_iter", "no_improvement", "non_finite", "dead_expert", "interrupted")
+STOP_REASONS = (
+    "tolerance", "max_iter", "bound_decreased", "no_improvement", "non_finite", "dead_expert", "interrupted",
+)  # fmt: skip
 
 
 class LoglikTable(nn.Module):
@@ -135,3 +140,266 @@ class Monitor:
         elif self.patience and len(self.scores) - 1 - self.best_step >= self.patience:
             return "no_improvement"
         return None
+
+
+# -------------------------------------------------------------------------------------------- amortised and relaxed
+
+
+class RecognitionNetwork(nn.Module):
+    """q_phi(z given x, y+, y-): an approximate posterior read from the pair itself, trained jointly with the experts.
+
+    The network gives every pair its evidence f_nk, and log q = log_softmax(log w + f) for a latent per pair,
+    log_softmax(log w + sum of f over the unit's pairs) for a latent per unit: the form of the exact posterior, with f
+    in the place of log sigma(D). It starts at f = 0, where q is the gate. Source: derived in docs/method.md.
+
+    Parameters
+    ----------
+    n_features : numbers that describe a pair. n_experts : K. width : hidden units, 32 by default.
+    mean, scale : (features,), of the training pairs; inputs are standardised by them. Part of a checkpoint.
+
+    >>> RecognitionNetwork(n_features=4, n_experts=2)(torch.ones(1, 4))
+    tensor([[0., 0.]], grad_fn=<AddmmBackward0>)
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, n_features: int, n_experts: int, width: int = 32, mean: Tensor | None = None, scale: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_features) if mean is None else mean)
+        self.register_buffer("scale", torch.ones(n_features) if scale is None else scale)
+        self.inner, self.outer = nn.Linear(n_features, width), nn.Linear(width, n_experts)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, features: Float[Tensor, "pairs features"]) -> Float[Tensor, "pairs experts"]:
+        """Evidence f_nk of every pair, nats; gradients flow."""
+        return self.outer(torch.tanh(self.inner((features - self.mean) / self.scale)))
+
+
+GUMBEL_SCHEDULES = ("constant", "exponential", "effective_experts")
+
+
+@dataclass(frozen=True)
+class GumbelSchedule:
+    """Which `gumbel_temperature` a step has.
+
+    kind : "constant" (start throughout), "exponential" (geometric from start to end), or "effective_experts" (the
+        temperature at which the mean of exp(entropy of z~) is `effective_experts`, found anew at every step).
+    start, end : > 0. effective_experts : above 1 and below K.
+
+    >>> [round(GumbelSchedule("exponential", 4.0, 0.25).temperature(share), 2) for share in (0.0, 0.5, 1.0)]
+    [4.0, 1.0, 0.25]
+    """
+
+    kind: str = "constant"
+    start: float = 1.0
+    end: float = 0.1
+    effective_experts: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in GUMBEL_SCHEDULES:
+            raise ValueError(f"gumbel_schedule={self.kind!r}: possible are {GUMBEL_SCHEDULES}")
+        for name in ("start", "end"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"gumbel_temperature {name}={getattr(self, name)}: expected above 0, for example 1.0")
+        if not 1 < self.effective_experts < math.inf:
+            raise ValueError(f"effective_experts={self.effective_experts}: expected above 1 and below K")
+
+    @torch.no_grad()
+    def temperature(
+        self, share: float, log_q: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> float:
+        """At `share` (0 to 1) of the training; "effective_experts" reads the responsibilities log_q (rows, K) as well.
+
+        Raises
+        ------
+        ValueError : "effective_experts" without log_q, or a target of K or more.
+        """
+        if self.kind == "constant":
+            return self.start
+        if self.kind == "exponential":
+            return self.start * (self.end / self.start) ** min(1.0, max(0.0, share))
+        if log_q is None:
+            raise ValueError("gumbel_schedule='effective_experts' needs the responsibilities of the step: give log_q")
+        n_experts = log_q.shape[-1]
+        if n_experts > 1 and not self.effective_experts < n_experts:
+            raise ValueError(f"effective_experts={self.effective_experts} with {n_experts} experts: expected below K")
+        noise = torch.empty_like(log_q).exponential_(generator=generator).clamp_min(1e-30).log().neg()
+        low, high = math.log(0.01), math.log(100.0)
+        for _ in range(30):  # exp(entropy) grows with the temperature
+            middle = (low + high) / 2
+            log_z = ((log_q.clamp_min(-1e4) + noise) / math.exp(middle)).log_softmax(-1)
+            found = float(entropy(log_z).exp().mean())
+            low, high = (middle, high) if found < self.effective_experts else (low, middle)
+        return math.exp((low + high) / 2)
+
+
+# ------------------------------------------------------------------------------------------------------ full batches
+
+
+class ExactExperts(Protocol):
+    """What full-batch EM needs of experts; `TabularExperts` has it."""
+
+    n_experts: int
+
+    def loglik(self, pairs: Tensor) -> Tensor:
+        """log sigma(D_k) of every pair, (pairs, experts), nats."""
+
+    def log_prior(self) -> Tensor:
+        """Log density of the parameters, nats, without its constant."""
+
+    def m_step(self, pairs: Tensor, weight: Tensor) -> int:
+        """Raise the weighted log-likelihood plus the prior, never lower it."""
+
+
+@dataclass(frozen=True)
+class EMResult:
+    """What full-batch EM leaves.
+
+    history : one row an iteration: restart, iteration, objective (log-likelihood plus priors), elbo, expected_loglik,
+        kl_q_w, loglik (before the M-step of that iteration), entropy and usage; nats per pair, usage in [0, 1].
+    stop_reason : of the kept restart, one of STOP_REASONS. restarts : restart, objective, stop_reason, kept.
+    log_q : (units, experts), responsibilities at the end.
+    """
+
+    history: pd.DataFrame
+    stop_reason: str
+    restarts: pd.DataFrame
+    log_q: Tensor
+
+    @property
+    def converged(self) -> bool:
+        """Whether the tolerance was met; every other ending is something else."""
+        return self.stop_reason == "tolerance"
+
+
+def random_log_q(n_units: int, n_experts: int, seed: int) -> Float[Tensor, "units experts"]:
+    """Seeded random responsibilities, uniform on the simplex: symmetry breaking of the same scale for every K.
+
+    >>> random_log_q(2, 1, seed=0)
+    tensor([[0.],
+            [0.]], dtype=torch.float64)
+    """
+    draw = torch.empty(n_units, n_experts, dtype=torch.float64)
+    draw.exponential_(generator=torch.Generator().manual_seed(seed))
+    return (draw / draw.sum(1, keepdim=True)).log()
+
+
+@torch.no_grad()
+def full_batch_em(
+    experts: Any, gate: FixedWeights | LearnedWeights, pairs: Int[Tensor, "pairs 2"],
+    unit: Int[Tensor, "pairs"] | None = None, *, max_iter: int = 500, tolerance: float = 1e-8,
+    start_temperature: float = 1.0, tempering_iterations: int = 20, restarts: int = 1,
+    symmetry_breaking: str = "random_responsibilities", min_usage: float = 0.0, seed: int = 0,
+) -> EMResult:  # fmt: skip
+    """Full-batch EM, in place: exact responsibilities, an M-step of the experts that cannot fall, the weights' mode.
+
+    The monitored objective is log-likelihood + log prior of the experts + log prior of the weights. It never falls once
+    the responsibilities are exact (temperature 1). Source: derived in docs/method.md, tested in tests/test_em.py.
+
+    Parameters
+    ----------
+    experts : with loglik, log_prior and m_step, for example `TabularExperts`.
+    pairs : chosen and rejected answer of each pair. unit : unit of each pair, None for a latent per pair.
+    max_iter : >= 1, iterations of each restart.
+    tolerance : > 0, nats per pair: a smaller gain of an iteration at temperature 1 ends the fit as converged.
+    start_temperature : >= 1, of the first responsibilities; falls to 1 geometrically in `tempering_iterations`.
+    restarts : >= 1; the one with the largest objective is kept, all are reported.
+    symmetry_breaking : "random_responsibilities" (the first M-step sees them), or "none" (go on from where the experts
+        are: a call that continues another one gives the same as one longer call).
+    min_usage : an expert whose mean responsibility falls below this ends the restart as "dead_expert".
+
+    Raises
+    ------
+    ValueError : an option out of range; a unit with no pairs.
+    KeyboardInterrupt : is not raised: the fit ends as "interrupted" with the state it had reached.
+    """
+    for name, value, low in (("max_iter", max_iter, 1), ("restarts", restarts, 1), ("tolerance", tolerance, 0),
+                             ("start_temperature", start_temperature, 1)):  # fmt: skip
+        if not value >= low or (name == "tolerance" and value <= 0):
+            raise ValueError(f"{name}={value}: expected {'above 0' if name == 'tolerance' else f'at least {low}'}")
+    if symmetry_breaking not in ("random_responsibilities", "none"):
+        raise ValueError(
+            f"symmetry_breaking={symmetry_breaking!r}: possible are 'random_responsibilities' and 'none'"
+        )
+    gate.double()
+    unit = torch.arange(len(pairs)) if unit is None else unit
+    start = {name: value.clone() for name, value in [*experts.state_dict().items(), *gate.state_dict().items()]}
+    history, table, best = [], [], None
+    for restart in range(restarts):
+        _load(experts, gate, start)
+        log_q = random_log_q(int(unit.max()) + 1, gate.n_experts, seed + restart)
+        reason, rows = _one_em(
+            experts, gate, pairs, unit, max_iter, tolerance, start_temperature, tempering_iterations,
+            log_q if symmetry_breaking == "random_responsibilities" else None, min_usage,
+        )  # fmt: skip
+        history += [{"restart": restart, **row} for row in rows]
+        table.append({"restart": restart, "objective": rows[-1]["objective"], "stop_reason": reason})
+        state = {n: v.clone() for n, v in [*experts.state_dict().items(), *gate.state_dict().items()]}
+        if best is None or rows[-1]["objective"] > table[best[0]]["objective"]:
+            best = (restart, state)
+        if reason == "interrupted":
+            break
+    assert best is not None
+    _load(experts, gate, best[1])
+    log_q = log_responsibilities(experts.loglik(pairs).detach(), gate(), unit)
+    frame = pd.DataFrame(table)
+    frame["kept"] = frame["restart"] == best[0]
+    return EMResult(pd.DataFrame(history), table[best[0]]["stop_reason"], frame, log_q)
+
+
+def _load(experts: nn.Module, gate: nn.Module, state: dict[str, Tensor]) -> None:
+    for module in (experts, gate):
+        module.load_state_dict({name: state[name] for name in module.state_dict()})
+
+
+def _one_em(
+    experts, gate, pairs, unit, max_iter, tolerance, start_temperature, tempering, log_q, min_usage
+) -> tuple[str, list[dict[str, Any]]]:  # fmt: skip
+    """Until a reason to stop: the reason, and one row an iteration."""
+    n, rows = len(pairs), []
+    n_units = int(unit.max()) + 1
+
+    def m_step(log_q: Tensor) -> None:
+        experts.m_step(pairs, log_q.exp()[unit])
+        if isinstance(gate, LearnedWeights):
+            gate.update(log_q.exp().mean(0), n_units=n_units)
+
+    try:
+        if log_q is not None:
+            m_step(log_q)
+        for iteration in range(max_iter + 1):
+            temperature = start_temperature ** max(0.0, 1 - iteration / max(tempering, 1))
+            loglik, log_w = experts.loglik(pairs).detach(), gate()
+            log_q = log_responsibilities(loglik, log_w, unit, responsibility_temperature=temperature)
+            terms = elbo_terms(loglik, log_w, log_q, unit)
+            total = float(mixture_log_likelihood(loglik, log_w, unit).sum())
+            prior = float(experts.log_prior()) + float(gate.log_prior() if isinstance(gate, LearnedWeights) else 0.0)
+            usage = log_q.exp().mean(0)
+            rows.append({
+                "iteration": iteration, "objective": (total + prior) / n, "loglik": total / n,
+                "elbo": float(terms.elbo.sum()) / n, "expected_loglik": float(terms.expected_loglik.sum()) / n,
+                "kl_q_w": float(terms.kl.sum()) / n, "temperature": temperature,
+                "entropy": float(entropy(log_q).mean()),
+                **{f"usage_{k}": float(u) for k, u in enumerate(usage)},
+            })  # fmt: skip
+            exact = temperature == 1 and len(rows) > 1 and rows[-2]["temperature"] == 1
+            gain = rows[-1]["objective"] - rows[-2]["objective"] if exact else math.inf
+            if not math.isfinite(rows[-1]["objective"]):
+                return "non_finite", rows
+            if float(usage.min()) < min_usage:
+                return "dead_expert", rows
+            if gain < -1e-10 * max(1.0, abs(rows[-1]["objective"])):
+                return "bound_decreased", rows
+            if gain < tolerance:
+                return "tolerance", rows
+            if iteration < max_iter:
+                m_step(log_q)
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        return "interrupted", rows
+    return "max_iter", rows

@@ -77,6 +77,29 @@ def recovery(responsibilities: pd.DataFrame, groups: Sequence[str]) -> dict[str,
     }
 
 
+def choose_n_experts(held_out: pd.DataFrame) -> int:
+    """The smallest K whose held-out log-likelihood per unit is within one standard error of the best K's.
+
+    Parameters
+    ----------
+    held_out : one row a held-out unit, one column a K, nats per unit. The standard error is that of the paired
+        difference to the best K: units differ far more from each other than the Ks do.
+
+    Raises
+    ------
+    ValueError : fewer than two units.
+
+    >>> choose_n_experts(pd.DataFrame({1: [-9.0, -6.0, -7.0], 2: [-5.0, -4.0, -4.0], 3: [-5.1, -3.8, -4.0]}))
+    2
+    """
+    if len(held_out) < 2:
+        raise ValueError(f"no held-out units to choose K by: found {len(held_out)}, expected at least 2")
+    best = held_out.mean().idxmax()
+    behind = held_out.rsub(held_out[best], axis=0)
+    error = behind.std(ddof=1) / len(behind) ** 0.5
+    return int(min(k for k in held_out if behind[k].mean() <= error[k]))
+
+
 def user_groups(data: PairFeatures, column: str = "user") -> dict[str, str]:
     """Hidden group of each user of a preference set, in order of first appearance."""
     return dict(zip(data.rows[column], data.rows["group"], strict=True))

@@ -446,7 +446,8 @@ def reward_gains(text_summary: pd.DataFrame, ax: Axes) -> Axes:
     notes = "filled: the expert that serves this reward; bars: 95 % intervals"
     per_seed = "seed" in table and not _is_mean(table).any() and table["seed"].nunique() > 1
     each = "policy and seed" if per_seed else "policy"
-    second = [f"n = {int(table['n'].min()):,} texts per {each}"] if "n" in table else []
+    judged = table[table["policy"] != "base"] if "policy" in table else table  # the base has its candidates alone
+    second = [f"n = {int(judged['n'].min()):,} texts per {each}"] if "n" in table else []
     second += ["KL to the reference in nats per text"] if len(kl) else []
     notes += "\n" + "; ".join(second)
     ax.text(0.0, -0.04, notes, transform=ax.transAxes, va="top", fontsize=9)

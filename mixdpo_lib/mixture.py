@@ -170,6 +170,11 @@ class MixturePolicy(nn.Module):
             if top_s is not None:
                 log_w = keep_top_s(log_w, top_s)
             expert = torch.multinomial(log_w.softmax(-1), 1, generator=generator).squeeze(1).tolist()
+        elif len(expert) != len(prompts) or not all(0 <= k < self.n_experts for k in expert):
+            raise ValueError(
+                f"expert={list(expert)[:5]}...: expected {len(prompts)} numbers, one a prompt, "
+                f"from 0 to {self.n_experts - 1}"
+            )
         tokenizer = self.base.tokenizer
         ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
         for p, tokens in zip(prompts, ids, strict=True):
@@ -209,7 +214,8 @@ class MixturePolicy(nn.Module):
         config = {
             "base": self.base.name, "base_fingerprint": self.base.fingerprint, "experts": "HeadExperts",
             "n_experts": self.n_experts, "rank": self.experts.rank, "active": self.experts.active, "beta": self.beta,
-            "gate": type(self.gate).__name__, "alpha": getattr(self.gate, "alpha", None),
+            "min_count": self.experts.min_count, "gate": type(self.gate).__name__,
+            "alpha": getattr(self.gate, "alpha", None),
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -223,7 +229,8 @@ class MixturePolicy(nn.Module):
                 f"{folder}: trained on a base with fingerprint {config['base_fingerprint']}, found {base.fingerprint} "
                 f"({base.name}): give the base that it was trained on"
             )
-        experts = HeadExperts(base, config["n_experts"], config["rank"], config["active"])
+        sizes = (config["n_experts"], config["rank"], config["active"], config["min_count"])
+        experts = HeadExperts(base, *sizes)
         gate: FixedWeights | LearnedWeights = (
             LearnedWeights(config["n_experts"], config["alpha"]) if config["gate"] == "LearnedWeights"
             else FixedWeights.uniform(config["n_experts"])

@@ -53,8 +53,8 @@ class DesignConfig:
     name: str = "default"  # "default": random pairs, noisy labels; "clean": best against worst, no noise
     n_users: int = 60  # training users, divided evenly over the groups
     n_new_users: int = 15
-    pairs_per_user: int = 100  # labelled on training prompts
-    validation_pairs_per_user: int = 20  # labelled on validation prompts, with the same noise
+    pairs_per_user: int = 200  # labelled on training prompts; more labels cost little, the texts are shared
+    validation_pairs_per_user: int = 40  # labelled on validation prompts, with the same noise
     context_pairs: int = 16  # pairs of each new user, on training prompts
     flip_rate: float = 0.10  # mean probability that a label goes against the reward; sets label_temperature
     metadata_accuracy: float = 0.60  # how often the favourite genre is the one typical of the user's group

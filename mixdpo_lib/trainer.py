@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .em import LoglikTable, Monitor, correct
-from .features import PairFeatures
+from .elbo import elbo_terms, gumbel_softmax_samples, sum_over_units
+from .em import GumbelSchedule, LoglikTable, Monitor, RecognitionNetwork, correct
+from .features import PairFeatures, TextFeatures, gather_positions
 from .gating import LearnedWeights
 from .mixture import MixturePolicy
 from .store import progress
 
+INFERENCE = ("exact", "relaxed", "recognition")
 SYMMETRY_BREAKING = ("random_responsibilities", "random_heads", "none")
 
 
@@ -50,6 +52,14 @@ class FitConfig:
     evaluations_per_pass: int = 2
     patience: int = 0  # evaluations without a better validation likelihood before stopping; 0: never
     min_usage: float = 0.0  # mean responsibility below which an expert ends the fit as dead; 0: reported, never fatal
+    inference: str = "exact"  # responsibilities: "exact"; "relaxed" draws from them; "recognition" network, see em.py
+    recognition_rate: float = 0.03  # learning rate of the recognition network
+    gumbel_temperature: float = 1.0  # of the relaxed draws; the first one where the schedule changes it
+    gumbel_schedule: str = "constant"  # see GumbelSchedule
+    gumbel_end: float = 0.1  # last temperature of "exponential"
+    effective_experts: float = 1.5  # what "effective_experts" holds
+    n_samples: int = 1  # relaxed draws a step
+    hard: bool = False  # one-hot draws with the gradient of the soft ones (straight-through)
     gate_exponent: float = 0.6  # Robbins-Monro: rho_t = (t + 1) ** -gate_exponent, between 0.5 and 1
     seed: int = 0
 
@@ -69,8 +79,20 @@ class FitConfig:
             raise ValueError(f"start_temperature={self.start_temperature}: expected at least 1, which is no tempering")
         if not 0 <= self.min_usage < 1:
             raise ValueError(f"min_usage={self.min_usage}: expected in [0, 1); 0 never ends a fit")
+        if self.inference not in INFERENCE:
+            raise ValueError(f"inference={self.inference!r}: possible are {INFERENCE}")
+        for name in ("n_samples", "recognition_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
+        self.schedule()
         if not 0.5 < self.gate_exponent <= 1:
             raise ValueError(f"gate_exponent={self.gate_exponent}: expected in (0.5, 1], so that sum rho^2 is finite")
+
+    def schedule(self) -> GumbelSchedule:
+        """The temperatures of the relaxed draws."""
+        return GumbelSchedule(
+            self.gumbel_schedule, self.gumbel_temperature, self.gumbel_end, self.effective_experts
+        )
 
 
 @dataclass
@@ -84,47 +106,98 @@ class FitResult:
     snapshots: dict[int, dict[str, Tensor]] = field(repr=False, default_factory=dict)
 
 
+def _describe_pairs(texts: TextFeatures, pairs: Tensor) -> Tensor:
+    """What the recognition network reads of a pair: prompt, and mean hidden states of chosen minus rejected."""
+    ids, place = torch.unique(pairs, return_inverse=True)
+    hidden, _, segment = gather_positions(texts, ids)
+    total = torch.zeros(len(ids), hidden.shape[1]).index_add_(0, segment, hidden)
+    mean = (total / torch.bincount(segment)[:, None])[place]
+    return torch.cat([torch.from_numpy(texts.prompt_hidden)[pairs[:, 0]], mean[:, 0] - mean[:, 1]], 1)
+
+
 class _Learner(nn.Module):
-    """What is trained and what a checkpoint holds: experts, gate and the table. The frozen base is not in it."""
+    """What is trained and what a checkpoint holds: experts, gate, tables, network. The frozen base is not in it."""
 
     random_log_q: Tensor
     steps: Tensor
+    evidence: LoglikTable
 
     def __init__(self, policy: MixturePolicy, unit: Tensor, config: FitConfig, steps_per_pass: int) -> None:
         super().__init__()
         self.policy, self.steps_per_pass = policy, steps_per_pass
         self.options = config  # not `config`: Trainer writes to an attribute of that name
         self.table = LoglikTable(unit, policy.n_experts)
+        self.recognition: RecognitionNetwork | None = None
         generator = torch.Generator().manual_seed(config.seed)
         shape = (self.table.n_units, policy.n_experts)
         self.register_buffer("random_log_q", torch.rand(shape, generator=generator).log().log_softmax(1))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def recognise(self, described: Tensor) -> RecognitionNetwork:
+        """Add a recognition network for pairs of this kind, and the table of its last-seen evidence."""
+        scale = described.std(0).clamp_min(1e-6) if len(described) > 1 else torch.ones(described.shape[1])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.options.seed)
+            self.recognition = RecognitionNetwork(
+                described.shape[1], self.policy.n_experts, mean=described.mean(0), scale=scale
+            )
+        self.evidence = LoglikTable(self.table.unit, self.policy.n_experts)
+        self.evidence.fill(torch.zeros_like(self.evidence.loglik))
+        return self.recognition
 
     def temperature(self) -> float:
         """Of the responsibilities at this step: geometric from start_temperature to 1."""
         share = float(self.steps) / max(self.options.tempering_passes * self.steps_per_pass, 1)
         return self.options.start_temperature ** max(0.0, 1 - share)
 
-    def forward(self, row: Tensor, **batch: Tensor) -> dict[str, Tensor]:
-        """loss = - mean_n sum_k q_nk log sigma(D_nk), nats per pair; q detached."""
+    def forward(self, row: Tensor, described: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
+        """loss = - mean_n sum_k q_nk log sigma(D_nk), nats per pair; q detached. See `_relaxed` for the other kinds."""
         loglik = self.policy.batch_loglik(batch)
         config = self.options
         if self.training:
             self.table.update(row, loglik)
         random_start = config.symmetry_breaking == "random_responsibilities"
+        penalty = loglik.new_zeros(())
         if random_start and self.policy.n_experts > 1 and self.steps < config.symmetry_passes * self.steps_per_pass:
-            log_q = self.random_log_q[self.table.unit[row]]
+            q = self.random_log_q[self.table.unit[row]].exp()
         else:
-            log_q = self.table.batch_log_q(row, self.policy.gate(), self.temperature())
+            if config.inference == "exact" or self.policy.n_experts == 1:
+                q = self.table.batch_log_q(row, self.policy.gate(), self.temperature()).exp()
+            else:
+                q, penalty = self._relaxed(row, described)
             hard = self.temperature() == 1  # tempered responsibilities say little of the weights: a start could kill
             if self.training and hard and isinstance(self.policy.gate, LearnedWeights) and self.policy.n_experts > 1:
                 rho = (float(self.steps) + 1) ** -config.gate_exponent
-                mean = self.table.log_q(self.policy.gate(), self.temperature()).exp().mean(0)
+                table = self.table if self.recognition is None else self.evidence
+                mean = table.log_q(self.policy.gate(), self.temperature()).exp().mean(0)
                 if mean.isfinite().all():  # otherwise the next evaluation ends the fit as non-finite
                     self.policy.gate.update(mean, rho, n_units=self.table.n_units)
         if self.training:
             self.steps += 1
-        return {"loss": -(log_q.exp() * loglik).sum(1).mean()}
+        return {"loss": penalty - (q * loglik).sum(1).mean()}
+
+    def _relaxed(self, row: Tensor, described: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Gumbel-Softmax draws z~ of the latents of these rows, and what KL(q || w) adds to the loss (nats per pair).
+
+        "relaxed" draws from the exact responsibilities, whose KL has no gradient; "recognition" from q_phi, through
+        which gradients flow: the evidence of the batch is fresh, that of a unit's other pairs is as last seen.
+        """
+        config, log_w, unit = self.options, self.policy.gate(), self.table.unit[row]
+        if self.recognition is None:
+            log_q, kl = self.table.log_q(log_w, self.temperature()), None
+        else:
+            fresh = self.recognition(described)
+            if self.training:
+                self.evidence.update(row, fresh)
+            last = sum_over_units(self.evidence.loglik, self.table.unit, self.table.n_units)
+            total = last + sum_over_units(fresh - fresh.detach(), unit, self.table.n_units)
+            log_q = (log_w + total / self.temperature()).log_softmax(1)
+            kl = (log_q.exp() * (log_q - log_w)).sum(1) / torch.bincount(self.table.unit)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + int(self.steps))
+        share = float(self.steps) / (config.passes * self.steps_per_pass)
+        tau = config.schedule().temperature(share, log_q, generator)
+        z = gumbel_softmax_samples(log_q, tau, config.n_samples, config.hard, generator).mean(0)
+        return z[unit], log_q.new_zeros(()) if kl is None else kl[unit].mean()
 
 
 def _groups(data: PairFeatures, batch_by: str) -> list[list[int]]:
@@ -170,19 +243,28 @@ class MixDPOTrainer(Trainer):
             seed=config.seed, data_seed=config.seed, report_to=[], disable_tqdm=True, logging_strategy="no",
             save_strategy="steps" if save_steps else "no", save_steps=save_steps or 500, remove_unused_columns=False,
             dataloader_pin_memory=False, max_grad_norm=1.0, use_cpu=policy.base.model.device.type == "cpu",
-            label_names=[], optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
-            optim_args=None if config.optimizer == "adamw" else "momentum=0.9",
+            label_names=[],
         )  # fmt: skip
         learner = _Learner(policy, unit, config, steps_per_pass)
+        groups = [{"params": list(policy.experts.parameters()), "lr": rate}]
+        recognises = config.inference == "recognition" and policy.n_experts > 1
+        if recognises:
+            network = learner.recognise(_describe_pairs(data.texts, data.pairs))
+            groups.append({"params": list(network.parameters()), "lr": config.recognition_rate})
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(groups, weight_decay=config.weight_decay) if config.optimizer == "adamw"
+            else torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
+        )  # fmt: skip
         constants = policy.constants(data.texts)
 
         def collate(groups: list[list[int]]) -> dict[str, Tensor]:
             row = torch.tensor([row for group in groups for row in group])
-            return {"row": row, **policy.experts.batch(data.texts, constants, data.pairs[row])}
+            batch = {"row": row, **policy.experts.batch(data.texts, constants, data.pairs[row])}
+            return batch | ({"described": _describe_pairs(data.texts, data.pairs[row])} if recognises else {})
 
         super().__init__(
             model=learner, args=arguments, train_dataset=self.groups, data_collator=collate,
-            callbacks=[_Watch(self)],
+            callbacks=[_Watch(self)], optimizers=(optimizer, None),
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
 
@@ -195,6 +277,13 @@ class MixDPOTrainer(Trainer):
         table.fill(policy.loglik(self.data, rewards))
         log_w = policy.gate()
         row: dict[str, Any] = table.terms(log_w, 1.0)
+        if learner.recognition is not None:  # the bound at q_phi: how far it lies below is the amortisation gap
+            with torch.no_grad():
+                parts = [_describe_pairs(self.data.texts, part) for part in self.data.pairs.split(1024)]
+                learner.evidence.fill(torch.cat([learner.recognition(part) for part in parts]))
+                own = learner.evidence.log_q(log_w)
+                terms = elbo_terms(table.loglik, log_w, own, table.unit, n_units=table.n_units, validate=False)
+                row["elbo_recognition"] = float(terms.elbo.sum()) / len(self.data)
         log_q = table.log_q(log_w)[table.unit]
         row["train_accuracy"] = float(correct((table.loglik + log_q).logsumexp(1).exp()).mean())
         if self.validation is not None:
@@ -311,7 +400,8 @@ def fit(
     if config.latent == "unit":
         train.units(config.unit)
     valid = None if validation is None else policy.prepare(validation)
-    if len(policy.experts.active_ids) == 0:
+    fresh = policy.experts.active == "all" and not bool(policy.experts.up.any())
+    if len(policy.experts.active_ids) == 0 or fresh:
         policy.experts.activate_responses(train)
     if config.symmetry_breaking == "random_heads":
         policy.experts.perturb(config.symmetry_scale, torch.Generator().manual_seed(config.seed))

@@ -9,7 +9,7 @@ from torch import nn
 
 from mixdpo_lib.decoding import sample
 from mixdpo_lib.experts import HeadExperts, reference_next_token
-from mixdpo_lib.features import Text, pair_features, text_store, tokenise
+from mixdpo_lib.features import Text, gather_positions, pair_features, text_store, tokenise
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +102,22 @@ def test_zero_heads_are_the_reference(tiny_base, data, active):
 def test_perturb_parts_the_experts_by_its_seed(tiny_base, data):
     experts = make(tiny_base, data, scale=0.3)
     assert float(experts.up.detach().std()) == pytest.approx(0.3, rel=0.1)
-    assert float(experts.down.detach().std()) == pytest.approx(32**-0.5, rel=0.15)
-    assert not torch.equal(experts.up[0], experts.up[1]) and not torch.equal(experts.down[0], experts.down[1])
+    assert not torch.equal(experts.up[0], experts.up[1]) and torch.equal(experts.down[0], experts.down[1])
     same, other = make(tiny_base, data, scale=0.3), make(tiny_base, data, scale=0)
     other.perturb(0.3, torch.Generator().manual_seed(8))
     assert torch.equal(same.up, experts.up) and not torch.equal(other.up, experts.up)
+
+
+def test_a_reads_the_hidden_states_of_the_training_responses(tiny_base, data):
+    """Each row has mean square 1/r on them, the first reads their mean, and every expert starts with the same A."""
+    experts = make(tiny_base, data)
+    ids = torch.unique(data.pairs)
+    hidden, _, _ = gather_positions(data.texts, ids)
+    read = hidden @ experts.down[0].detach().T
+    deviation = read.var(0, correction=0)[1:]
+    torch.testing.assert_close(deviation, torch.full_like(deviation, 1 / experts.rank), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(read[:, 0].mean(), torch.tensor(experts.rank**-0.5), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(experts.down[0], down) for down in experts.down)
 
 
 def test_next_tokens_agree_with_whole_sequences(tiny_base, data):

@@ -230,7 +230,7 @@ def test_a_score_that_is_no_number_is_refused(candidates, scores):
 
 
 def test_too_few_pairs_are_refused(candidates, scores):
-    config = DesignConfig(validation_pairs_per_user=37)
+    config = DesignConfig(pairs_per_user=100, validation_pairs_per_user=37)
     with pytest.raises(ValueError, match="37 validation pairs a user wanted, but group 'sentiment' has only 36 untied"):
         simulate_preferences(candidates, scores, config)
 
