@@ -17,6 +17,7 @@ from .gating import FixedWeights, LearnedWeights
 STOP_REASONS = (
     "tolerance", "max_iter", "bound_decreased", "no_improvement", "non_finite", "dead_expert", "interrupted",
 )  # fmt: skip
+SYMMETRY_BREAKING = ("random_responsibilities", "random_heads", "none")
 
 
 class LoglikTable(nn.Module):
@@ -251,6 +252,9 @@ class ExactExperts(Protocol):
     def log_prior(self) -> Tensor:
         """Log density of the parameters, nats, without its constant."""
 
+    def perturb(self, scale: float, generator: torch.Generator) -> None:
+        """Draw the parameters at random."""
+
     def m_step(self, pairs: Tensor, weight: Tensor) -> int:
         """Raise the weighted log-likelihood plus the prior, never lower it."""
 
@@ -293,7 +297,8 @@ def full_batch_em(
     experts: Any, gate: FixedWeights | LearnedWeights, pairs: Int[Tensor, "pairs 2"],
     unit: Int[Tensor, "pairs"] | None = None, *, max_iter: int = 500, tolerance: float = 1e-8,
     start_temperature: float = 1.0, tempering_iterations: int = 20, restarts: int = 1,
-    symmetry_breaking: str = "random_responsibilities", min_usage: float = 0.0, seed: int = 0,
+    symmetry_breaking: str = "random_responsibilities", symmetry_scale: float = 1.0, min_usage: float = 0.0,
+    seed: int = 0,
 ) -> EMResult:  # fmt: skip
     """Full-batch EM, in place: exact responsibilities, an M-step of the experts that cannot fall, the weights' mode.
 
@@ -308,8 +313,10 @@ def full_batch_em(
     tolerance : > 0, nats per pair: a smaller gain of an iteration at temperature 1 ends the fit as converged.
     start_temperature : >= 1, of the first responsibilities; falls to 1 geometrically in `tempering_iterations`.
     restarts : >= 1; the one with the largest objective is kept, all are reported.
-    symmetry_breaking : "random_responsibilities" (the first M-step sees them), or "none" (go on from where the experts
-        are: a call that continues another one gives the same as one longer call).
+    symmetry_breaking : "random_responsibilities" (the first M-step sees them); "random_heads" (parameters drawn with
+        standard deviation `symmetry_scale`: with a latent per pair and few distinct pairs, random responsibilities
+        average out); or "none" (go on from where the experts are: a call that continues another one gives the same as
+        one longer call).
     min_usage : an expert whose mean responsibility falls below this ends the restart as "dead_expert".
 
     Raises
@@ -321,16 +328,16 @@ def full_batch_em(
                              ("start_temperature", start_temperature, 1)):  # fmt: skip
         if not value >= low or (name == "tolerance" and value <= 0):
             raise ValueError(f"{name}={value}: expected {'above 0' if name == 'tolerance' else f'at least {low}'}")
-    if symmetry_breaking not in ("random_responsibilities", "none"):
-        raise ValueError(
-            f"symmetry_breaking={symmetry_breaking!r}: possible are 'random_responsibilities' and 'none'"
-        )
+    if symmetry_breaking not in SYMMETRY_BREAKING:
+        raise ValueError(f"symmetry_breaking={symmetry_breaking!r}: possible are {SYMMETRY_BREAKING}")
     gate.double()
     unit = torch.arange(len(pairs)) if unit is None else unit
     start = {name: value.clone() for name, value in [*experts.state_dict().items(), *gate.state_dict().items()]}
     history, table, best = [], [], None
     for restart in range(restarts):
         _load(experts, gate, start)
+        if symmetry_breaking == "random_heads":
+            experts.perturb(symmetry_scale, torch.Generator().manual_seed(seed + restart))
         log_q = random_log_q(int(unit.max()) + 1, gate.n_experts, seed + restart)
         reason, rows = _one_em(
             experts, gate, pairs, unit, max_iter, tolerance, start_temperature, tempering_iterations,

@@ -424,8 +424,8 @@ class TabularExperts(nn.Module):
             )
 
     @torch.no_grad()
-    def randomise(self, scale: float, generator: torch.Generator) -> None:
-        """Draw the rewards from N(0, scale^2): known experts for generated data."""
+    def perturb(self, scale: float, generator: torch.Generator) -> None:
+        """Draw the rewards from N(0, scale^2): symmetry breaking, or known experts for generated data."""
         self.rewards.copy_(torch.randn(self.rewards.shape, generator=generator, dtype=torch.float64) * scale)
 
     @torch.no_grad()

@@ -385,6 +385,37 @@ def training_curves(history: pd.DataFrame, ax: Axes, column: str = "elbo") -> Ax
 # --------------------------------------------------------------------------------------------------------------- text
 
 
+def curves(
+    table: pd.DataFrame, ax: Axes, x: str, y: str, by: str, x_label: str = "", y_label: str = "", log_x: bool = False
+) -> Axes:
+    """One quantity against another, a line through the means of each series; every seed a point.
+
+    Parameters
+    ----------
+    table : columns x, y and by (the series, in order of first appearance); one row a seed or repetition.
+    x_label, y_label : with units; the columns' names by default. log_x : logarithmic x, ticks at the values that occur.
+    """
+    need(table, [x, y, by], "curves")
+    for position, (name, part) in enumerate(table.groupby(by, sort=False)):
+        colour, marker = _OTHER_COLOURS[position % 6], ("o", "s", "^", "D", "v", "P")[position % 6]
+        mean = part.groupby(x)[y].mean()
+        if part.groupby(x)[y].size().max() > 1:
+            ax.scatter(part[x], part[y], s=14, marker=marker, facecolor="none", edgecolor=colour, linewidth=0.8)
+        dashes = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))[position % 6]
+        ax.plot(mean.index, mean, color=colour, marker=marker, markersize=5, linestyle=dashes, label=str(name))
+    values = sorted(table[x].unique())
+    if log_x:
+        ax.set_xscale("log")
+    if log_x or (len(values) <= 12 and all(float(value).is_integer() for value in values)):
+        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.minorticks_off()
+    ax.set_xlabel(x_label or x)
+    ax.set_ylabel(y_label or y)
+    if table[by].nunique() > 1:
+        legend_above(ax, columns=min(4, table[by].nunique()))
+    return ax
+
+
 def reward_gains(text_summary: pd.DataFrame, ax: Axes) -> Axes:
     """What each policy's texts gain over DPO's by the evaluation judges, with intervals; one panel a reward.
 

@@ -61,7 +61,9 @@ def notebook_path(name: str) -> Path:
     short = name.removeprefix("notebooks/").removesuffix(".ipynb")
     path = folder / f"{short}.ipynb"
     if not path.exists():
-        known = notebook_names()
+        path = folder / "theory" / f"{short.removeprefix('theory/')}.ipynb"
+    if not path.exists():
+        known = notebook_names() + theory_names()
         raise MixDPOError(f"notebook {name!r}: not found in {folder}; expected one of {', '.join(known) or 'none yet'}"
                           + _nearest(short, known))
     return path
@@ -70,6 +72,11 @@ def notebook_path(name: str) -> Path:
 def notebook_names() -> list[str]:
     """Names of the notebooks that exist, in order."""
     return sorted(path.stem for path in (store.project_root() / "notebooks").glob("*.ipynb"))
+
+
+def theory_names() -> list[str]:
+    """Names of the theory notebooks: they need no reviews and no model, and no other result needs them."""
+    return sorted(path.stem for path in (store.project_root() / "notebooks" / "theory").glob("*.ipynb"))
 
 
 def notebook_parameters(name: str) -> dict[str, Parameter]:

@@ -19,14 +19,13 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback
 
 from .elbo import elbo_terms, gumbel_softmax_samples, sum_over_units
-from .em import GumbelSchedule, LoglikTable, Monitor, RecognitionNetwork, correct
+from .em import SYMMETRY_BREAKING, GumbelSchedule, LoglikTable, Monitor, RecognitionNetwork, correct
 from .features import PairFeatures, TextFeatures, gather_positions
 from .gating import LearnedWeights
 from .mixture import MixturePolicy
 from .store import progress
 
 INFERENCE = ("exact", "relaxed", "recognition")
-SYMMETRY_BREAKING = ("random_responsibilities", "random_heads", "none")
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class _Learner(nn.Module):
             self.recognition = RecognitionNetwork(
                 described.shape[1], self.policy.n_experts, mean=described.mean(0), scale=scale
             )
-        self.evidence = LoglikTable(self.table.unit, self.policy.n_experts)
+        self.evidence = LoglikTable(self.table.unit.clone(), self.policy.n_experts)
         self.evidence.fill(torch.zeros_like(self.evidence.loglik))
         return self.recognition
 

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from mixdpo_lib.em import STOP_REASONS, LoglikTable, Monitor, correct, predictive_probability, unit_loglik
+from mixdpo_lib.elbo import entropy, gumbel_softmax_samples
+from mixdpo_lib.em import (
+    STOP_REASONS,
+    GumbelSchedule,
+    LoglikTable,
+    Monitor,
+    RecognitionNetwork,
+    correct,
+    predictive_probability,
+    unit_loglik,
+)
 
 LOGLIK = torch.tensor([[0.9, 0.3], [0.8, 0.4], [0.2, 0.6]]).log()
 LOG_W = torch.tensor([0.25, 0.75]).log()
@@ -127,3 +137,43 @@ def test_a_dead_expert_is_fatal_only_where_asked():
     watch = Monitor(patience=0, min_usage=0.05)
     assert watch.step(-0.6, [0.9, 0.1]) is None and watch.step(-0.6, [0.96, 0.04]) == "dead_expert"
     assert {"dead_expert", "non_finite", "no_improvement", "max_iter"} <= set(STOP_REASONS)
+
+
+# ------------------------------------------------------------------------------------------------------------ schedules
+
+
+def test_schedules_by_hand():
+    assert [GumbelSchedule("constant", 0.7).temperature(share) for share in (0.0, 1.0)] == [0.7, 0.7]
+    falling = GumbelSchedule("exponential", 2.0, 0.02)
+    assert [round(falling.temperature(share), 6) for share in (0.0, 0.5, 1.0, 2.0)] == [2.0, 0.2, 0.02, 0.02]
+
+
+@pytest.mark.parametrize("wanted", [1.2, 1.8, 2.5])
+def test_the_effective_number_of_experts_is_held(wanted):
+    log_q = torch.randn(3000, 3, generator=torch.Generator().manual_seed(0)).log_softmax(1)
+    tau = GumbelSchedule("effective_experts", effective_experts=wanted).temperature(
+        0.3, log_q, torch.Generator().manual_seed(1)
+    )
+    z = gumbel_softmax_samples(log_q, tau, generator=torch.Generator().manual_seed(2))[0]  # other draws
+    assert float(entropy(z.clamp_min(1e-30).log()).exp().mean()) == pytest.approx(wanted, rel=0.03)
+
+
+def test_bad_schedules_are_named():
+    with pytest.raises(ValueError, match="gumbel_schedule='cosine': possible are"):
+        GumbelSchedule("cosine")
+    with pytest.raises(ValueError, match="gumbel_temperature end=0.0: expected above 0"):
+        GumbelSchedule("exponential", 1.0, 0.0)
+    with pytest.raises(ValueError, match="needs the responsibilities of the step"):
+        GumbelSchedule("effective_experts").temperature(0.0)
+    with pytest.raises(ValueError, match="effective_experts=3.0 with 3 experts: expected below K"):
+        GumbelSchedule("effective_experts", effective_experts=3.0).temperature(0.0, torch.zeros(2, 3).log_softmax(1))
+
+
+def test_a_recognition_network_starts_at_the_gate_and_standardises_its_input():
+    features = torch.tensor([[10.0, 0.0], [14.0, 2.0]])
+    network = RecognitionNetwork(2, 3, mean=features.mean(0), scale=torch.tensor([2.0, 1.0]))
+    assert torch.equal(network(features), torch.zeros(2, 3))
+    inner = network.inner(torch.tensor([[-1.0, -1.0]]))
+    torch.nn.init.ones_(network.outer.weight)
+    torch.testing.assert_close(network(features[:1]), torch.tanh(inner).sum(1, keepdim=True).expand(1, 3))
+    assert {"mean", "scale"} <= set(network.state_dict())

@@ -250,3 +250,15 @@ def test_nothing_is_drawn_outside_the_page(ax, accuracy):
     assert not legend.overlaps(ax.get_window_extent())
     boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
     assert all(a.x1 <= b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+
+
+def test_curves_have_a_line_through_the_means_and_a_point_for_every_seed(ax):
+    table = pd.DataFrame({"K": [1, 1, 2, 2, 1, 2], "value": [1.0, 3.0, 4.0, 6.0, 0.0, 1.0], "what": list("aaaabb")})
+    figures.curves(table, ax, "K", "value", "what", "experts K", "value (nats)")
+    first, second = ax.lines
+    assert first.get_ydata().tolist() == [2.0, 5.0] and second.get_ydata().tolist() == [0.0, 1.0]
+    assert [points.get_offsets()[:, 1].tolist() for points in ax.collections] == [[1.0, 3.0, 4.0, 6.0]]
+    assert ax.get_xlabel() == "experts K" and legend_labels(ax) == ["a", "b"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "2"]
+    with pytest.raises(ValueError, match="curves: the table lacks"):
+        figures.curves(table, ax, "tau", "value", "what")

@@ -111,7 +111,8 @@ def test_no_temperature_without_noise_or_differences():
 
 
 def test_without_noise_nothing_is_flipped(candidates, scores):
-    sets = simulate_preferences(candidates, scores, DesignConfig(validation_pairs_per_user=20, flip_rate=0.0, n_users=6, n_new_users=3))
+    config = DesignConfig(validation_pairs_per_user=20, flip_rate=0.0, n_users=6, n_new_users=3)
+    sets = simulate_preferences(candidates, scores, config)
     assert not any(sets["train"]["flipped"])
 
 

@@ -23,7 +23,7 @@ def generator(seed):
 def generated(n_experts, seed, n_units=1000, n_answers=20, pairs_per_unit=16):
     """Known experts, each unit's expert, their pairs; weights drawn evenly."""
     truth = TabularExperts(n_answers, n_experts)
-    truth.randomise(2.0, generator(seed))
+    truth.perturb(2.0, generator(seed))
     z = torch.randint(n_experts, (n_units,), generator=generator(seed + 100))
     pairs, unit = truth.sample_pairs(z, pairs_per_unit, generator(seed + 200))
     return truth, z, pairs, unit
@@ -37,7 +37,7 @@ def fitted(n_experts, pairs, unit, n_answers=20, restarts=4, seed=0, **options):
 
 def test_the_policy_is_the_optimum_of_its_own_objective_and_its_margins_are_reward_differences():
     experts = TabularExperts(4, 2, beta=0.5, log_ref=torch.tensor([0.1, 0.2, 0.3, 0.4]).log())
-    experts.randomise(1.0, generator(0))
+    experts.perturb(1.0, generator(0))
     unnormalised = torch.tensor([0.1, 0.2, 0.3, 0.4]).double() * (experts.rewards / 0.5).exp()
     torch.testing.assert_close(
         experts.log_policy().exp(), unnormalised / unnormalised.sum(1, keepdim=True), rtol=1e-6, atol=1e-7
@@ -78,7 +78,7 @@ def test_an_answer_that_always_wins_has_a_finite_reward():
 @given(st.integers(0, 10**6), st.integers(1, 4), st.booleans(), st.booleans())
 def test_the_monitored_objective_never_falls(seed, n_experts, by_unit, learned):
     truth = TabularExperts(5, 3)
-    truth.randomise(3.0, generator(seed))
+    truth.perturb(3.0, generator(seed))
     pairs, unit = truth.sample_pairs(torch.randint(3, (12,), generator=generator(seed)), 5, generator(seed + 1))
     experts = TabularExperts(5, n_experts)
     gate = LearnedWeights(n_experts) if learned else FixedWeights.uniform(n_experts)

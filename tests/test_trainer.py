@@ -285,10 +285,67 @@ def test_random_responsibilities_are_seeded_and_stand_for_a_while(tiny_base, dat
         assert (float((shares[0] - shares[1]).abs()) > 1e-6) == (step < 2), step
 
 
+# ---------------------------------------------------------------------------------------------- relaxed and amortised
+
+
+def learner_of(base, data, config, tmp_path, scale=0.3):
+    trainer = MixDPOTrainer(make(base, data, scale=scale), data, config, tmp_path)
+    return trainer, trainer.accelerator.unwrap_model(trainer.model)
+
+
+@pytest.mark.parametrize("latent", ["unit", "pair"])
+def test_cold_relaxed_draws_are_unbiased_for_the_exact_loss(tiny_base, data, tmp_path, latent):
+    """inference="relaxed" at a low temperature: the mean loss over many draws is the exact one (4 standard errors)."""
+    options = replace(CONFIG, latent=latent, symmetry_breaking="none", start_temperature=1.0)
+    rows = list(range(12))
+    losses = {}
+    for inference, n_samples in (("exact", 1), ("relaxed", 1)):
+        config = replace(options, inference=inference, n_samples=n_samples, gumbel_temperature=0.02)
+        trainer, learner = learner_of(tiny_base, data, config, tmp_path)
+        trainer.measure()
+        batch = trainer.data_collator([[row] for row in rows])
+        losses[inference] = []
+        for step in range(400 if inference == "relaxed" else 1):
+            learner.steps.fill_(step)  # each step has draws of its own
+            learner.eval()
+            losses[inference].append(float(learner(**batch)["loss"].detach()))
+    drawn = torch.tensor(losses["relaxed"])
+    assert abs(float(drawn.mean()) - losses["exact"][0]) < 4 * float(drawn.std()) / 400**0.5 + 1e-3
+    assert float(drawn.std()) > 0
+
+
+@pytest.mark.parametrize(("latent", "left"), [("unit", 0.9), ("pair", 0.5)])
+def test_the_recognition_network_learns_the_posterior(tiny_base, data, tmp_path, latent, left):
+    """Its bound starts at q = w, rises towards the exact one and never passes it; slowly where a unit's pairs add up."""
+    config = replace(
+        CONFIG, latent=latent, inference="recognition", symmetry_breaking="random_heads", symmetry_scale=0.5,
+        learning_rate=1e-5, recognition_rate=0.05, start_temperature=1.0, passes=40.0, n_samples=8,
+        gumbel_temperature=0.3,
+    )  # fmt: skip
+    policy = make(tiny_base, data)
+    history = fit(policy, data, config).history
+    gap = history["elbo"] - history["elbo_recognition"]
+    assert (gap > -1e-6).all()
+    assert gap.iloc[-1] < left * gap.iloc[0]
+
+
+def test_gradients_reach_the_network_through_the_draws_alone_where_they_should(tiny_base, data, tmp_path):
+    config = replace(CONFIG, inference="recognition", symmetry_breaking="none")
+    trainer, learner = learner_of(tiny_base, data, config, tmp_path)
+    learner.train()
+    learner(**trainer.data_collator([[row] for row in range(8)]))["loss"].backward()
+    assert float(learner.recognition.outer.weight.grad.abs().max()) > 0
+    assert float(learner.policy.experts.up.grad.abs().max()) > 0
+
+
 # ------------------------------------------------------------------------------------------------------------ resume
 
 
-@pytest.mark.parametrize("options", [{}, {"restarts": 2, "restart_passes": 0.5}], ids=["plain", "restarts"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"restarts": 2, "restart_passes": 0.5}, {"inference": "relaxed"}, {"inference": "recognition"}],
+    ids=["plain", "restarts", "relaxed", "recognition"],
+)
 def test_a_resumed_fit_is_the_fit(tiny_base, data, tmp_path, monkeypatch, options):
     config = replace(CONFIG, **options)
     whole = make(tiny_base, data)
@@ -451,6 +508,11 @@ def test_rows_are_taken_as_they_are_and_bad_ones_refused(tiny_base, data):
     ({"gate_exponent": 0.5}, r"gate_exponent=0.5: expected in \(0.5, 1\]"),
     ({"batch_by": "user"}, "batch_by='user': possible are 'pair' and 'prompt'"),
     ({"min_usage": 1.0}, r"min_usage=1.0: expected in \[0, 1\)"),
+    ({"inference": "guess"}, "inference='guess': possible are"),
+    ({"n_samples": 0}, "n_samples=0: expected more than 0"),
+    ({"gumbel_temperature": 0.0}, "gumbel_temperature start=0.0: expected above 0"),
+    ({"gumbel_schedule": "wave"}, "gumbel_schedule='wave': possible are"),
+    ({"effective_experts": 1.0}, "effective_experts=1.0: expected above 1"),
 ])  # fmt: skip
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
