@@ -1,6 +1,7 @@
 """The project as a whole: pins, profiles, bare notebooks, direction of imports, nothing pickled."""
 
 import ast
+import csv
 import json
 import os
 import re
@@ -145,3 +146,15 @@ def test_readme_quotes_the_reference_results():
     assert runs.with_results(readme, values) == readme, "run `mixdpo reference`: README is not that of values.json"
     for picture in re.findall(r"\]\((figures/reference/[^)]+)\)", readme):
         assert (ROOT / picture).is_file(), f"README shows {picture}, which is not there"
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+def test_titles_are_enough_distinct_and_of_one_domain_each():
+    titles = {}
+    for domain in ("films", "books"):
+        with (ROOT / "data" / "titles" / f"{domain}.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert all(set(row) == {"title", "maker"} and all(value.strip() for value in row.values()) for row in rows)
+        titles[domain] = [row["title"].casefold() for row in rows]
+        assert len(set(titles[domain])) == len(rows) >= 150
+    assert not set(titles["films"]) & set(titles["books"])

@@ -316,7 +316,7 @@ def test_cold_relaxed_draws_are_unbiased_for_the_exact_loss(tiny_base, data, tmp
 
 @pytest.mark.parametrize(("latent", "left"), [("unit", 0.9), ("pair", 0.5)])
 def test_the_recognition_network_learns_the_posterior(tiny_base, data, tmp_path, latent, left):
-    """Its bound starts at q = w, rises towards the exact one and never passes it; slowly where a unit's pairs add up."""
+    """Its bound starts at q = w, rises towards the exact one, never passes it; slower where pairs of a unit add up."""
     config = replace(
         CONFIG, latent=latent, inference="recognition", symmetry_breaking="random_heads", symmetry_scale=0.5,
         learning_rate=1e-5, recognition_rate=0.05, start_temperature=1.0, passes=40.0, n_samples=8,
