@@ -79,7 +79,7 @@ def test_grammar_by_hand(grammar):
     text = "It was a film the critics in old London liked."  # ten words, one odd pair
     assert grammar.findings(text)["odd_neighbours"] == pytest.approx(math.log(3))
     assert grammar.score([text])[0] == pytest.approx(
-        -(0.2 * math.log(3) + 0.5 * grammar.findings(text)["checker"]) / 10
+        -(0.3 * math.log(3) + 0.5 * grammar.findings(text)["checker"]) / 10
     )
 
 
