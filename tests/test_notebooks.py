@@ -1,6 +1,8 @@
 """The smoke profile: every notebook executed by the runner, real reviews and model; assertions on its tables."""
 
+import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -125,6 +127,21 @@ def test_a_second_run_does_nothing(smoke):
     before = {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in runs.notebook_names()}
     subprocess.run([sys.executable, "-m", "mixdpo_lib.cli", "reproduce", "--profile", "smoke"], cwd=ROOT, check=True)
     assert before == {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in runs.notebook_names()}
+
+
+def test_plain_papermill_runs_a_notebook_with_four_experts(smoke, tmp_path):
+    """Without the runner: what the smoke profile cached is used, and the record lands in runs/interactive."""
+    values = runs.resolve_parameters("04_mix_dpo", "smoke") | {"designs": ["default"], "seeds": [0], "n_texts": 6}
+    (tmp_path / "values.yaml").write_text(json.dumps(values))  # JSON is YAML
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "04_mix_dpo.ipynb"), str(tmp_path / "out.ipynb"),
+         "-f", str(tmp_path / "values.yaml"), "-p", "n_experts", "4"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MIXDPO_RUN_FOLDER": str(tmp_path / "run")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    table = pd.read_csv(tmp_path / "run" / "tables" / "responsibilities.csv")
+    assert set(table[table["method"] == "mix_dpo"]["expert"]) == {0, 1, 2, 3}
+    assert runs.verify_manifest(tmp_path / "run")["parameters"]["n_experts"] == 4
 
 
 # ---------------------------------------------------------------------------------------------------- theory notebooks
