@@ -18,7 +18,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
 from .em import correct
-from .features import PairFeatures
+from .features import PairFeatures, TextFeatures
 from .mixture import Generated, MixturePolicy
 
 N_BOOTSTRAP = 2000
@@ -268,16 +268,18 @@ def summarise_texts(texts: pd.DataFrame, rewards: Sequence[str], baseline: str =
 
 
 @torch.no_grad()
-def prefix_kl(policy: MixturePolicy, texts, text_ids: Tensor, block: int = 64) -> Float[np.ndarray, "experts"]:
+def prefix_kl(
+    policy: MixturePolicy, texts: TextFeatures, text_ids: Tensor, scales: Sequence[float] = (1.0,), block: int = 64
+) -> Float[np.ndarray, "scales experts"]:
     """Mean over texts of sum_t KL(pi_k(. given prefix) || pi_ref(. given prefix)) on given texts, nats a text.
 
-    The prefixes come from the reference, so this is not the KL of the policy's own samples; it rises with it, costs no
-    sampling, and serves to choose the checkpoints that are compared at equal KL.
+    The prefixes come from the reference, so this is not the KL of the policy's own samples; it rises with it and costs
+    no sampling. `scales` multiply B_k, see `HeadExperts.scale`.
     """
     experts = policy.experts
     constants = policy.constants(texts)
     head = experts._require_active()
-    total = np.zeros(policy.n_experts)
+    total = np.zeros((len(scales), policy.n_experts))
     for start in range(0, len(text_ids), block):
         ids = text_ids[start : start + block]
         batch = experts.batch(texts, constants, torch.stack([ids, ids], 1))
@@ -289,8 +291,9 @@ def prefix_kl(policy: MixturePolicy, texts, text_ids: Tensor, block: int = 64) -
         lse = torch.logaddexp(logits.logsumexp(1), inactive)
         for k in range(policy.n_experts):
             shift = (hidden @ experts.down[k].T) @ (head @ experts.up[k]).T
-            moved = logits + shift
-            lse_k = torch.logaddexp(moved.logsumexp(1), inactive)
-            p = (moved - lse_k[:, None]).exp()
-            total[k] += float(((p * shift).sum(1) - lse_k + lse).sum())
+            for i, scale in enumerate(scales):
+                moved = logits + scale * shift
+                lse_k = torch.logaddexp(moved.logsumexp(1), inactive)
+                p = (moved - lse_k[:, None]).exp()
+                total[i, k] += float((scale * (p * shift).sum(1) - lse_k + lse).sum())
     return total / len(text_ids)

@@ -217,6 +217,11 @@ class HeadExperts(nn.Module):
         with torch.no_grad():
             self.up.copy_(torch.randn(self.up.shape, generator=generator) * scale)
 
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply every B_k, in place: pi_k proportional to pi_ref exp(factor x shift), as another beta would give."""
+        self.up.mul_(factor)
+
     def constants(self, texts: TextFeatures, block: int = 2048) -> HeadConstants:
         """The frozen head's constants for every position of `texts` (see `HeadConstants`), from the cache if there."""
         self._require_active()

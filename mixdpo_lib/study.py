@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pandas as pd
 import torch
+from datasets import DatasetDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,7 +44,7 @@ from .sources import Base, load_base, load_reviews
 from .store import artefact_key, cache_folder, cached, read_json, write_json_atomic
 from .trainer import FitConfig, FitResult, fit
 
-VERSION = 2
+VERSION = 3
 # Optimiser, rate and passes: chosen on validation pairs of both designs, first seed (docs/log.md has what was tried).
 # Temperature and its length: raised after an expert died.
 STUDY_FIT: dict[str, Any] = {
@@ -57,7 +57,10 @@ STUDY_FIT: dict[str, Any] = {
     "tempering_passes": 2.0,
     "symmetry_passes": 0.5,
     "evaluations_per_pass": 1,
+    "evaluate_training": False,
 }
+N_KL_TEXTS = 2  # sampled on each validation prompt, to match KL
+KL_SCALES = np.geomspace(0.05, 2.0, 24).tolist()  # factors on B_k between which the match is interpolated
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Fitted:
     result: FitResult
     method: str
     seed: int
+    rewards: Tensor  # (texts, experts) beta (log pi_k - log pi_ref) of every candidate
     user_log_q: Tensor  # (users, experts) from each user's own training pairs
     users: list[str]
     order: list[int]  # expert of each of GROUPS, aligned by training users' responsibilities
@@ -185,7 +189,7 @@ class Study:
         pairs = zip(table["prompt"], table["response"], strict=True)
         return text_store(self.base, (Text(prompt, response, False) for prompt, response in pairs))
 
-    def preferences(self, design: str) -> datasets.DatasetDict:
+    def preferences(self, design: str) -> DatasetDict:
         """The preference sets of a design: train, validation, context, test."""
         return simulate_preferences(self.candidates, self.scores, self._designs[design])
 
@@ -243,6 +247,8 @@ class Study:
             write_json_atomic(folder / "result.json", facts)
             states = {f"{s}/{k}": v.clone() for s, state in result.snapshots.items() for k, v in state.items()}
             save_file({k: v for k, v in states.items() if "active_ids" not in k}, folder / "snapshots.safetensors")
+            policy.load_state_dict(result.snapshots[result.best_step])
+            save_file({"rewards": policy.text_rewards(self.texts.features)}, folder / "rewards.safetensors")
             shutil.rmtree(checkpoints, ignore_errors=True)
 
         folder = cached("fit", VERSION, parameters, build, inputs=inputs)
@@ -258,10 +264,11 @@ class Study:
         policy.load_state_dict(snapshots[result.best_step], strict=False)
         train = sets["train"]
         ids, users = train.units("user")
-        log_q = log_responsibilities(policy.loglik(train), policy.gate(), ids, n_units=len(users))
+        rewards = load_file(folder / "rewards.safetensors")["rewards"]
+        log_q = log_responsibilities(policy.loglik(train, rewards), policy.gate(), ids, n_units=len(users))
         groups = user_groups(train)
         order = align(log_q.exp().numpy(), [groups[u] for u in users], GROUPS)
-        return Fitted(design, policy, result, method, seed, log_q, users, order)
+        return Fitted(design, policy, result, method, seed, rewards, log_q, users, order)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -283,10 +290,9 @@ class Study:
 
     def _accuracy(self, fitted: Fitted) -> pd.DataFrame:
         sets, policy = self.pairs(fitted.design), fitted.policy
-        rewards = policy.text_rewards(self.texts.features)
-        test_loglik = policy.loglik(sets["test"], rewards)
+        test_loglik = policy.loglik(sets["test"], fitted.rewards)
         ids, new_users = sets["context"].units("user")
-        context = policy.loglik(sets["context"], rewards)
+        context = policy.loglik(sets["context"], fitted.rewards)
         new_log_q = log_responsibilities(context, policy.gate(), ids, n_units=len(new_users))
         parts = []
         for who, names, data, log_q in (
@@ -324,47 +330,60 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------------ texts
 
-    def checkpoint_kl(self, fitted: Fitted) -> pd.DataFrame:
-        """KL to the reference of every checkpoint and expert on the prefixes of validation candidates (`prefix_kl`)."""
-        validation = split_prompts(len(self.prompts))["validation"]
-        ids = np.flatnonzero(self.candidates["prompt_id"].isin(validation))
-        text_ids = torch.tensor([self.texts.index[self._text(int(i))] for i in ids])
-        rows = []
-        for step in fitted.result.snapshots:
-            policy = self._at(fitted, step)
-            kl = prefix_kl(policy, self.texts.features, text_ids)
-            rows += [{"step": step, "expert": k, "prefix_kl": value} for k, value in enumerate(kl)]
-        return _named(fitted, pd.DataFrame(rows))
+    def matched_scales(self, design: str, seeds: Sequence[int], method: str = "mix_dpo") -> pd.DataFrame:
+        """For each seed and expert: the factor on B_k at which the expert is as far from the reference as DPO is.
 
-    def matched_checkpoints(self, design: str, seeds: Sequence[int], method: str = "mix_dpo") -> pd.DataFrame:
-        """For each seed: DPO's best checkpoint, and of every expert the checkpoint whose prefix KL is nearest to it.
+        A factor acts as another beta. It is chosen on validation prompts: first so that the KL on the prefixes of the
+        candidates (`prefix_kl`) is DPO's, then once more by what both sampled there.
 
-        Returns every checkpoint (policy, seed, step, expert, prefix_kl) with `chosen` marked.
+        Returns (design, policy, seed, expert, scale, prefix_kl, sampled_kl before the last correction, nats a text).
         """
-        parts = []
+        validation = split_prompts(len(self.prompts))["validation"]
+        rows = np.flatnonzero(self.candidates["prompt_id"].isin(validation))
+        ids = torch.tensor([self.texts.index[self._text(int(i))] for i in rows])
+        prompt_ids = [i for i in validation for _ in range(N_KL_TEXTS)]
+
+        def sampled_kl(fitted: Fitted, name: str, expert: int, scale: float) -> float:
+            return float(np.mean(self._generated(fitted, name, expert, scale, prompt_ids).log_ratio))
+
+        found = []
         for seed in seeds:
             dpo, mixture = self.fitted(design, "dpo", seed), self.fitted(design, method, seed)
-            single = self.checkpoint_kl(dpo).assign(policy="dpo")
-            single["chosen"] = single["step"] == dpo.result.best_step
-            target = float(single.loc[single["chosen"], "prefix_kl"].iloc[0])
-            experts = self.checkpoint_kl(mixture)
-            names = {k: f"expert_{g}" for g, k in zip(GROUPS, mixture.order, strict=True) if k >= 0}
-            experts = experts[experts["expert"].isin(names)].assign(policy=lambda t, n=names: t["expert"].map(n))
-            gap = (experts["prefix_kl"].clip(lower=1e-6).map(np.log) - np.log(max(target, 1e-6))).abs()
-            nearest = gap.groupby(experts["expert"]).idxmin()
-            parts += [single, experts.assign(chosen=experts.index.isin(nearest))]
-        return pd.concat(parts, ignore_index=True)
+            target = float(prefix_kl(dpo.policy, self.texts.features, ids)[0, 0])
+            sampled = sampled_kl(dpo, "dpo", 0, 1.0)
+            found.append({"policy": "dpo", "seed": seed, "expert": 0, "scale": 1.0, "prefix_kl": target,
+                          "sampled_kl": sampled})  # fmt: skip
+            curve = np.log(prefix_kl(mixture.policy, self.texts.features, ids, KL_SCALES).clip(1e-12))
+            for group, expert in zip(GROUPS, mixture.order, strict=True):
+                if expert < 0:
+                    continue
 
-    def texts_of(self, checkpoints: pd.DataFrame, n_texts: int) -> pd.DataFrame:
-        """Sample `n_texts` texts of every chosen checkpoint on test prompts; the evaluation judges score them.
+                def at(kl: float, expert: int = expert, curve: np.ndarray = curve) -> float:
+                    return float(np.exp(np.interp(np.log(max(kl, 1e-12)), curve[:, expert], np.log(KL_SCALES))))
+
+                name = f"expert_{group}"
+                first = sampled_kl(mixture, name, expert, at(target))
+                scale = at(target * sampled / first) if min(sampled, first) > 0 else at(target)
+                kl = float(prefix_kl(mixture.policy, self.texts.features, ids, [scale])[0, expert])
+                found.append({"policy": name, "seed": seed, "expert": expert, "scale": scale, "prefix_kl": kl,
+                              "sampled_kl": first})  # fmt: skip
+        return pd.DataFrame(found).assign(design=design, method=lambda t: np.where(t["policy"] == "dpo", "dpo", method))
+
+    def texts_of(self, policies: pd.DataFrame, n_texts: int) -> pd.DataFrame:
+        """Sample `n_texts` texts of every row of `matched_scales` on test prompts; the evaluation judges score them.
 
         One row a text: design, policy, seed, prompt_id, prompt, text, one column a reward, log_ratio, ref_logp, ...
         """
-        chosen = checkpoints[checkpoints["chosen"]]
+        test = list(split_prompts(len(self.prompts))["test"])
+        prompt_ids = [test[i % len(test)] for i in range(n_texts)]
+        prompts = [self.prompts[i] for i in prompt_ids]
         parts = []
-        for row in chosen.itertuples():
+        for row in policies.itertuples():
             fitted = self.fitted(row.design, row.method, row.seed)
-            parts.append(self._sampled(fitted, row.policy, row.expert, row.step, n_texts).assign(design=row.design))
+            generated = self._generated(fitted, row.policy, row.expert, row.scale, prompt_ids)
+            scores = score_texts(self._whole(prompts, generated.text), self.judges.evaluation)
+            table = text_table(generated, prompts, prompt_ids, scores)
+            parts.append(table.assign(policy=row.policy, seed=row.seed, design=row.design))
         return pd.concat(parts, ignore_index=True)
 
     def base_texts(self) -> pd.DataFrame:
@@ -387,18 +406,15 @@ class Study:
     def _text(self, row: int) -> Text:
         return Text(self.candidates["prompt"].iat[row], self.candidates["response"].iat[row], False)
 
-    def _at(self, fitted: Fitted, step: int) -> MixturePolicy:
+    def _generated(
+        self, fitted: Fitted, name: str, expert: int, scale: float, prompt_ids: Sequence[int]
+    ) -> Generated:
+        """Texts of one expert, B_k times `scale`, on these prompts; kept in the cache."""
+        prompts = [self.prompts[i] for i in prompt_ids]
         policy = self.new_policy(fitted.method)
         policy.experts.activate(fitted.policy.experts.active_ids)
-        policy._constants = fitted.policy._constants
-        policy.load_state_dict(fitted.result.snapshots[step], strict=False)
-        return policy
-
-    def _sampled(self, fitted: Fitted, name: str, expert: int, step: int, n_texts: int) -> pd.DataFrame:
-        test = list(split_prompts(len(self.prompts))["test"])
-        prompt_ids = [test[i % len(test)] for i in range(n_texts)]
-        prompts = [self.prompts[i] for i in prompt_ids]
-        policy = self._at(fitted, step)
+        policy.load_state_dict(fitted.policy.state_dict())
+        policy.experts.scale(scale)
         state = hashlib.sha256(b"".join(v.contiguous().numpy().tobytes() for v in policy.state_dict().values()))
         length = self.config.candidates.response_tokens
         seed = hash_seed(fitted.seed, "texts", name)
@@ -411,9 +427,7 @@ class Study:
 
         folder = cached("texts", VERSION, parameters, build)
         table = pd.read_json(folder / "texts.jsonl", orient="records", lines=True, dtype=False, convert_dates=False)
-        generated = Generated(**{c: table[c].tolist() for c in table})
-        scores = score_texts(self._whole(prompts, generated.text), self.judges.evaluation)
-        return text_table(generated, prompts, prompt_ids, scores).assign(policy=name, seed=fitted.seed)
+        return Generated(**{c: table[c].tolist() for c in table})
 
 
 def _named(fitted: Fitted, table: pd.DataFrame) -> pd.DataFrame:

@@ -49,6 +49,7 @@ class FitConfig:
     restarts: int = 1  # short fits from other seeds; the one with the best training likelihood goes on
     restart_passes: float = 1.0  # length of each of them
     evaluations_per_pass: int = 2
+    evaluate_training: bool = True  # an evaluation computes all training pairs anew; False: as last seen, faster
     patience: int = 0  # evaluations without a better validation likelihood before stopping; 0: never
     min_usage: float = 0.0  # mean responsibility below which an expert ends the fit as dead; 0: reported, never fatal
     inference: str = "exact"  # responsibilities: "exact"; "relaxed" draws from them; "recognition" network, see em.py
@@ -268,12 +269,17 @@ class MixDPOTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def measure(self) -> dict[str, Any]:
-        """Fill the table by a full pass and give the bound by term, accuracy and the validation likelihood."""
+        """The bound by term, accuracy and the validation likelihood.
+
+        With `evaluate_training` the table is filled by a full pass before; without, what it has last seen counts.
+        """
         learner: _Learner = self.accelerator.unwrap_model(self.model)
         policy, table = self.policy, learner.table
-        seen = [d.pairs for d in (self.data, self.validation) if d is not None and d.texts is self.data.texts]
-        rewards = policy.text_rewards(self.data.texts, torch.unique(torch.cat(seen)))
-        table.fill(policy.loglik(self.data, rewards))
+        sets = [self.data, self.validation] if self.config.evaluate_training else [self.validation]
+        seen = [d.pairs for d in sets if d is not None and d.texts is self.data.texts]
+        rewards = policy.text_rewards(self.data.texts, torch.unique(torch.cat(seen))) if seen else None
+        if self.config.evaluate_training:
+            table.fill(policy.loglik(self.data, rewards))
         log_w = policy.gate()
         row: dict[str, Any] = table.terms(log_w, 1.0)
         if learner.recognition is not None:  # the bound at q_phi: how far it lies below is the amortisation gap

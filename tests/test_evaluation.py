@@ -251,8 +251,17 @@ def test_prefix_kl_is_the_kl_over_the_whole_vocabulary(tiny_base, held_out, acti
         for k in range(2):
             own = (logits + mask * (hidden @ experts.down[k].T @ experts.up[k].T @ head.T)).log_softmax(-1).detach()
             total[k] += (own.exp() * (own - logits.log_softmax(-1))).sum()
-    np.testing.assert_allclose(found, (total / 5).numpy(), rtol=1e-3)
+    np.testing.assert_allclose(found, (total / 5).numpy()[None], rtol=1e-3)
     assert (found > 0.05).all()
+
+
+def test_prefix_kl_at_other_scales_is_that_of_scaled_experts(tiny_base, held_out):
+    policy, ids = make(tiny_base, held_out), torch.arange(4)
+    found = prefix_kl(policy, held_out.texts, ids, scales=[0.5, 1.0])
+    np.testing.assert_allclose(found[1:], prefix_kl(policy, held_out.texts, ids), rtol=1e-5)
+    policy.experts.scale(0.5)
+    np.testing.assert_allclose(found[:1], prefix_kl(policy, held_out.texts, ids), rtol=1e-5)
+    assert (found[0] < found[1]).all()
 
 
 def test_prefix_kl_of_the_reference_is_zero(tiny_base, held_out):
@@ -277,4 +286,4 @@ def test_prefix_kl_with_a_bias(tiny_base, held_out):
     found = prefix_kl(policy, store.features, torch.tensor([0]))
     words = [full_logps(base, policy.experts, "the film", w, False) for w in base.tokenizer.get_vocab()]
     own, ref = torch.stack([w[0] for w in words]).detach(), torch.stack([w[1] for w in words])
-    np.testing.assert_allclose(found, (own.exp() * (own - ref[:, None])).sum(0), rtol=1e-3)
+    np.testing.assert_allclose(found, (own.exp() * (own - ref[:, None])).sum(0)[None], rtol=1e-3)

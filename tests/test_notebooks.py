@@ -99,8 +99,8 @@ def test_texts_come_with_kl_and_perplexity(smoke):
     assert np.allclose(summary[summary["policy"] == "base"]["kl"], 0)
     n = runs.resolve_parameters("04_mix_dpo", "smoke")["n_texts"] * len(SEEDS)
     assert (summary[summary["policy"] != "base"]["n"] == n).all() and (summary["perplexity"] > 1).all()
-    chosen = runs.load_table("smoke", "04_mix_dpo", "checkpoints").query("chosen")
-    assert (chosen.groupby(["policy", "seed"]).size() == 1).all()
+    matched = runs.load_table("smoke", "04_mix_dpo", "matched_scales")
+    assert (matched.groupby(["policy", "seed"]).size() == 1).all() and len(matched) == 4 * len(SEEDS)
 
 
 def test_values_of_the_headline_are_those_of_the_tables(smoke):

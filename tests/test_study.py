@@ -9,6 +9,7 @@ from tiny import WORDS
 
 from mixdpo_lib import study as study_file
 from mixdpo_lib.em import log_responsibilities
+from mixdpo_lib.mixture import Generated
 from mixdpo_lib.preferences import GROUPS
 from mixdpo_lib.study import Study, study_config, study_methods
 
@@ -126,16 +127,23 @@ def test_oracle_routing_is_one_expert(study, fits):
         assert float(np.average(own["accuracy"], weights=own["n_pairs"])) == pytest.approx(expected, abs=1e-6)
 
 
+def test_experts_are_scaled_to_the_kl_of_dpo(study, fits, monkeypatch):
+    def generated(self, fitted, name, expert, scale, prompt_ids):  # DPO's samples say 2 nats, the experts' 1
+        assert set(prompt_ids) == set(range(28, 32))
+        n = len(prompt_ids)
+        return Generated(["a"] * n, [0] * n, [2.0 if name == "dpo" else 1.0] * n, [0.0] * n, [1] * n, [False] * n)
+
+    monkeypatch.setattr(Study, "_generated", generated)
+    table = study.matched_scales("default", [0]).set_index("policy")
+    assert list(table.index) == ["dpo", *(f"expert_{g}" for g in GROUPS)] and table.loc["dpo", "scale"] == 1
+    mixture = next(f for f in fits if (f.design, f.method) == ("default", "mix_dpo"))
+    assert table["expert"].tolist()[1:] == mixture.order
+    # the samples of the first match were half as far as DPO's: the last correction doubles the prefix KL
+    np.testing.assert_allclose(table["prefix_kl"].iloc[1:], 2 * table.loc["dpo", "prefix_kl"], rtol=0.02)
+
+
 def test_texts_at_matched_kl(study, fits):
-    table = study.matched_checkpoints("default", [0])
-    chosen = table[table["chosen"]].set_index("policy")
-    assert set(chosen.index) == {"dpo", *(f"expert_{g}" for g in GROUPS)} and len(chosen) == 4
-    dpo = next(f for f in fits if (f.design, f.method) == ("default", "dpo"))
-    assert chosen.loc["dpo", "step"] == dpo.result.best_step
-    target = chosen.loc["dpo", "prefix_kl"]
-    for policy, part in table[table["policy"] != "dpo"].groupby("policy"):
-        gap = (np.log(part["prefix_kl"].clip(lower=1e-6)) - np.log(target)).abs()
-        assert gap[part["chosen"]].item() == gap.min(), policy
+    table = study.matched_scales("default", [0])
     texts = study.texts_of(table, 12)
     assert texts.groupby("policy").size().tolist() == [12] * 4 and set(texts["prompt_id"]) == set(range(32, 40))
     assert texts["log_ratio"].abs().max() > 0 and (texts["n_tokens"] <= 6).all()
