@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab clean
+.PHONY: help reproduce reproduce-all test lab clean
 
 PROFILE ?= default
 CORES ?= 2
@@ -12,13 +12,17 @@ STARTED := $(shell date +%s)
 READY := .venv/.ready
 
 help:
-	@echo "make reproduce [PROFILE=smoke|default|full] [CORES=2]   environment, data, model, every notebook, figures"
+	@echo "make reproduce [PROFILE=smoke|default|full] [CORES=2]   environment, data, model, the main study, figures"
+	@echo "make reproduce-all                                     the same, and the ablations"
 	@echo "make test                                              environment, then lint, types and every test"
 	@echo "make lab                                               JupyterLab on the notebooks"
 	@echo "make clean                                             remove results and caches; keeps .venv and downloads"
 
 reproduce: $(READY)
 	@MIXDPO_STARTED=$(STARTED) .venv/bin/mixdpo reproduce --profile $(PROFILE) --cores $(CORES)
+
+reproduce-all: $(READY)
+	@MIXDPO_STARTED=$(STARTED) .venv/bin/mixdpo reproduce --all --profile $(PROFILE) --cores $(CORES)
 
 test: $(READY)
 	@.venv/bin/ruff check .

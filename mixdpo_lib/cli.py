@@ -38,9 +38,10 @@ def run(notebook: Annotated[str, typer.Argument(help="For example 04_mix_dpo.")]
 @app.command()
 def reproduce(snakemake: Annotated[list[str] | None, typer.Argument(help="After `--`: passed to Snakemake.")] = None,
               profile: _Profile = "default",
-              cores: Annotated[int, typer.Option(help="Processor cores; each notebook takes two.")] = 2) -> None:
-    """Execute every notebook that is not up to date."""
-    runs.reproduce(profile, cores, snakemake or [])
+              cores: Annotated[int, typer.Option(help="Processor cores; each notebook takes two.")] = 2,
+              everything: Annotated[bool, typer.Option("--all", help="Also the ablations.")] = False) -> None:
+    """Execute the notebooks of the main study that are not up to date."""
+    runs.reproduce(profile, cores, snakemake or [], everything)
 
 
 @app.command()

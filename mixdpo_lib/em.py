@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .elbo import elbo_terms, entropy, log_responsibilities, mixture_log_likelihood, sum_over_units
+from .elbo import elbo_terms, entropy, log_responsibilities, mixture_log_likelihood
 from .gating import FixedWeights, LearnedWeights
 
 STOP_REASONS = (
@@ -105,11 +105,6 @@ def correct(probability: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
     tensor([1.0000, 0.5000, 0.0000])
     """
     return torch.where((probability - 0.5).abs() <= 1e-6, 0.5, (probability > 0.5).float())
-
-
-def unit_loglik(loglik: Float[Tensor, "pairs experts"], unit: Int[Tensor, "pairs"], n_units: int) -> Tensor:
-    """Sum of loglik over the pairs of each unit, (U, K), nats."""
-    return sum_over_units(loglik, unit, n_units)
 
 
 @dataclass
@@ -241,24 +236,6 @@ class GumbelSchedule:
 # ------------------------------------------------------------------------------------------------------ full batches
 
 
-class ExactExperts(Protocol):
-    """What full-batch EM needs of experts; `TabularExperts` has it."""
-
-    n_experts: int
-
-    def loglik(self, pairs: Tensor) -> Tensor:
-        """log sigma(D_k) of every pair, (pairs, experts), nats."""
-
-    def log_prior(self) -> Tensor:
-        """Log density of the parameters, nats, without its constant."""
-
-    def perturb(self, scale: float, generator: torch.Generator) -> None:
-        """Draw the parameters at random."""
-
-    def m_step(self, pairs: Tensor, weight: Tensor) -> int:
-        """Raise the weighted log-likelihood plus the prior, never lower it."""
-
-
 @dataclass(frozen=True)
 class EMResult:
     """What full-batch EM leaves.
@@ -307,7 +284,7 @@ def full_batch_em(
 
     Parameters
     ----------
-    experts : with loglik, log_prior and m_step, for example `TabularExperts`.
+    experts : a module with loglik, log_prior, perturb and an m_step that cannot fall, for example `TabularExperts`.
     pairs : chosen and rejected answer of each pair. unit : unit of each pair, None for a latent per pair.
     max_iter : >= 1, iterations of each restart.
     tolerance : > 0, nats per pair: a smaller gain of an iteration at temperature 1 ends the fit as converged.

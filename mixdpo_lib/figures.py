@@ -20,6 +20,8 @@ __all__ = [
     "METHOD_STYLE",
     "Look",
     "accuracy_by_group",
+    "curves",
+    "dots",
     "group_disagreement",
     "judge_agreement",
     "judge_report",
@@ -27,7 +29,6 @@ __all__ = [
     "probe_scores",
     "recovery",
     "responsibility_map",
-    "reward_against_kl",
     "reward_distributions",
     "reward_gains",
     "routing_comparison",
@@ -416,6 +417,41 @@ def curves(
     return ax
 
 
+def dots(table: pd.DataFrame, ax: Axes, category: str, value: str, x_label: str = "") -> Axes:
+    """One quantity by category, from top to bottom; every seed an open point, its mean filled with its interval.
+
+    Parameters
+    ----------
+    table : columns category, value and ``seed``; rows with seed "mean" carry ``low`` and ``high`` (95 % interval) and
+        stand for the mean, which is drawn from the seeds where there are none.
+    x_label : with the unit; the column's name by default.
+    """
+    need(table, [category, "seed", value], "dots")
+    names = list(dict.fromkeys(table[category]))
+    for place, name in enumerate(names):
+        part = table[table[category] == name]
+        mean = _is_mean(part)
+        seeds, summary = part[~mean], part[mean]
+        ax.plot(
+            seeds[value], [place + 0.12] * len(seeds), linestyle="none", marker="o", markersize=4,
+            markerfacecolor="white", markeredgecolor=_OTHER_COLOURS[0], markeredgewidth=0.9,
+        )  # fmt: skip
+        middle = float((summary if len(summary) else seeds)[value].astype(float).mean())
+        bars = None
+        if len(summary) and {"low", "high"} <= set(summary):
+            row = summary.iloc[0]
+            bars = [[max(middle - row["low"], 0.0)], [max(row["high"] - middle, 0.0)]]
+        ax.errorbar(
+            middle, place - 0.12, xerr=bars, linestyle="none", marker="D", markersize=6, capsize=2.5,
+            color=_OTHER_COLOURS[0],
+        )  # fmt: skip
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel(x_label or value)
+    return ax
+
+
 def reward_gains(text_summary: pd.DataFrame, ax: Axes) -> Axes:
     """What each policy's texts gain over DPO's by the evaluation judges, with intervals; one panel a reward.
 
@@ -486,39 +522,6 @@ def reward_gains(text_summary: pd.DataFrame, ax: Axes) -> Axes:
     handles = [Line2D([], [], color=k.colour, marker=k.marker, linestyle="none") for k in looks.values()]
     line = panels[0].get_legend_handles_labels()[0][:1]
     _legend(ax, [*line, *handles], [named("dpo"), *looks], 2, above=1.08)
-    return ax
-
-
-def reward_against_kl(checkpoints: pd.DataFrame, ax: Axes, reward: str | None = None) -> Axes:
-    """Reward of sampled texts against their KL to the reference along training; the compared checkpoints are ringed.
-
-    Parameters
-    ----------
-    checkpoints : columns ``policy``, ``seed``, ``kl`` (nats per text), ``reward``, ``value`` (unit of the judge),
-        ``chosen`` (True where the checkpoint is the one compared).
-    reward : which reward, where the table holds several.
-    """
-    need(checkpoints, ["policy", "seed", "kl", "reward", "value", "chosen"], "reward_against_kl")
-    table = checkpoints if reward is None else checkpoints[checkpoints["reward"] == reward]
-    need(table, [], f"reward_against_kl, reward {reward!r}")
-    _one_of(table, ["reward", "design"], "reward_against_kl")
-    for position, policy in enumerate(_known_first(table["policy"], _POLICY_STYLE)):
-        look = look_of(policy, _POLICY_STYLE, position)
-        for _, run in table[table["policy"] == policy].groupby("seed", sort=True):
-            run = run.sort_values("kl")
-            ax.plot(
-                run["kl"], run["value"], color=look.colour, marker=look.marker, markersize=4.5, linewidth=1,
-                label=look.label,
-            )  # fmt: skip
-            chosen = run[run["chosen"].astype(bool)]
-            ax.plot(
-                chosen["kl"], chosen["value"], linestyle="none", marker="o", markersize=12, markerfacecolor="none",
-                markeredgecolor="black", label="compared" if len(chosen) else "_none",
-            )  # fmt: skip
-    seeds = table["seed"].nunique()
-    ax.set_xlabel(f"KL to the reference (nats per text); {seeds} seed{'s' if seeds > 1 else ''}, one line each")
-    ax.set_ylabel(f"{table['reward'].iloc[0]} of sampled texts\n(evaluation judge)")
-    legend_above(ax, 3)
     return ax
 
 

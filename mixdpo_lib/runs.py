@@ -36,6 +36,7 @@ from .store import MixDPOError
 _HEARTBEAT_S = 12.0
 _PACKAGES = ("torch", "transformers", "datasets", "safetensors", "scikit-learn", "harper-py", "numpy", "pandas",
              "matplotlib", "seaborn", "papermill")
+MAIN = ("00_", "01_", "02_", "03_", "04_", "09_")       # the notebooks of the main study, which `make reproduce` runs
 _LARGE = 1_000_000      # bytes; a larger table stays out of figures/reference
 
 
@@ -585,14 +586,15 @@ def _replace(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def reproduce(profile: str = "default", cores: int = 2, extra: Sequence[str] = ()) -> None:
-    """Every notebook of a profile, in the order of their needs, by Snakemake; what is up to date does not run again.
+def reproduce(profile: str = "default", cores: int = 2, extra: Sequence[str] = (), everything: bool = False) -> None:
+    """The main study of a profile, in the order of its needs, by Snakemake; what is up to date does not run again.
 
+    The main study is the notebooks of MAIN; with `everything` the ablations and further studies run too.
     When notebooks ran, `runs/<profile>/timing.json` says how long it took (from MIXDPO_STARTED, seconds since 1970, if
     that is set: `make` counts the environment in) and the peak memory of the largest process.
     """
     root = store.project_root()
-    names = notebook_names()
+    names = [name for name in notebook_names() if everything or name.startswith(MAIN)]
     profile_values(profile, "")
     if not names:
         raise MixDPOError(f"{root / 'notebooks'}: found no notebooks")
@@ -605,9 +607,10 @@ def reproduce(profile: str = "default", cores: int = 2, extra: Sequence[str] = (
         return {name: path.stat().st_mtime_ns for name, path in manifests.items() if path.exists()}
 
     before = times()
-    command = [sys.executable, "-m", "snakemake", "-s", str(root / "workflow" / "Snakefile"), "--directory", str(root),
-               "--config", f"profile={profile}", "--cores", str(cores), "--rerun-incomplete", "--nolock",
-               "--quiet", "all", *extra]
+    targets = [str(path.relative_to(root)) for path in manifests.values()]
+    command = [sys.executable, "-m", "snakemake", *targets, "-s", str(root / "workflow" / "Snakefile"),
+               "--directory", str(root), "--config", f"profile={profile}", "--cores", str(cores),
+               "--rerun-incomplete", "--nolock", "--quiet", "all", *extra]
     with store.locked(root / "runs" / ".reproduce.lock", "make reproduce"):
         code = subprocess.run(command, cwd=root).returncode
     if code:
@@ -618,7 +621,7 @@ def reproduce(profile: str = "default", cores: int = 2, extra: Sequence[str] = (
     if not ran:
         store.note(f"profile {profile}: everything is up to date in {root / 'runs' / profile}")
         return
-    path = root / "runs" / profile / "timing.json"
+    path = root / "runs" / profile / ("timing_everything.json" if everything else "timing.json")
     timing = {"minutes": round((time.time() - began) / 60, 2), "complete": ran == names,
               "peak_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
               "notebooks": {name: store.read_json(manifests[name])["seconds"] for name in ran}}
@@ -636,7 +639,7 @@ def update_reference(profile: str = "default") -> Path:
     root = store.project_root()
     names = [name for name in notebook_names() if (root / "runs" / profile / name / "manifest.json").exists()]
     if missing := sorted(set(notebook_names()) - set(names)):
-        raise MixDPOError(f"profile {profile}: no finished run of {', '.join(missing)}; run `make reproduce "
+        raise MixDPOError(f"profile {profile}: no finished run of {', '.join(missing)}; run `make reproduce-all "
                           f"PROFILE={profile}` first")
     target = root / "figures" / "reference"
     fresh = target.with_name(f".reference.part-{os.getpid()}")

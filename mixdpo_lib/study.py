@@ -22,7 +22,7 @@ from datasets import DatasetDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .elbo import log_responsibilities
+from .elbo import log_responsibilities, sum_over_units
 from .evaluation import align, prefix_kl, prompt_accuracy, recovery, text_table, user_groups
 from .experts import HeadExperts
 from .features import PairFeatures, Text, TextStore, pair_features, text_store
@@ -222,6 +222,22 @@ class Study:
         """Every method on every design with every seed."""
         return [self.fitted(d, m, s) for d in self._designs for m in methods for s in seeds]
 
+    def variant(self, n_experts: int | None = None, **fit: Any) -> Study:
+        """The same data and features with another K or other choices of the fit, for ablations.
+
+        Raises
+        ------
+        ValueError : a choice that `FitConfig` does not have.
+        """
+        unknown = set(fit) - {f.name for f in fields(FitConfig)}
+        if unknown:
+            raise ValueError(f"{sorted(unknown)} are no choices of a fit; possible are those of FitConfig")
+        config = replace(self.config, fit=replace(self.config.fit, **fit), n_experts=n_experts or self.config.n_experts)
+        other = Study(config)
+        for name in ("base", "prompts", "candidates", "scores", "texts", "_pairs"):
+            setattr(other, name, getattr(self, name))
+        return other
+
     def _fit(self, design: str, method: str, seed: int) -> Fitted:
         m, sets = self.methods[method], self.pairs(design)
         config = replace(self.config.fit, seed=seed, latent=m.latent)
@@ -303,6 +319,26 @@ class Study:
             for routing, weights in _routings(policy, fitted.order, own).items():
                 table = prompt_accuracy(policy, sets["test"], weights, test_loglik)
                 parts.append(_named(fitted, table.assign(routing=routing, users=who)))
+        return pd.concat(parts, ignore_index=True)
+
+    def held_out(self, fits: Sequence[Fitted]) -> pd.DataFrame:
+        """Validation pairs of every training user under the user's own posterior q_u: one row a fit and user, nats.
+
+        `loglik`: log sum_k q_uk prod_n sigma(D_nk) over the user's validation pairs; `elbo`, its bound by Jensen:
+        sum_k q_uk sum_n log sigma(D_nk). Source: docs/method.md.
+        """
+        parts = []
+        for f in fits:
+            data = self.pairs(f.design)["validation"]
+            ids, users = data.units("user")
+            total = sum_over_units(f.policy.loglik(data, f.rewards), ids, len(users))
+            log_q = f.user_log_q[[f.users.index(user) for user in users]]
+            table = {
+                "user": users,
+                "loglik": (log_q + total).logsumexp(1).tolist(),
+                "elbo": (log_q.exp() * total).sum(1).tolist(),
+            }
+            parts.append(_named(f, pd.DataFrame(table)))
         return pd.concat(parts, ignore_index=True)
 
     def responsibilities(self, fits: Sequence[Fitted]) -> pd.DataFrame:

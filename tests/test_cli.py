@@ -28,7 +28,7 @@ def test_help_and_nothing(capsys):
     (["run", "04_mix", "-p", "n_experts=four"], "found 'four' (str), expected int"),
     (["run", "04_mix", "--profile", "smock"], "profile 'smock'"),
     (["reproduce", "--profile", "smock"], "profile 'smock'"),
-    (["reproduce", "--cores", "many"], "'--cores'"), (["reference"], "make reproduce PROFILE=default")])
+    (["reproduce", "--cores", "many"], "'--cores'"), (["reference"], "make reproduce-all PROFILE=default")])
 def test_every_error_is_one_line(write_notebook, capsys, arguments, expected):
     write_notebook("04_mix")
     assert call(*arguments) not in (0, None)
@@ -58,7 +58,8 @@ def test_reproduce_passes_the_rest_to_snakemake(monkeypatch):
     seen = []
     monkeypatch.setattr(runs, "reproduce", lambda *a: seen.append(a))
     assert call("reproduce", "--profile", "smoke", "--", "--executor", "slurm") == 0
-    assert seen == [("smoke", 2, ["--executor", "slurm"])]
+    assert seen == [("smoke", 2, ["--executor", "slurm"], False)]
+    assert call("reproduce", "--all") == 0 and seen[1] == ("default", 2, [], True)
 
 
 def test_an_unforeseen_error_is_named(monkeypatch, capsys):

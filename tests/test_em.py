@@ -14,7 +14,6 @@ from mixdpo_lib.em import (
     RecognitionNetwork,
     correct,
     predictive_probability,
-    unit_loglik,
 )
 
 LOGLIK = torch.tensor([[0.9, 0.3], [0.8, 0.4], [0.2, 0.6]]).log()
@@ -100,11 +99,6 @@ def test_predictive_probability_by_hand():
     torch.testing.assert_close(predictive_probability(LOGLIK, LOG_W), expected)
     per_row = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]).log()
     torch.testing.assert_close(predictive_probability(LOGLIK, per_row), torch.tensor([0.9, 0.4, 0.4]))
-
-
-def test_sums_over_a_unit():
-    found = unit_loglik(LOGLIK, torch.tensor([0, 0, 1]), 3).exp()
-    torch.testing.assert_close(found, torch.tensor([[0.72, 0.12], [0.2, 0.6], [1.0, 1.0]]))
 
 
 def test_a_tie_counts_half_whatever_its_rounding():

@@ -173,20 +173,19 @@ def test_reward_gains_show_seeds_as_points(ax, gains):
     assert len(drawn(ax.child_axes[0])) == 4 * (3 + 1)
 
 
-def test_reward_against_kl_rings_the_compared_checkpoint(ax):
-    table = pd.DataFrame(
-        {"policy": p, "seed": s, "kl": 2.0 * t, "reward": "sentiment", "value": 0.1 * t + s, "chosen": t == 2}
-        for p in ("dpo", "expert_sentiment")
-        for s in range(2)
-        for t in range(4)
-    )
-    figures.reward_against_kl(table, ax)
-    rings = [line for line in ax.lines if line.get_markersize() == 12]
-    assert [(float(r.get_xdata()[0]), float(r.get_ydata()[0])) for r in rings] == [(4.0, 0.2), (4.0, 1.2)] * 2
-    assert len(drawn(ax)) == 16 + 4
-    assert "nats per text" in ax.get_xlabel()
-    with pytest.raises(ValueError, match="column 'reward' holds"):
-        figures.reward_against_kl(pd.concat([table, table.assign(reward="grammar")]), ax)
+def test_dots_show_seeds_and_a_mean_with_its_interval(ax):
+    table = pd.DataFrame({"setting": ["a", "a", "a", "b", "b"], "seed": ["0", "1", "mean", "0", "1"],
+                          "nmi": [0.2, 0.4, 0.3, 0.6, 1.0], "low": [None, None, 0.1, None, None],
+                          "high": [None, None, 0.5, None, None]})  # fmt: skip
+    figures.dots(table, ax, "setting", "nmi", "NMI")
+    points = [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "o"]
+    means = [float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == "D"]
+    assert points == [[0.2, 0.4], [0.6, 1.0]] and means == pytest.approx([0.3, 0.8])
+    (bar,) = [c for c in ax.collections if len(c.get_segments())]
+    assert bar.get_segments()[0][:, 0].tolist() == pytest.approx([0.1, 0.5])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"] and ax.get_xlabel() == "NMI"
+    with pytest.raises(ValueError, match="dots: the table lacks"):
+        figures.dots(table, ax, "setting", "ari")
 
 
 def test_pair_design_bars_hold_the_shares(ax):

@@ -20,7 +20,7 @@ SEEDS, DESIGNS, GROUPS = {"0", "1"}, {"default", "clean"}, {"sentiment", "inform
 @pytest.fixture(scope="module")
 def smoke():
     done = subprocess.run(
-        [sys.executable, "-m", "mixdpo_lib.cli", "reproduce", "--profile", "smoke"],
+        [sys.executable, "-m", "mixdpo_lib.cli", "reproduce", "--profile", "smoke", "--all"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -125,7 +125,8 @@ def test_figures_have_a_sidecar_and_are_pictures(smoke):
 
 def test_a_second_run_does_nothing(smoke):
     before = {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in runs.notebook_names()}
-    subprocess.run([sys.executable, "-m", "mixdpo_lib.cli", "reproduce", "--profile", "smoke"], cwd=ROOT, check=True)
+    again = [sys.executable, "-m", "mixdpo_lib.cli", "reproduce", "--profile", "smoke", "--all"]
+    subprocess.run(again, cwd=ROOT, check=True)
     assert before == {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in runs.notebook_names()}
 
 

@@ -251,6 +251,7 @@ def test_an_output_folder_with_other_things_is_refused(write_notebook, project, 
 def test_reproduce_and_reference(write_notebook, project, capfd):
     shutil.copy(store.Path(__file__).parents[1] / "workflow" / "Snakefile", project / "workflow" / "Snakefile")
     write_notebook("01_reviews_and_rewards", WORK)
+    write_notebook("07_ablation_temperature", "")
     write_notebook("02_preferences", "assert runs.load_table('default', '01_reviews_and_rewards', 'experts').size")
     runs.reproduce("default")
     timing = store.read_json(project / "runs/default/timing.json")
@@ -262,6 +263,12 @@ def test_reproduce_and_reference(write_notebook, project, capfd):
     assert time.monotonic() - began < 15 and "everything is up to date" in capfd.readouterr().err
     assert store.read_json(project / "runs/default/timing.json") == timing
 
+    with pytest.raises(MixDPOError, match="no finished run of 07_ablation_temperature; run `make reproduce-all"):
+        runs.update_reference("default")
+    runs.reproduce("default", everything=True)
+    assert list(store.read_json(project / "runs/default/timing_everything.json")["notebooks"]) == [
+        "07_ablation_temperature"]
+    assert store.read_json(project / "runs/default/timing.json") == timing
     target = runs.update_reference("default")
     values = store.read_json(target / "values.json")
     assert values["gain"]["unit"] == "nats" and values["minutes_default"]["value"] == timing["minutes"]

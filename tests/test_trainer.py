@@ -17,7 +17,7 @@ from mixdpo_lib.experts import HeadExperts
 from mixdpo_lib.features import pair_features
 from mixdpo_lib.gating import FixedWeights, LearnedWeights
 from mixdpo_lib.mixture import MixturePolicy
-from mixdpo_lib.trainer import FitConfig, MixDPOTrainer, fit
+from mixdpo_lib.trainer import FitConfig, MixDPOTrainer, fit, gradient_error
 
 BETA = 0.3
 CONFIG = FitConfig(batch_size=6, passes=5.0, learning_rate=0.02, start_temperature=4.0)  # 20 steps
@@ -460,6 +460,22 @@ def test_the_best_restart_goes_on(tiny_base, data, monkeypatch, kind):
     assert result.history["responsibility_temperature"].iloc[0] == 1  # tempering is not begun again
     heads = [s[2]["experts.up"] for s in started[:3]]
     assert torch.equal(heads[0], heads[1]) == (kind == "random_responsibilities")
+
+
+@pytest.mark.parametrize("latent", ["unit", "pair"])
+def test_gradient_error_falls_in_noise_and_rises_in_bias_with_the_temperature(tiny_base, data, latent):
+    """Cold draws: hardly any bias but noise; hot draws: all experts take part alike, no noise but a bias."""
+    policy = make(tiny_base, data, scale=0.3)
+    found = {}
+    for tau in (0.05, 50.0):
+        config = replace(CONFIG, latent=latent, inference="relaxed", gumbel_temperature=tau, batch_size=12)
+        found[tau] = gradient_error(policy, data, config, n_draws=64)
+    assert found[0.05]["noise"] > 10 * found[50.0]["noise"]
+    assert found[0.05]["bias"] < 4 * found[0.05]["noise"] / 64**0.5  # four standard errors of the mean of 64 draws
+    assert found[50.0]["bias"] > 4 * found[50.0]["noise"] / 64**0.5
+    assert policy.experts.up.grad is None
+    with pytest.raises(ValueError, match="inference='exact', n_draws=64: expected 'relaxed'"):
+        gradient_error(policy, data, CONFIG, n_draws=64)
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
