@@ -19,7 +19,15 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback
 
 from .elbo import elbo_terms, gumbel_softmax_samples, sum_over_units
-from .em import SYMMETRY_BREAKING, GumbelSchedule, LoglikTable, Monitor, RecognitionNetwork, correct
+from .em import (
+    SYMMETRY_BREAKING,
+    GumbelSchedule,
+    LoglikTable,
+    Monitor,
+    RecognitionNetwork,
+    correct,
+    random_log_q,
+)
 from .features import PairFeatures, TextFeatures, gather_positions
 from .gating import LearnedWeights
 from .mixture import MixturePolicy
@@ -68,7 +76,9 @@ class FitConfig:
             raise ValueError(f"latent={self.latent!r}: possible are 'unit' (one a user) and 'pair' (one a comparison)")
         if self.symmetry_breaking not in SYMMETRY_BREAKING:
             raise ValueError(f"symmetry_breaking={self.symmetry_breaking!r}: possible are {SYMMETRY_BREAKING}")
-        for name in ("learning_rate", "passes", "batch_size", "restarts", "evaluations_per_pass"):
+        for name in (
+            "learning_rate", "passes", "batch_size", "restarts", "evaluations_per_pass", "n_samples", "recognition_rate"
+        ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
         if self.batch_by not in ("pair", "prompt"):
@@ -81,9 +91,6 @@ class FitConfig:
             raise ValueError(f"min_usage={self.min_usage}: expected in [0, 1); 0 never ends a fit")
         if self.inference not in INFERENCE:
             raise ValueError(f"inference={self.inference!r}: possible are {INFERENCE}")
-        for name in ("n_samples", "recognition_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
         self.schedule()
         if not 0.5 < self.gate_exponent <= 1:
             raise ValueError(f"gate_exponent={self.gate_exponent}: expected in (0.5, 1], so that sum rho^2 is finite")
@@ -128,9 +135,8 @@ class _Learner(nn.Module):
         self.options = config  # not `config`: Trainer writes to an attribute of that name
         self.table = LoglikTable(unit, policy.n_experts)
         self.recognition: RecognitionNetwork | None = None
-        generator = torch.Generator().manual_seed(config.seed)
-        shape = (self.table.n_units, policy.n_experts)
-        self.register_buffer("random_log_q", torch.rand(shape, generator=generator).log().log_softmax(1))
+        log_q = random_log_q(self.table.n_units, policy.n_experts, config.seed)
+        self.register_buffer("random_log_q", log_q.float())
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def recognise(self, described: Tensor) -> RecognitionNetwork:
