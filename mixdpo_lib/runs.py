@@ -645,6 +645,7 @@ def update_reference(profile: str = "default") -> Path:
     fresh = target.with_name(f".reference.part-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     values: dict[str, Any] = {}
+    further: dict[str, float] = {}
     for name in names:
         source, copy = root / "runs" / profile / name, fresh / name
         manifest = verify_manifest(source)
@@ -654,6 +655,8 @@ def update_reference(profile: str = "default") -> Path:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / file, copy / file)
         store.write_json_atomic(copy / "manifest.json", manifest)
+        if not name.startswith(MAIN):
+            further[manifest["run"]] = manifest["seconds"]
         for key, value in load_values(profile, name).items():
             if key in values:
                 raise MixDPOError(f"{name}: value {key} is there twice: also in {values[key]['runs'][0]}; rename one")
@@ -668,6 +671,9 @@ def update_reference(profile: str = "default") -> Path:
                                         "seeds": None, "runs": [f"make reproduce PROFILE={one}"]}
             values[f"peak_gb_{one}"] = {"value": round(found["peak_mb"] / 1024, 2), "unit": "GiB", "interval": None,
                                         "n": 1, "seeds": None, "runs": [f"make reproduce PROFILE={one}"]}
+    if further:
+        values["minutes_further"] = {"value": round(sum(further.values()) / 60, 2), "unit": "min", "interval": None,
+                                     "n": len(further), "seeds": None, "runs": list(further)}
     store.write_json_atomic(fresh / "values.json", values)
     _replace(fresh, target)
     readme = root / "README.md"
@@ -707,6 +713,7 @@ def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     costs = ["| command | minutes on 2 cores | downloads |", "|---|---|---|"]
     costs += [f"| `make reproduce{'' if one == 'default' else ' PROFILE=' + one}` | {q('minutes_' + one, 0)} | "
              f"{downloads[one]} |" for one in ("smoke", "default")]
+    costs.append(f"| `make reproduce-all`: the ablations as well | {q('minutes_further', 0)} more | nothing more |")
     return {"results": "\n".join(results), "costs": "\n".join(costs)}
 
 
