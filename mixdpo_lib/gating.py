@@ -1,21 +1,27 @@
 """Who answers this prompt, for this user?  Gates: all of them give ``log_w``, and none knows an expert.
 
-This file holds the gates of Mix-DPO, whose weights do not depend on the input: given (:class:`FixedWeights`) or learned
-from the responsibilities (:class:`LearnedWeights`).  A gate is a module whose ``forward(batch)`` returns log-weights in
-nats that broadcast to the batch; for an input-free gate they are (K,), the same as its attribute ``log_w``.
+Gates of Mix-DPO do not depend on the input: :class:`FixedWeights` are given, :class:`LearnedWeights` learned from the
+responsibilities.  Gates of MoE-DPO read the prompt (:class:`ContextGate`), what is known of the user
+(:class:`UserGate`), or both (:class:`MixedMembershipGate`).  A gate is a module whose ``forward(batch)`` returns
+log-weights in nats that broadcast to the batch; for an input-free gate they are (K,), the same as its attribute
+``log_w``.
 """
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixdpo_lib.elbo import _keep_largest, check_log_w
+from mixdpo_lib.elbo import _keep_largest, check_log_w, entropy
 
-__all__ = ["FixedWeights", "LearnedWeights", "top_s"]
+__all__ = [
+    "ContextGate", "FixedWeights", "LearnedWeights", "MixedMembershipGate", "UserGate", "gate_loss", "standardise",
+    "top_s",
+]  # fmt: skip
 
 NORMALISED_TOLERANCE = 1e-5  # how far given weights may be from a total of 1
 
@@ -190,3 +196,308 @@ class LearnedWeights(nn.Module):
         if self.alpha == 1:
             return self.log_w.new_zeros(())
         return (self.alpha - 1) * self.log_w.sum()
+
+
+# ------------------------------------------------------------------------------------------------- gates that read
+
+
+class ContextGate(nn.Module):
+    """Reads the prompt: ``log_w = log_softmax(f(x) / gate_temperature)``, x the pooled hidden state of the prompt.
+
+    For ``latent="pair"``: prompts differ inside a unit.  Trained by gradient on :func:`gate_loss` with the
+    responsibilities as targets.  The output layer starts at 0, where every weight is 1/K.
+
+    Parameters
+    ----------
+    n_features : size of the pooled hidden state, for example ``base.hidden_size``.
+    n_experts : K >= 1.
+    width : hidden units of a small MLP (tanh); 0, the default, is a linear gate.
+    gate_temperature : > 0; above 1 evens the weights out, below 1 sharpens them.  1 while it is trained.
+    mean, scale : (n_features,) of the training prompts, see :func:`standardise`; part of the saved gate.
+
+    Raises
+    ------
+    ValueError : a size below its range, gate_temperature not above 0, a scale that is not above 0.
+
+    >>> ContextGate(n_features=3, n_experts=2)({"context": torch.ones(1, 3)}).exp()
+    tensor([[0.5000, 0.5000]], grad_fn=<ExpBackward0>)
+    """
+
+    reads = ("context",)
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, n_features: int, n_experts: int, width: int = 0, gate_temperature: float | int = 1.0,
+        mean: Tensor | None = None, scale: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        _check_n_experts(n_experts)
+        if n_features < 1 or width < 0:
+            raise ValueError(f"n_features={n_features}, width={width}: expected at least 1 feature and a width >= 0")
+        self.n_experts, self.gate_temperature = n_experts, _positive("gate_temperature", gate_temperature)
+        self.register_buffer("mean", torch.zeros(n_features) if mean is None else mean.float())
+        self.register_buffer("scale", torch.ones(n_features) if scale is None else scale.float())
+        if not (self.scale > 0).all():
+            raise ValueError("scale: expected every entry above 0; `standardise` gives 1 where nothing varies")
+        self.inner = nn.Linear(n_features, width) if width else None
+        self.outer = _zero_linear(width or n_features, n_experts)
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
+        """Before the softmax; gradients flow."""
+        x = (_given(batch, "context", self.mean.shape[0]) - self.mean) / self.scale
+        return self.outer(x if self.inner is None else torch.tanh(self.inner(x)))
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
+        """log_w of every row, nats, from ``batch["context"]`` (rows, n_features); gradients flow."""
+        return (self.logits(batch) / self.gate_temperature).log_softmax(-1)
+
+
+class UserGate(nn.Module):
+    """Reads what is known of the user: ``log_w = log_softmax(W m + b)``, m the encoded metadata of a row.
+
+    Categories are one-hot, numbers are standardised.  A category that was not there when the gate was made is encoded
+    as all zeros, so that only the other columns and the bias speak, with a warning that names it.
+
+    Parameters
+    ----------
+    columns : by name, the categories of a categorical column (a list of text), or mean and standard deviation of a
+        numeric one (a tuple).  :meth:`from_metadata` reads them off the training users.
+    n_experts : K >= 1.
+    gate_temperature : > 0, see :class:`ContextGate`.
+
+    Raises
+    ------
+    ValueError : no columns, n_experts below 1, gate_temperature not above 0.
+
+    >>> gate = UserGate.from_metadata({"country": ["x", "y", "x"], "age": [20, 30, 40]}, n_experts=2)
+    >>> gate.encode({"country": ["y"], "age": [30]})
+    tensor([[0., 1., 0.]])
+    """
+
+    reads = ("metadata",)
+
+    def __init__(
+        self, columns: Mapping[str, list[str] | tuple[float, float]], n_experts: int,
+        gate_temperature: float | int = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        _check_n_experts(n_experts)
+        if not columns:
+            raise ValueError("columns: found none; a gate of users needs at least one column of metadata")
+        self.columns, self.n_experts = dict(columns), n_experts
+        self.gate_temperature = _positive("gate_temperature", gate_temperature)
+        n_features = sum(len(kind) if isinstance(kind, list) else 1 for kind in self.columns.values())
+        self.outer = _zero_linear(n_features, n_experts)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Sequence[Any]], n_experts: int, **options: Any) -> "UserGate":
+        """A gate for these columns: text and truth values are categorical, other numbers numeric.
+
+        Raises
+        ------
+        ValueError : a missing or NaN value (row and column named); a column that is the same in every row, of which
+            a gate can learn nothing.
+        """
+        columns: dict[str, list[str] | tuple[float, float]] = {}
+        for name, values in metadata.items():
+            _check_metadata(name, values)
+            if len(set(values)) < 2:
+                raise ValueError(
+                    f"metadata column {name!r} is {values[0]!r} in every row: a gate can learn nothing from it; "
+                    "leave it out"
+                )
+            if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+                numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
+                columns[name] = (float(numbers.mean()), float(numbers.std(correction=0)))
+            else:
+                columns[name] = sorted({str(v) for v in values})
+        return cls(columns, n_experts, **options)
+
+    def encode(self, metadata: Mapping[str, Sequence[Any]]) -> Float[Tensor, "rows features"]:
+        """(rows, features) float32 of these users: what ``batch["metadata"]`` holds.
+
+        Raises
+        ------
+        ValueError : a column that is absent; a missing or NaN value; text in a numeric column.
+        """
+        parts, n_rows = [], None
+        for name, kind in self.columns.items():
+            if name not in metadata:
+                raise ValueError(
+                    f"metadata column {name!r} is absent; found {list(metadata)}: the gate was trained with it, give it"
+                )
+            values = metadata[name]
+            _check_metadata(name, values)
+            if n_rows is not None and len(values) != n_rows:
+                raise ValueError(f"metadata column {name!r} has {len(values)} rows, the ones before it {n_rows}")
+            n_rows = len(values)
+            if isinstance(kind, tuple):
+                wrong = [i for i, v in enumerate(values) if not isinstance(v, (int, float))]
+                if wrong:
+                    raise ValueError(
+                        f"metadata row {wrong[0]}, column {name!r}: found {values[wrong[0]]!r}, expected a number"
+                    )
+                parts.append(((torch.tensor([float(v) for v in values]) - kind[0]) / kind[1])[:, None])
+            else:
+                place = {category: i for i, category in enumerate(kind)}
+                unseen = sorted({str(v) for v in values} - set(place))
+                if unseen:
+                    warnings.warn(
+                        f"metadata column {name!r}: {unseen[:3]} were not among the training users' categories; "
+                        "users with them are served by their other columns and the bias", stacklevel=2,
+                    )  # fmt: skip
+                one_hot = torch.zeros(len(values), len(kind))
+                for row, value in enumerate(values):
+                    if str(value) in place:
+                        one_hot[row, place[str(value)]] = 1.0
+                parts.append(one_hot)
+        return torch.cat(parts, 1)
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
+        """Before the softmax; gradients flow."""
+        return self.outer(_given(batch, "metadata", self.outer.in_features))
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
+        """log_w of every row, nats, from ``batch["metadata"]`` (see :meth:`encode`); gradients flow."""
+        return (self.logits(batch) / self.gate_temperature).log_softmax(-1)
+
+
+class MixedMembershipGate(nn.Module):
+    """Prompt and user together: ``log_w = log_softmax((f(x) + W m_u + theta_u) / gate_temperature)``.
+
+    For ``latent="pair"``: a user is a blend, each comparison draws its own expert.  theta_u is the user's own offset
+    with the prior N(0, offset_scale^2); a user without pairs has the offset 0, the prior's mode.
+
+    Parameters
+    ----------
+    gates : one or two of :class:`ContextGate` and :class:`UserGate`; empty: offsets alone.
+    n_units : users with an offset, 0 ... n_units - 1 in ``batch["unit"]``; -1 there is a user without one.
+    offset_scale : > 0, nats; 1 by default: an offset of two standard deviations multiplies a weight by seven.
+
+    Raises
+    ------
+    ValueError : gates of different K, n_units below 1, offset_scale not above 0.
+
+    >>> gate = MixedMembershipGate([], n_experts=2, n_units=3)
+    >>> gate({"unit": torch.tensor([0, -1])}).exp()
+    tensor([[0.5000, 0.5000],
+            [0.5000, 0.5000]], grad_fn=<ExpBackward0>)
+    """
+
+    def __init__(
+        self, gates: Sequence[ContextGate | UserGate], n_experts: int, n_units: int,
+        offset_scale: float | int = 1.0, gate_temperature: float | int = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        _check_n_experts(n_experts)
+        if any(gate.n_experts != n_experts for gate in gates):
+            raise ValueError(f"gates have {[gate.n_experts for gate in gates]} experts; expected {n_experts} in each")
+        if n_units < 1:
+            raise ValueError(f"n_units={n_units}: expected at least 1 user; without users a ContextGate is enough")
+        self.n_experts, self.n_units = n_experts, n_units
+        self.offset_scale = _positive("offset_scale", offset_scale)
+        self.gate_temperature = _positive("gate_temperature", gate_temperature)
+        self.gates = nn.ModuleList(gates)
+        self.offset = nn.Parameter(torch.zeros(n_units, n_experts))
+        self.reads = (*(name for gate in gates for name in gate.reads), "unit")
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
+        """log_w of every row, nats; gradients flow to the gates and the offsets."""
+        if "unit" not in batch:
+            raise ValueError(f"batch['unit'] is absent; found {sorted(batch)}: give -1 for users without an offset")
+        unit = batch["unit"]
+        if len(unit) and not -1 <= int(unit.min()) <= int(unit.max()) < self.n_units:
+            row = int(((unit < -1) | (unit >= self.n_units)).nonzero()[0])
+            raise ValueError(f"batch['unit'][{row}] = {int(unit[row])}; expected -1 ... {self.n_units - 1}")
+        known = (unit >= 0).to(self.offset.dtype)[:, None]
+        total = self.offset[unit.clamp(min=0)] * known
+        for gate in self.gates:
+            total = total + gate.logits(batch)  # type: ignore[operator]
+        return (total / self.gate_temperature).log_softmax(-1)
+
+    def log_prior(self) -> Float[Tensor, ""]:
+        """Log density of the offsets under their prior, without its constant; nats, gradients flow."""
+        return -self.offset.square().sum() / (2 * self.offset_scale**2)
+
+
+def gate_loss(
+    log_w: Float[Tensor, "..."], log_q: Float[Tensor, "..."], entropy_weight: float | int = 0.0,
+    balance_weight: float | int = 0.0,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """What a gate minimises: ``mean_n [- sum_k q_nk log w_nk - a H(w_n)] + b KL(mean_n w_n || uniform)``, nats a row.
+
+    The first term is the gate's part of the bound (method: M-step of the gate); its minimum over w is at w = q.  a > 0
+    keeps single rows undecided, b > 0 keeps any expert from starving over the whole batch.  Rows are pairs with
+    ``latent="pair"`` and units with ``latent="unit"``.
+
+    Parameters
+    ----------
+    log_w : (rows, K), of the gate.
+    log_q : (rows, K), responsibilities, normalised; detached here, for the experts are trained by another loss.
+    entropy_weight, balance_weight : a, b >= 0.
+
+    Raises
+    ------
+    ValueError : shapes that differ; a weight below 0.
+
+    >>> q = torch.tensor([[0.5, 0.5]])
+    >>> gate_loss(q.log(), q.log())
+    tensor(0.6931)
+    """
+    if log_w.shape != log_q.shape:
+        raise ValueError(f"log_w has shape {tuple(log_w.shape)}, log_q {tuple(log_q.shape)}; expected the same")
+    for name, value in (("entropy_weight", entropy_weight), ("balance_weight", balance_weight)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value}: expected 0 or above; 0 leaves the term out")
+    q = log_q.detach().exp()
+    loss = -(q * log_w.masked_fill(q == 0, 0)).sum(1).mean()
+    if entropy_weight:
+        loss = loss - entropy_weight * entropy(log_w).mean()
+    if balance_weight:
+        log_mean = log_w.logsumexp(0) - math.log(len(log_w))
+        loss = loss + balance_weight * (math.log(log_w.shape[1]) - entropy(log_mean[None])[0])
+    return loss
+
+
+def standardise(features: Float[Tensor, "rows features"]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every column, with 1 where a column does not vary: ``mean, scale`` of a gate.
+
+    >>> standardise(torch.tensor([[0.0, 5.0], [2.0, 5.0]]))
+    (tensor([1., 5.]), tensor([1., 1.]))
+    """
+    scale = features.std(0, correction=0)
+    return features.mean(0), torch.where(scale > 1e-6, scale, torch.ones_like(scale))
+
+
+def _positive(name: str, value: float | int) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value}: expected above 0")
+    return float(value)
+
+
+def _zero_linear(n_in: int, n_out: int) -> nn.Linear:
+    layer = nn.Linear(n_in, n_out)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _given(batch: Mapping[str, Tensor], name: str, size: int) -> Tensor:
+    if name not in batch:
+        raise ValueError(f"batch[{name!r}] is absent; found {sorted(batch)}: this gate reads {name}")
+    value = batch[name]
+    if value.dim() != 2 or value.shape[1] != size:
+        raise ValueError(f"batch[{name!r}] has shape {tuple(value.shape)}; expected (rows, {size})")
+    if not bool(value.isfinite().all()):
+        row = int((~value.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"batch[{name!r}], row {row}: found a value that is not finite")
+    return value
+
+
+def _check_metadata(name: str, values: Sequence[Any]) -> None:
+    if len(values) == 0:
+        raise ValueError(f"metadata column {name!r} has no rows: give at least one user")
+    for row, value in enumerate(values):
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"metadata row {row}, column {name!r}: found {value!r}, expected text or a finite number")
