@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mixdpo_lib.elbo import _keep_largest, check_log_w, entropy
 
 __all__ = [
-    "ContextGate", "FixedWeights", "LearnedWeights", "MixedMembershipGate", "UserGate", "gate_loss", "standardise",
-    "top_s",
+    "ContextGate", "FixedWeights", "LearnedWeights", "MixedMembershipGate", "UserGate", "gate_loss", "make_gate",
+    "standardise", "top_s",
 ]  # fmt: skip
 
 NORMALISED_TOLERANCE = 1e-5  # how far given weights may be from a total of 1
@@ -98,6 +98,12 @@ class FixedWeights(nn.Module):
             raise ValueError(f"weights sum to {total:.6g}, expected 1; divide them by their total")
         self.register_buffer("log_w", check_log_w(log_w))
 
+    reads: tuple[str, ...] = ()
+
+    def options(self) -> dict[str, Any]:
+        """What makes an equal gate but for its weights, see :func:`make_gate`."""
+        return {"gate": "FixedWeights", "n_experts": self.n_experts}
+
     @classmethod
     def uniform(cls, n_experts: int) -> "FixedWeights":
         """Equal weights for ``n_experts`` experts."""
@@ -145,6 +151,12 @@ class LearnedWeights(nn.Module):
             raise ValueError(f"alpha={alpha}: the Dirichlet concentration is at least 1; 1 is maximum likelihood")
         self.alpha = float(alpha)
         self.register_buffer("log_w", torch.full((n_experts,), -math.log(n_experts)))
+
+    reads: tuple[str, ...] = ()
+
+    def options(self) -> dict[str, Any]:
+        """What makes an equal gate but for its weights, see :func:`make_gate`."""
+        return {"gate": "LearnedWeights", "n_experts": self.n_experts, "alpha": self.alpha}
 
     @property
     def n_experts(self) -> int:
@@ -223,7 +235,7 @@ class ContextGate(nn.Module):
     tensor([[0.5000, 0.5000]], grad_fn=<ExpBackward0>)
     """
 
-    reads = ("context",)
+    reads: tuple[str, ...] = ("context",)
     mean: Tensor
     scale: Tensor
 
@@ -242,6 +254,12 @@ class ContextGate(nn.Module):
             raise ValueError("scale: expected every entry above 0; `standardise` gives 1 where nothing varies")
         self.inner = nn.Linear(n_features, width) if width else None
         self.outer = _zero_linear(width or n_features, n_experts)
+
+    def options(self) -> dict[str, Any]:
+        """What makes an equal gate but for its parameters, see :func:`make_gate`."""
+        width = self.inner.out_features if self.inner is not None else 0
+        return {"gate": "ContextGate", "n_features": self.mean.shape[0], "n_experts": self.n_experts, "width": width,
+                "gate_temperature": self.gate_temperature}  # fmt: skip
 
     def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
         """Before the softmax; gradients flow."""
@@ -275,7 +293,7 @@ class UserGate(nn.Module):
     tensor([[0., 1., 0.]])
     """
 
-    reads = ("metadata",)
+    reads: tuple[str, ...] = ("metadata",)
 
     def __init__(
         self, columns: Mapping[str, list[str] | tuple[float, float]], n_experts: int,
@@ -354,6 +372,11 @@ class UserGate(nn.Module):
                 parts.append(one_hot)
         return torch.cat(parts, 1)
 
+    def options(self) -> dict[str, Any]:
+        """What makes an equal gate but for its parameters, see :func:`make_gate`."""
+        return {"gate": "UserGate", "columns": self.columns, "n_experts": self.n_experts,
+                "gate_temperature": self.gate_temperature}  # fmt: skip
+
     def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
         """Before the softmax; gradients flow."""
         return self.outer(_given(batch, "metadata", self.outer.in_features))
@@ -372,44 +395,65 @@ class MixedMembershipGate(nn.Module):
     Parameters
     ----------
     gates : one or two of :class:`ContextGate` and :class:`UserGate`; empty: offsets alone.
-    n_units : users with an offset, 0 ... n_units - 1 in ``batch["unit"]``; -1 there is a user without one.
+    units : names of the users with an offset; their places are ``batch["unit"]``, where -1 is a user without one.
     offset_scale : > 0, nats; 1 by default: an offset of two standard deviations multiplies a weight by seven.
 
     Raises
     ------
-    ValueError : gates of different K, n_units below 1, offset_scale not above 0.
+    ValueError : gates of different K, no users or one named twice, offset_scale not above 0.
 
-    >>> gate = MixedMembershipGate([], n_experts=2, n_units=3)
+    >>> gate = MixedMembershipGate([], n_experts=2, units=["ann", "bob"])
+    >>> gate.places(["bob", "eve"])
+    tensor([ 1, -1])
     >>> gate({"unit": torch.tensor([0, -1])}).exp()
     tensor([[0.5000, 0.5000],
             [0.5000, 0.5000]], grad_fn=<ExpBackward0>)
     """
 
     def __init__(
-        self, gates: Sequence[ContextGate | UserGate], n_experts: int, n_units: int,
+        self, gates: Sequence[ContextGate | UserGate], n_experts: int, units: Sequence[str],
         offset_scale: float | int = 1.0, gate_temperature: float | int = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
         _check_n_experts(n_experts)
         if any(gate.n_experts != n_experts for gate in gates):
             raise ValueError(f"gates have {[gate.n_experts for gate in gates]} experts; expected {n_experts} in each")
-        if n_units < 1:
-            raise ValueError(f"n_units={n_units}: expected at least 1 user; without users a ContextGate is enough")
-        self.n_experts, self.n_units = n_experts, n_units
+        if len(units) == 0 or len(set(units)) < len(units):
+            raise ValueError(
+                f"units: found {len(units)}, {len(set(units))} of them distinct; expected one name for each user, and "
+                "at least one; without users a ContextGate is enough"
+            )
+        self.n_experts, self.units = n_experts, list(units)
         self.offset_scale = _positive("offset_scale", offset_scale)
         self.gate_temperature = _positive("gate_temperature", gate_temperature)
         self.gates = nn.ModuleList(gates)
-        self.offset = nn.Parameter(torch.zeros(n_units, n_experts))
+        self.offset = nn.Parameter(torch.zeros(len(units), n_experts))
         self.reads = (*(name for gate in gates for name in gate.reads), "unit")
+
+    def options(self) -> dict[str, Any]:
+        """What makes an equal gate but for its parameters, see :func:`make_gate`."""
+        return {"gate": "MixedMembershipGate", "gates": [gate.options() for gate in self.gates],  # type: ignore[operator]
+                "n_experts": self.n_experts, "units": self.units, "offset_scale": self.offset_scale,
+                "gate_temperature": self.gate_temperature}  # fmt: skip
+
+    def places(self, names: Sequence[str]) -> Int[Tensor, "rows"]:
+        """Place of each user's offset; -1 for users without one."""
+        place = {name: i for i, name in enumerate(self.units)}
+        return torch.tensor([place.get(name, -1) for name in names])
+
+    def encode(self, metadata: Mapping[str, Sequence[Any]]) -> Float[Tensor, "rows features"]:
+        """As :meth:`UserGate.encode`, by the gate of users among ``gates``."""
+        return next(gate for gate in self.gates if isinstance(gate, UserGate)).encode(metadata)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
         """log_w of every row, nats; gradients flow to the gates and the offsets."""
         if "unit" not in batch:
             raise ValueError(f"batch['unit'] is absent; found {sorted(batch)}: give -1 for users without an offset")
         unit = batch["unit"]
-        if len(unit) and not -1 <= int(unit.min()) <= int(unit.max()) < self.n_units:
-            row = int(((unit < -1) | (unit >= self.n_units)).nonzero()[0])
-            raise ValueError(f"batch['unit'][{row}] = {int(unit[row])}; expected -1 ... {self.n_units - 1}")
+        n_units = len(self.units)
+        if len(unit) and not -1 <= int(unit.min()) <= int(unit.max()) < n_units:
+            row = int(((unit < -1) | (unit >= n_units)).nonzero()[0])
+            raise ValueError(f"batch['unit'][{row}] = {int(unit[row])}; expected -1 ... {n_units - 1}")
         known = (unit >= 0).to(self.offset.dtype)[:, None]
         total = self.offset[unit.clamp(min=0)] * known
         for gate in self.gates:
@@ -419,6 +463,35 @@ class MixedMembershipGate(nn.Module):
     def log_prior(self) -> Float[Tensor, ""]:
         """Log density of the offsets under their prior, without its constant; nats, gradients flow."""
         return -self.offset.square().sum() / (2 * self.offset_scale**2)
+
+
+Gate = FixedWeights | LearnedWeights | ContextGate | UserGate | MixedMembershipGate
+
+
+def make_gate(options: Mapping[str, Any]) -> Gate:
+    """The gate that ``gate.options()`` describes, with parameters as at the start.
+
+    Raises
+    ------
+    ValueError : an unknown kind of gate.
+
+    >>> make_gate(ContextGate(3, 2, width=4).options()).inner
+    Linear(in_features=3, out_features=4, bias=True)
+    """
+    own = dict(options)
+    kind = own.pop("gate", None)
+    if kind == "UserGate":
+        own["columns"] = {n: tuple(c) if isinstance(c[0], float) else list(c) for n, c in own["columns"].items()}
+        return UserGate(**own)
+    if kind == "MixedMembershipGate":
+        own["gates"] = [make_gate(one) for one in own["gates"]]
+        return MixedMembershipGate(**own)
+    if kind == "FixedWeights":
+        return FixedWeights.uniform(own["n_experts"])
+    kinds: dict[Any, Any] = {"ContextGate": ContextGate, "LearnedWeights": LearnedWeights}
+    if kind not in kinds:
+        raise ValueError(f"gate={kind!r}: found no gate of this kind; it was saved by a newer version, or damaged")
+    return kinds[kind](**own)
 
 
 def gate_loss(

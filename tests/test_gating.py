@@ -1,5 +1,6 @@
 """Gates: the M-step by hand, the stochastic form, what reading gates learn, and what is refused."""
 
+import json
 import math
 
 import pytest
@@ -175,7 +176,7 @@ def learn(gate, batch, log_q, steps=300, **options):
 
 def test_gates_start_at_equal_weights():
     context, user = ContextGate(5, 3, width=4), UserGate.from_metadata(METADATA, 3)
-    both = MixedMembershipGate([context, user], n_experts=3, n_units=4)
+    both = MixedMembershipGate([context, user], n_experts=3, units=list("abcd"))
     batch = {"context": torch.randn(4, 5), "metadata": user.encode(METADATA), "unit": torch.arange(4)}
     for gate in (context, user, both):
         torch.testing.assert_close(gate(batch).exp(), torch.full((4, 3), 1 / 3))
@@ -261,12 +262,25 @@ def test_users_are_told_apart_by_metadata_that_tells_something():
 def test_offsets_shrink_towards_the_prior():
     log_q = torch.tensor([[0.9, 0.1]] * 8 + [[0.1, 0.9]]).log()
     unit = torch.tensor([0] * 8 + [1])
-    wide = MixedMembershipGate([], 2, n_units=3, offset_scale=10.0)
-    narrow = MixedMembershipGate([], 2, n_units=3, offset_scale=0.3)
+    wide = MixedMembershipGate([], 2, ["a", "b", "c"], offset_scale=10.0)
+    narrow = MixedMembershipGate([], 2, ["a", "b", "c"], offset_scale=0.3)
     free, held = (learn(gate, {"unit": unit}, log_q).exp() for gate in (wide, narrow))
     assert abs(float(free[0, 0]) - 0.9) < 0.02 and abs(float(free[-1, 1]) - 0.9) < 0.02
     assert 0.5 < float(held[-1, 1]) < float(held[0, 0]) < 0.9  # one pair moves an offset less than eight
     torch.testing.assert_close(wide({"unit": torch.tensor([2, -1])}).exp(), torch.full((2, 2), 0.5))
+
+
+def test_a_gate_is_made_anew_from_its_options():
+    user = UserGate.from_metadata(METADATA, 2, gate_temperature=2.0)
+    gates = [gating.FixedWeights([0.5, 0.5]), gating.LearnedWeights(2, 1.5), ContextGate(4, 2, width=3), user,
+             MixedMembershipGate([ContextGate(4, 2), user], 2, ["a", "b"], offset_scale=0.5)]  # fmt: skip
+    for gate in gates:
+        options = json.loads(json.dumps(gate.options()))
+        again = gating.make_gate(options)
+        assert type(again) is type(gate) and again.options() == gate.options() and again.reads == gate.reads
+        again.load_state_dict(gate.state_dict())
+    with pytest.raises(ValueError, match="gate='Oracle': found no gate of this kind"):
+        gating.make_gate({"gate": "Oracle"})
 
 
 @pytest.mark.parametrize(("make", "message"), [
@@ -284,11 +298,12 @@ def test_offsets_shrink_towards_the_prior():
     (lambda: UserGate.from_metadata(METADATA, 2).encode({"age": [1]}), "column 'country' is absent; found \\['age'\\]"),
     (lambda: UserGate.from_metadata(METADATA, 2).encode({"country": ["x"], "age": ["old"]}), "row 0, column 'age'"),
     (lambda: UserGate.from_metadata(METADATA, 2).encode({"country": ["x"], "age": [1, 2]}), "'age' has 2 rows"),
-    (lambda: MixedMembershipGate([ContextGate(2, 3)], 2, 1), r"gates have \[3\] experts; expected 2"),
-    (lambda: MixedMembershipGate([], 2, 0), "n_units=0"),
-    (lambda: MixedMembershipGate([], 2, 1, offset_scale=-1), "offset_scale=-1"),
-    (lambda: MixedMembershipGate([], 2, 1)({}), r"batch\['unit'\] is absent"),
-    (lambda: MixedMembershipGate([], 2, 1)({"unit": torch.tensor([0, 1])}), r"\['unit'\]\[1\] = 1; expected -1 ... 0"),
+    (lambda: MixedMembershipGate([ContextGate(2, 3)], 2, ["a"]), r"gates have \[3\] experts; expected 2"),
+    (lambda: MixedMembershipGate([], 2, []), "units: found 0"),
+    (lambda: MixedMembershipGate([], 2, ["a", "a"]), "units: found 2, 1 of them distinct"),
+    (lambda: MixedMembershipGate([], 2, ["a"], offset_scale=-1), "offset_scale=-1"),
+    (lambda: MixedMembershipGate([], 2, ["a"])({}), r"batch\['unit'\] is absent"),
+    (lambda: MixedMembershipGate([], 2, ["a"])({"unit": torch.tensor([0, 1])}), r"\[1\] = 1; expected -1 ... 0"),
     (lambda: gate_loss(torch.zeros(1, 2), torch.zeros(2, 2)), "log_w has shape"),
     (lambda: gate_loss(torch.zeros(1, 2), torch.zeros(1, 2), balance_weight=-1), "balance_weight=-1: expected 0"),
 ])  # fmt: skip
