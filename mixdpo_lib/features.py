@@ -170,6 +170,30 @@ class PairFeatures:
         return PairFeatures(self.rows.select(keep), self.texts, self.pairs[torch.from_numpy(keep)])
 
 
+def prompt_states(base: Base, prompts: Sequence[str], batch_size: int = 48) -> Float[Tensor, "prompts hidden"]:
+    """Mean last hidden state over each prompt's tokens: what `TextFeatures.prompt_hidden` holds, for prompts alone.
+
+    Raises
+    ------
+    ValueError : a prompt without tokens.
+    """
+    ids = [base.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if not tokens:
+            raise ValueError(f"prompt {prompt!r} has no tokens: give at least a word")
+    out = []
+    for start in range(0, len(ids), batch_size):
+        rows = [torch.tensor(tokens) for tokens in ids[start : start + batch_size]]
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(base.model.device)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(input_ids.device)
+        with torch.inference_mode():
+            states = base.model.base_model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False)
+        hidden = states.last_hidden_state.float() * mask[:, :, None]
+        out.append(hidden.sum(1).cpu() / lengths[:, None])
+    return torch.cat(out)
+
+
 def check_preferences(data: Dataset, place: str, columns: Sequence[str] = ()) -> Dataset:
     """Refuse a preference set with a missing column, an empty or non-text field, or equal answers; name the row."""
     for column in (*TEXT_COLUMNS, *columns):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from .decoding import sample
 from .elbo import log_responsibilities, margins
 from .em import predictive_probability
 from .experts import HeadConstants, HeadExperts
-from .features import PairFeatures, Text, TextFeatures, pair_features, text_store
-from .gating import FixedWeights, LearnedWeights
+from .features import PairFeatures, Text, TextFeatures, pair_features, prompt_states, text_store
+from .gating import Gate, MixedMembershipGate, make_gate
 from .gating import top_s as keep_top_s
 from .sources import Base, load_base
 from .store import progress, read_json
@@ -58,7 +58,7 @@ class MixturePolicy(nn.Module):
     beta : > 0, default 0.1 (DPO's usual value): large keeps close to the reference.
     """
 
-    def __init__(self, experts: HeadExperts, gate: FixedWeights | LearnedWeights, beta: float = 0.1) -> None:
+    def __init__(self, experts: HeadExperts, gate: Gate, beta: float = 0.1) -> None:
         super().__init__()
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(f"beta={beta}: the strength of the KL term is a positive number; 0.1 is the usual value")
@@ -114,6 +114,30 @@ class MixturePolicy(nn.Module):
             rewards = self.text_rewards(data.texts)
         return F.logsigmoid(rewards[data.pairs[:, 0]] - rewards[data.pairs[:, 1]])
 
+    # -------------------------------------------------------------------------------------------------- the gate
+
+    def gate_inputs(
+        self, data: PairFeatures, metadata: Mapping[str, Sequence[Any]] | None = None
+    ) -> dict[str, Tensor]:
+        """What the gate reads of each pair: the prompt's pooled state, the user's metadata, the user's offset.
+
+        `metadata` : columns with one value a pair; by default the columns of the data.
+        """
+        inputs: dict[str, Tensor] = {}
+        if "context" in self.gate.reads:
+            inputs["context"] = torch.from_numpy(data.texts.prompt_hidden)[data.pairs[:, 0]]
+        if "metadata" in self.gate.reads:
+            given = {c: data.rows[c] for c in data.rows.column_names} if metadata is None else metadata
+            inputs["metadata"] = self.gate.encode(given)  # type: ignore[union-attr, operator]
+        if "unit" in self.gate.reads:
+            assert isinstance(self.gate, MixedMembershipGate)
+            inputs["unit"] = self.gate.places([str(name) for name in data.rows["user"]])
+        return inputs
+
+    def log_w(self, data: PairFeatures) -> Float[Tensor, ...]:
+        """The gate's weights, nats: (K,) where it reads nothing, else (pairs, K); gradients flow to the gate."""
+        return self.gate(self.gate_inputs(data)) if self.gate.reads else self.gate()
+
     # ---------------------------------------------------------------------------------------------- who answered?
 
     def responsibilities(self, data: Dataset | PairFeatures, unit: str | None = "user") -> pd.DataFrame:
@@ -124,28 +148,70 @@ class MixturePolicy(nn.Module):
         data = self.prepare(data)
         loglik = self.loglik(data)
         if unit is None:
-            return pd.DataFrame(log_responsibilities(loglik, self.gate()).exp().numpy())
+            return pd.DataFrame(log_responsibilities(loglik, self.log_w(data)).exp().numpy())
         ids, names = data.units(unit)
-        q = log_responsibilities(loglik, self.gate(), ids, n_units=len(names)).exp()
+        q = log_responsibilities(loglik, self.log_w(data), ids, n_units=len(names)).exp()
         return pd.DataFrame(q.numpy(), index=pd.Index(names, name=unit))
 
-    def user(self, pairs: Dataset | PairFeatures | None = None) -> Float[Tensor, "experts"]:
-        """log_w (K,) of one user: the posterior given the user's own pairs, the gate's weights without any."""
+    @torch.no_grad()
+    def user(
+        self, pairs: Dataset | PairFeatures | None = None, metadata: Mapping[str, Any] | None = None
+    ) -> Float[Tensor, "experts"]:
+        """log_w (K,) of one user: the gate's weights given what is known of the user, updated by the user's own pairs.
+
+        Parameters
+        ----------
+        pairs : preferences of this user alone; without them the gate's weights are returned.
+        metadata : one value a column, for a gate that reads metadata; columns of `pairs` stand in for it.
+
+        Raises
+        ------
+        ValueError : a gate that reads the prompt (its weights are no property of a user: `predict` and `generate` ask
+            it for each prompt); metadata with a gate that reads none; neither pairs nor metadata where it reads them.
+        """
+        reads = self.gate.reads
+        if "context" in reads or "unit" in reads:
+            raise ValueError(
+                f"the gate reads {', '.join(reads)}: its weights belong to a prompt, not to a user; call predict or "
+                "generate without `user`"
+            )
+        if metadata is not None and "metadata" not in reads:
+            raise ValueError(f"metadata {list(metadata)}: this gate reads none; use a UserGate, or leave it out")
+        if metadata is not None:
+            encoded = self.gate.encode({name: [value] for name, value in metadata.items()})  # type: ignore[union-attr, operator]
+            prior = self.gate({"metadata": encoded})[0]
+        elif "metadata" not in reads:
+            prior = self.gate()
+        elif pairs is None:
+            raise ValueError("the gate reads metadata: give the user's metadata, or pairs with its columns")
+        else:
+            prior = self.log_w(self.prepare(pairs))[0]
         if pairs is None:
-            return self.gate().detach().clone()
+            return prior.detach().clone()
         loglik = self.loglik(pairs)
         unit = torch.zeros(len(loglik), dtype=torch.long)
-        return log_responsibilities(loglik, self.gate(), unit, n_units=1)[0]
+        return log_responsibilities(loglik, prior, unit, n_units=1)[0]
 
+    @torch.no_grad()
     def predict(self, data: Dataset | PairFeatures, user: Float[Tensor, ...] | None = None) -> Tensor:
         """Probability that `chosen` is preferred, (pairs,): sum_k w_k sigma(D_k), w the user's or the gate's."""
-        return predictive_probability(self.loglik(data), self.gate() if user is None else user)
+        data = self.prepare(data)
+        return predictive_probability(self.loglik(data), self.log_w(data) if user is None else user)
 
+    @torch.no_grad()
     def logps(self, prompt: str, response: str, user: Tensor | None = None, ended: bool = True) -> float:
         """log sum_k w_k pi_k(response given prompt), nats."""
         texts = text_store(self.base, [Text(prompt, response, ended)]).features
         logps, _ = self.experts.all_text_logps(texts, self.constants(texts))
-        return float((logps[0] + (self.gate() if user is None else user)).logsumexp(0))
+        return float((logps[0] + (self._speech_weights([prompt]) if user is None else user)).logsumexp(-1).squeeze())
+
+    def _speech_weights(self, prompts: Sequence[str]) -> Tensor:
+        """log_w of each prompt by the gate alone; a gate that reads metadata needs a user."""
+        if "metadata" in self.gate.reads or "unit" in self.gate.reads:
+            raise ValueError("the gate reads what is known of the user: give user=policy.user(metadata=...)")
+        if "context" in self.gate.reads:
+            return self.gate({"context": prompt_states(self.base, prompts)})
+        return self.gate().expand(len(prompts), self.n_experts)
 
     # ----------------------------------------------------------------------------------------------------- speech
 
@@ -166,7 +232,8 @@ class MixturePolicy(nn.Module):
             raise ValueError("no prompts: give at least one")
         generator = torch.Generator().manual_seed(seed)
         if expert is None:
-            log_w = (self.gate() if user is None else user).expand(len(prompts), self.n_experts)
+            log_w = self._speech_weights(prompts).detach() if user is None else user
+            log_w = log_w.expand(len(prompts), self.n_experts)
             if top_s is not None:
                 log_w = keep_top_s(log_w, top_s)
             expert = torch.multinomial(log_w.softmax(-1), 1, generator=generator).squeeze(1).tolist()
@@ -214,8 +281,7 @@ class MixturePolicy(nn.Module):
         config = {
             "base": self.base.name, "base_fingerprint": self.base.fingerprint, "experts": "HeadExperts",
             "n_experts": self.n_experts, "rank": self.experts.rank, "active": self.experts.active, "beta": self.beta,
-            "min_count": self.experts.min_count, "gate": type(self.gate).__name__,
-            "alpha": getattr(self.gate, "alpha", None),
+            "min_count": self.experts.min_count, "gate": self.gate.options(),
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -231,11 +297,7 @@ class MixturePolicy(nn.Module):
             )
         sizes = (config["n_experts"], config["rank"], config["active"], config["min_count"])
         experts = HeadExperts(base, *sizes)
-        gate: FixedWeights | LearnedWeights = (
-            LearnedWeights(config["n_experts"], config["alpha"]) if config["gate"] == "LearnedWeights"
-            else FixedWeights.uniform(config["n_experts"])
-        )  # fmt: skip
-        policy = cls(experts, gate, config["beta"])
+        policy = cls(experts, make_gate(config["gate"]), config["beta"])
         state = load_file(Path(folder) / "mixture.safetensors")
         experts.activate(state["experts.active_ids"])
         policy.load_state_dict(state)

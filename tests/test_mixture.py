@@ -1,13 +1,15 @@
 """Gate, experts and beta as one policy: probabilities, users, speech, and its life on disk."""
 
+import math
+
 import datasets
 import pytest
 import torch
 from tiny import VOCABULARY, full_logps, preference_rows, save_tiny_base
 
 from mixdpo_lib.experts import HeadExperts
-from mixdpo_lib.features import Text, pair_features, text_store
-from mixdpo_lib.gating import FixedWeights, LearnedWeights
+from mixdpo_lib.features import Text, pair_features, prompt_states, text_store
+from mixdpo_lib.gating import ContextGate, FixedWeights, LearnedWeights, MixedMembershipGate, UserGate
 from mixdpo_lib.mixture import MixturePolicy
 
 WEIGHTS = [0.2, 0.5, 0.3]
@@ -72,6 +74,82 @@ def test_log_probability_of_the_mixture(policy):
     only = torch.tensor([0.0, 1.0, 0.0]).log()
     found = policy.logps("the film", "was very good", user=only, ended=False)
     assert found == pytest.approx(float(own[1].detach()), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def by_metadata(policy):
+    """The same experts behind a gate that knows the country of a user."""
+    gate = UserGate.from_metadata({"country": ["x", "y"]}, 3)
+    with torch.no_grad():
+        gate.outer.weight.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    return MixturePolicy(policy.experts, gate, beta=0.1)
+
+
+def test_a_user_by_metadata_and_by_pairs(by_metadata, data):
+    e = math.e
+    x = torch.tensor([e**2, 1.0, 1.0]) / (e**2 + 2)
+    torch.testing.assert_close(by_metadata.user(metadata={"country": "x"}).exp(), x)
+    own = data.rows.select([1, 5]).add_column("country", ["x", "x"])
+    joint = x * probabilities(by_metadata, own[0]) * probabilities(by_metadata, own[1])
+    for user in (by_metadata.user(own), by_metadata.user(own, {"country": "x"})):
+        torch.testing.assert_close(user.exp(), joint / joint.sum(), atol=1e-4, rtol=1e-4)
+    rows = data.rows.add_column("country", ["x", "y"] * 4)
+    y = torch.tensor([1.0, e, 1.0]) / (e + 2)
+    p = torch.stack([probabilities(by_metadata, row) for row in rows])
+    expected = (p * torch.stack([x, y] * 4)).sum(1)
+    torch.testing.assert_close(by_metadata.predict(rows), expected, atol=1e-4, rtol=1e-4)
+    table = by_metadata.responsibilities(rows)
+    joint = y * p[1] * p[5]
+    torch.testing.assert_close(torch.tensor(table.loc["user1"].to_numpy()), joint / joint.sum(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_gate_of_users_refuses_what_it_cannot_use(policy, by_metadata, data):
+    with pytest.raises(ValueError, match="column 'country' is absent"):
+        by_metadata.predict(data)
+    with pytest.raises(ValueError, match="give the user's metadata, or pairs with its columns"):
+        by_metadata.user()
+    with pytest.raises(ValueError, match=r"metadata \['age'\]: this gate reads none"):
+        policy.user(metadata={"age": 3})
+    with pytest.raises(ValueError, match="give user=policy.user"):
+        by_metadata.generate(PROMPTS)
+    moved = data.rows.add_column("country", ["x"] * 4 + ["y"] * 4)  # a user whose country changes
+    with pytest.raises(ValueError, match="unit"):
+        by_metadata.responsibilities(moved)
+
+
+def test_a_gate_of_prompts_routes_each_prompt(policy, data):
+    states = prompt_states(policy.base, PROMPTS)
+    stored = text_store(policy.base, [Text(p, "was good", True) for p in PROMPTS]).features
+    torch.testing.assert_close(states, torch.from_numpy(stored.prompt_hidden), atol=1e-5, rtol=1e-4)
+    gate = ContextGate(states.shape[1], 3, mean=states.mean(0), scale=states.std(0) + 0.1)
+    with torch.no_grad():
+        gate.outer.weight.copy_(torch.randn(gate.outer.weight.shape, generator=torch.Generator().manual_seed(1)))
+    routed = MixturePolicy(policy.experts, gate, beta=0.1)
+    log_w = routed.log_w(data)
+    assert log_w.shape == (8, 3) and float(log_w.detach().exp().std(0).max()) > 0.1
+    p = torch.stack([probabilities(routed, row) for row in data.rows])
+    torch.testing.assert_close(routed.predict(data), (p * log_w.detach().exp()).sum(1), atol=1e-4, rtol=1e-4)
+    chosen = routed.generate(PROMPTS, top_s=1, max_new_tokens=2).expert
+    assert chosen == gate({"context": states}).argmax(1).tolist() and len(set(chosen)) > 1
+    own, _ = full_logps(policy.base, policy.experts, PROMPTS[0], "was very good", True)
+    expected = (own.detach() + gate({"context": states})[0].detach()).logsumexp(0)
+    assert routed.logps(PROMPTS[0], "was very good") == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(ValueError, match="its weights belong to a prompt, not to a user"):
+        routed.user()
+
+
+@pytest.mark.parametrize("kind", ["context", "metadata", "both"])
+def test_a_mixture_is_saved_with_its_gate(policy, tmp_path, kind):
+    context, user = ContextGate(32, 3), UserGate.from_metadata({"country": ["x", "y"], "age": [1, 2]}, 3)
+    gate = {"context": context, "metadata": user, "both": MixedMembershipGate([context, user], 3, ["ann"])}[kind]
+    with torch.no_grad():
+        for i, parameter in enumerate(gate.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    MixturePolicy(policy.experts, gate, beta=0.1).save_pretrained(tmp_path)
+    again = MixturePolicy.from_pretrained(tmp_path, policy.base).gate
+    batch = {"context": torch.ones(1, 32), "metadata": user.encode({"country": ["y"], "age": [3]}),
+             "unit": torch.tensor([0])}  # fmt: skip
+    assert torch.equal(again(batch), gate(batch))
 
 
 def test_rewards_are_beta_log_ratios(policy, data):
