@@ -448,6 +448,7 @@ def dots(table: pd.DataFrame, ax: Axes, category: str, value: str, x_label: str 
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
+    ax.locator_params(axis="x", nbins=5)
     ax.set_xlabel(x_label or value)
     return ax
 
