@@ -27,7 +27,7 @@ reproduce-all: $(READY)
 test: $(READY)
 	@.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lab: $(READY)
 	@.venv/bin/jupyter lab --notebook-dir=notebooks

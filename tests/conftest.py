@@ -1,10 +1,12 @@
-"""Settings of every test: no network, two threads, repeatable hypothesis; a project folder where one is wanted."""
+"""Settings of every test: no network, two cores, repeatable hypothesis; a project folder where one is wanted."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+THREADS = 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1  # two workers: a core for each
+os.environ["OMP_NUM_THREADS"] = str(THREADS)    # of the kernels that notebooks run in
 for name in ("MIXDPO_ROOT", "MIXDPO_RUN_FOLDER", "MIXDPO_PROGRESS", "MIXDPO_STARTED"):
     os.environ.pop(name, None)
 
@@ -16,7 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tiny import save_tiny_base  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 hypothesis.settings.register_profile("mixdpo", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mixdpo")
 ROOT = Path(__file__).resolve().parents[1]
