@@ -645,7 +645,6 @@ def update_reference(profile: str = "default") -> Path:
     fresh = target.with_name(f".reference.part-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     values: dict[str, Any] = {}
-    further: dict[str, float] = {}
     for name in names:
         source, copy = root / "runs" / profile / name, fresh / name
         manifest = verify_manifest(source)
@@ -655,8 +654,6 @@ def update_reference(profile: str = "default") -> Path:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / file, copy / file)
         store.write_json_atomic(copy / "manifest.json", manifest)
-        if not name.startswith(MAIN):
-            further[manifest["run"]] = manifest["seconds"]
         for key, value in load_values(profile, name).items():
             if key in values:
                 raise MixDPOError(f"{name}: value {key} is there twice: also in {values[key]['runs'][0]}; rename one")
@@ -671,9 +668,11 @@ def update_reference(profile: str = "default") -> Path:
                                         "seeds": None, "runs": [f"make reproduce PROFILE={one}"]}
             values[f"peak_gb_{one}"] = {"value": round(found["peak_mb"] / 1024, 2), "unit": "GiB", "interval": None,
                                         "n": 1, "seeds": None, "runs": [f"make reproduce PROFILE={one}"]}
-    if further:
-        values["minutes_further"] = {"value": round(sum(further.values()) / 60, 2), "unit": "min", "interval": None,
-                                     "n": len(further), "seeds": None, "runs": list(further)}
+    everything = root / "runs" / "default" / "timing_everything.json"
+    if everything.exists():
+        found = store.read_json(everything)
+        values["minutes_further"] = {"value": found["minutes"], "unit": "min", "interval": None, "n": 1, "seeds": None,
+                                     "runs": [f"make reproduce-all, for {', '.join(found['notebooks'])}"]}
     store.write_json_atomic(fresh / "values.json", values)
     _replace(fresh, target)
     readme = root / "README.md"
