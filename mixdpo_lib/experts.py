@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .features import PairFeatures, TextFeatures, gather_positions
+from .gating import check_n_experts
 from .sources import Base
 from .store import cached, progress
 
@@ -113,11 +114,6 @@ class HeadConstants:
     lse_inactive: np.ndarray
 
 
-def _check_n_experts(n_experts: int) -> None:
-    if n_experts < 1:
-        raise ValueError(f"n_experts={n_experts}: a mixture needs at least one expert; use 1 for plain DPO")
-
-
 def _forget_head_rows(experts: HeadExperts, _: object) -> None:
     experts._head_rows = None  # the active tokens that were loaded may be others
 
@@ -147,7 +143,7 @@ class HeadExperts(nn.Module):
         self, base: Base, n_experts: int = 3, rank: int = 8, active: str = "responses", min_count: int = 1
     ) -> None:
         super().__init__()
-        _check_n_experts(n_experts)
+        check_n_experts(n_experts)
         if rank < 1:
             raise ValueError(f"rank={rank}: each head needs a rank of at least 1")
         if active not in ("responses", "all"):
@@ -410,7 +406,7 @@ class TabularExperts(nn.Module):
         self, n_answers: int, n_experts: int, beta: float = 1.0, prior_scale: float = 2.0, log_ref: Tensor | None = None
     ) -> None:
         super().__init__()
-        _check_n_experts(n_experts)
+        check_n_experts(n_experts)
         if n_answers < 2:
             raise ValueError(f"n_answers={n_answers}: a preference needs at least two answers")
         for name, value in (("beta", beta), ("prior_scale", prior_scale)):

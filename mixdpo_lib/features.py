@@ -78,6 +78,22 @@ class TextFeatures:
         return len(self.offsets) - 1
 
 
+def _last_hidden(base: Base, sequences: Sequence[list[int]]) -> np.ndarray:
+    """Last hidden states of token sequences, padded on the right: (rows, longest, hidden) float32."""
+    width = max(map(len, sequences))
+    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    device = base.model.device
+    with torch.inference_mode():
+        out = base.model.base_model(
+            input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False
+        )  # fmt: skip
+    return out.last_hidden_state.float().cpu().numpy()
+
+
 def text_features(base: Base, texts: Sequence[Text], batch_size: int = 48) -> TextFeatures:
     """Run the frozen base once over `texts`; the result is kept in the cache under the hash of texts and base."""
     digest = hashlib.sha256("\x1e".join(f"{t.prompt}\x1f{t.response}\x1f{int(t.ended)}" for t in texts).encode())
@@ -92,21 +108,10 @@ def text_features(base: Base, texts: Sequence[Text], batch_size: int = 48) -> Te
         )
         pooled = np.zeros((len(ids), base.hidden_size), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda i: -sum(map(len, ids[i])))
-        body = base.model.base_model
         done = 0
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            width = max(sum(map(len, ids[i])) for i in rows)
-            input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-            mask = torch.zeros(len(rows), width, dtype=torch.long)
-            for j, i in enumerate(rows):
-                sequence = ids[i][0] + ids[i][1]
-                input_ids[j, : len(sequence)] = torch.tensor(sequence)
-                mask[j, : len(sequence)] = 1
-            with torch.inference_mode():
-                device = base.model.device
-                out = body(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
-            states = out.last_hidden_state.float().cpu().numpy()
+            states = _last_hidden(base, [ids[i][0] + ids[i][1] for i in rows])
             for j, i in enumerate(rows):
                 n_prompt, n = len(ids[i][0]), len(ids[i][1])
                 hidden[offsets[i] : offsets[i + 1]] = states[j, n_prompt - 1 : n_prompt - 1 + n]
@@ -181,17 +186,11 @@ def prompt_states(base: Base, prompts: Sequence[str], batch_size: int = 48) -> F
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
             raise ValueError(f"prompt {prompt!r} has no tokens: give at least a word")
-    out = []
+    out: list[np.ndarray] = []
     for start in range(0, len(ids), batch_size):
-        rows = [torch.tensor(tokens) for tokens in ids[start : start + batch_size]]
-        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(base.model.device)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(input_ids.device)
-        with torch.inference_mode():
-            states = base.model.base_model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False)
-        hidden = states.last_hidden_state.float() * mask[:, :, None]
-        out.append(hidden.sum(1).cpu() / lengths[:, None])
-    return torch.cat(out)
+        rows = ids[start : start + batch_size]
+        out += [state[: len(row)].mean(0) for row, state in zip(rows, _last_hidden(base, rows), strict=True)]
+    return torch.from_numpy(np.stack(out))
 
 
 def check_preferences(data: Dataset, place: str, columns: Sequence[str] = ()) -> Dataset:

@@ -51,7 +51,8 @@ def top_s(log_w: Float[Tensor, "*rows experts"], s: int) -> Float[Tensor, "*rows
     return _keep_largest(log_w, s)
 
 
-def _check_n_experts(n_experts: int) -> None:
+def check_n_experts(n_experts: int) -> None:
+    """Refuse a mixture without an expert."""
     if n_experts < 1:
         raise ValueError(f"n_experts={n_experts}: a mixture needs at least one expert; use 1 for plain DPO")
 
@@ -85,13 +86,13 @@ class FixedWeights(nn.Module):
             given = given if given.dtype == torch.float64 else given.float()
             if given.dim() != 1:
                 raise ValueError(f"weights has shape {tuple(given.shape)}; expected (experts,)")
-            _check_n_experts(len(given))
+            check_n_experts(len(given))
             if not (given >= 0).all():
                 raise ValueError(f"weights={given.tolist()}: expected every weight to be 0 or above")
             log_w = given.log()
         if log_w.dim() != 1:
             raise ValueError(f"log_w has shape {tuple(log_w.shape)}; expected (experts,)")
-        _check_n_experts(len(log_w))
+        check_n_experts(len(log_w))
         log_w = log_w.detach().clone()
         total = float(log_w.exp().sum())
         if not abs(total - 1) <= NORMALISED_TOLERANCE:
@@ -107,7 +108,7 @@ class FixedWeights(nn.Module):
     @classmethod
     def uniform(cls, n_experts: int) -> "FixedWeights":
         """Equal weights for ``n_experts`` experts."""
-        _check_n_experts(n_experts)
+        check_n_experts(n_experts)
         return cls(torch.full((n_experts,), 1.0 / n_experts, dtype=torch.float64).float())
 
     @property
@@ -146,7 +147,7 @@ class LearnedWeights(nn.Module):
 
     def __init__(self, n_experts: int, alpha: float | int = 1.1) -> None:
         super().__init__()
-        _check_n_experts(n_experts)
+        check_n_experts(n_experts)
         if not 1 <= alpha < math.inf:
             raise ValueError(f"alpha={alpha}: the Dirichlet concentration is at least 1; 1 is maximum likelihood")
         self.alpha = float(alpha)
@@ -244,7 +245,7 @@ class ContextGate(nn.Module):
         mean: Tensor | None = None, scale: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        _check_n_experts(n_experts)
+        check_n_experts(n_experts)
         if n_features < 1 or width < 0:
             raise ValueError(f"n_features={n_features}, width={width}: expected at least 1 feature and a width >= 0")
         self.n_experts, self.gate_temperature = n_experts, _positive("gate_temperature", gate_temperature)
@@ -300,7 +301,7 @@ class UserGate(nn.Module):
         gate_temperature: float | int = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        _check_n_experts(n_experts)
+        check_n_experts(n_experts)
         if not columns:
             raise ValueError("columns: found none; a gate of users needs at least one column of metadata")
         self.columns, self.n_experts = dict(columns), n_experts
@@ -415,7 +416,7 @@ class MixedMembershipGate(nn.Module):
         offset_scale: float | int = 1.0, gate_temperature: float | int = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        _check_n_experts(n_experts)
+        check_n_experts(n_experts)
         if any(gate.n_experts != n_experts for gate in gates):
             raise ValueError(f"gates have {[gate.n_experts for gate in gates]} experts; expected {n_experts} in each")
         if len(units) == 0 or len(set(units)) < len(units):

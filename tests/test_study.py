@@ -153,6 +153,29 @@ def test_texts_at_matched_kl(study, fits):
     pd.testing.assert_frame_equal(again, texts)
 
 
+def test_held_out_likelihood_of_a_user_by_hand(study, fits):
+    table = study.held_out(fits)
+    f = next(f for f in fits if (f.design, f.method) == ("default", "mix_dpo"))
+    data = study.pairs("default")["validation"]
+    mine = [i for i, user in enumerate(data.rows["user"]) if user == "user001"]
+    total = f.policy.loglik(data)[mine].sum(0)
+    log_q = f.user_log_q[f.users.index("user001")]
+    row = table.query("design == 'default' and method == 'mix_dpo' and user == 'user001'").iloc[0]
+    assert row["loglik"] == pytest.approx(float((log_q + total).logsumexp(0)), rel=1e-5)
+    assert row["elbo"] == pytest.approx(float((log_q.exp() * total).sum()), rel=1e-5)
+    assert (table["elbo"] <= table["loglik"] + 1e-6).all() and len(table) == 6 * len(fits)
+
+
+def test_a_variant_shares_what_it_does_not_change(study):
+    other = study.variant(n_experts=2, passes=1.0)
+    assert other.texts is study.texts and other.methods["mix_dpo"].n_experts == 2
+    assert (other.config.fit.passes, study.config.fit.passes) == (1.0, 4.0)
+    assert other.config.designs == study.config.designs
+    assert other.pairs("default") is study.pairs("default")
+    with pytest.raises(ValueError, match=r"\['n_prompts'\] are no choices of a fit"):
+        study.variant(n_prompts=3)
+
+
 def test_texts_of_the_base(study):
     texts = study.base_texts()
     assert set(texts["policy"]) == {"base"} and (texts["log_ratio"] == 0).all()

@@ -223,8 +223,10 @@ def test_random_responsibilities_are_seeded_and_uniform_on_the_simplex():
 
 
 def test_the_choice_of_k_takes_the_smallest_within_one_standard_error():
-    better = torch.randn(100, generator=generator(0)).double().numpy()
-    table = pd.DataFrame({1: better - 1.0, 2: better, 3: better + 0.001 * torch.randn(100).double().numpy()})
-    assert choose_n_experts(table) == 2
+    better, noise = torch.randn(2, 100, generator=generator(0)).double().numpy()
+    noise = 0.001 * (noise - noise.mean()) / noise.std(ddof=1)  # standard error 1e-4
+    for ahead, chosen in ((-1e-5, 2), (0.9e-4, 2), (1.1e-4, 3)):  # K = 3 behind, ahead within one error, beyond it
+        table = pd.DataFrame({1: better - 1.0, 2: better, 3: better + ahead + noise})
+        assert choose_n_experts(table) == chosen
     with pytest.raises(ValueError, match="no held-out units"):
         choose_n_experts(table.iloc[:0])
