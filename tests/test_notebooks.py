@@ -14,7 +14,7 @@ import pytest
 from mixdpo_lib import runs, store
 
 ROOT = store.project_root()
-SEEDS, DESIGNS, GROUPS = {"0", "1"}, {"default", "clean"}, {"sentiment", "informativeness", "grammar"}
+SEEDS, DESIGNS, GROUPS = {"0"}, {"default", "clean"}, {"sentiment", "informativeness", "grammar"}
 
 
 @pytest.fixture(scope="module")
