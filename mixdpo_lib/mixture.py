@@ -101,7 +101,7 @@ class MixturePolicy(nn.Module):
         `sum_k w_k sigma(D_k)`, and carry no gradient.
         """
         logps = self.experts.logps(batch, chosen)
-        if chosen is not None:  # before the difference of the two answers: infinities would give NaN gradients
+        if chosen is not None:  # before the answers are subtracted: the difference of two infinities is NaN
             logps = logps.masked_fill(~chosen[:, None], 0.0)
         loglik = F.logsigmoid(margins(logps, self.experts.ref_logps(batch), self.beta))
         return loglik if chosen is None else loglik.masked_fill(~chosen, -math.inf)
