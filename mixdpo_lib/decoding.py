@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Decoded", "left_pad", "sample"]
+__all__ = ["Decoded", "left_pad", "sample", "truncated_log_probs"]
 
 NextToken = Callable[[Tensor, Tensor], Tensor]
 
@@ -114,6 +114,15 @@ def _nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return ids, shares.masked_fill(upto - shares >= top_p, 0.0)
 
 
+def _check_truncation(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: expected above 0; use greedy=True for the most likely token")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: expected at least 1, or None for no truncation")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: expected above 0 and at most 1, or None for no truncation")
+
+
 def _check(
     max_new_tokens: int,
     temperature: float,
@@ -124,20 +133,17 @@ def _check(
 ) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature}: expected above 0; use greedy=True for the most likely token")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k}: expected at least 1, or None for no truncation")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: expected above 0 and at most 1, or None for no truncation")
+    _check_truncation(temperature, top_k, top_p)
     if greedy and (temperature != 1 or top_k is not None or top_p is not None):
         raise ValueError("greedy=True takes the most likely token: temperature, top_k and top_p say nothing; drop them")
     if not greedy and generator is None:
         raise ValueError("sampling needs a generator: pass torch.Generator().manual_seed(seed), or greedy=True")
 
 
-def _next(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """One token by row from float32 logits, truncated and tempered as asked."""
+def _shares(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor | None, Tensor]:
+    """``(token ids, shares)`` of the tokens that stay, truncated and tempered as asked; ids None: all, in order."""
     if temperature != 1:
         logits = logits / temperature
     ids = None
@@ -145,11 +151,41 @@ def _next(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_
         logits, ids = logits.topk(top_k, dim=-1)
     if top_p is not None and top_p < 1:
         inner, shares = _nucleus(logits, top_p)
-        ids = inner if ids is None else ids.gather(1, inner)
-    else:
-        shares = (logits - logits.amax(-1, keepdim=True)).exp_()
+        return (inner if ids is None else ids.gather(1, inner)), shares
+    return ids, (logits - logits.amax(-1, keepdim=True)).exp_()
+
+
+def _next(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """One token by row from float32 logits, truncated and tempered as asked."""
+    ids, shares = _shares(logits, temperature, top_k, top_p)
     column = draw(shares, u)
     return column if ids is None else ids.gather(1, column[:, None])[:, 0]
+
+
+def truncated_log_probs(
+    logits: Float[Tensor, "rows tokens"],
+    temperature: float | int = 1.0,
+    top_k: int | None = None,
+    top_p: float | int | None = None,
+) -> Float[Tensor, "rows tokens"]:
+    """Log-probabilities that :func:`sample` draws from under these options, in nats; ``-inf`` for a token cut off.
+
+    Parameters
+    ----------
+    temperature, top_k, top_p : as in :func:`sample`.
+
+    Raises
+    ------
+    ValueError : an option out of range.
+
+    >>> truncated_log_probs(torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log(), top_k=2).exp()
+    tensor([[0.6667, 0.0000, 0.3333, 0.0000]])
+    """
+    _check_truncation(temperature, top_k, top_p)
+    ids, shares = _shares(logits, temperature, top_k, top_p)
+    if ids is None:
+        return (logits / temperature).log_softmax(-1)
+    return torch.full_like(logits, -math.inf).scatter(1, ids, (shares / shares.sum(-1, keepdim=True)).log())
 
 
 @torch.no_grad()
@@ -200,7 +236,8 @@ def sample(
     Notes
     -----
     Untruncated sampling at temperature 1 draws exactly from ``softmax(logits)``, by one pass over the vocabulary and no
-    sort.  A mixture is sampled by drawing the expert of each row once and letting ``step`` use it throughout.
+    sort.  A mixture is sampled by drawing the expert of each row once and letting ``step`` use it throughout, or by a
+    ``step`` that weights the experts by their posterior (``experts.MixtureNextToken``).
 
     >>> step = lambda input_ids, mask: torch.eye(4)[(input_ids[:, -1] + 1) % 4].log()   # counts 0 1 2 3 0 ...
     >>> sample(step, [[0], [3, 1]], 5, eos_token_id=3, generator=torch.Generator().manual_seed(0))

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .decoding import truncated_log_probs
+from .elbo import check_log_w
 from .features import PairFeatures, TextFeatures, gather_positions
 from .gating import check_n_experts
 from .sources import Base
@@ -31,54 +33,61 @@ class _LowRankTokenLogps(torch.autograd.Function):
     """log pi_k(token) of every position and expert, (positions, experts); gradients for A and E = W B only.
 
     Written by hand because the logits of all experts are the largest tensors of a step: exp(logit) is kept once per
-    expert in a buffer that is used again, and the backward pass reads it in two matrix products.
+    expert in a buffer that is used again, and the backward pass reads it in two matrix products. `groups` holds the
+    positions of each expert, or is None: all positions for all experts. What is not asked for is 0 in the result.
     """
 
     @staticmethod
-    def forward(ctx, hidden, down, up, head, bias, target, token_logit, lse_inactive, workspace):  # type: ignore[override]
+    def forward(ctx, hidden, down, up, head, bias, target, token_logit, lse_inactive, groups, workspace):  # type: ignore[override]
         n_experts, n_positions = len(down), len(hidden)
         base_logits = workspace.take("base", (n_positions, len(head)), hidden)
         torch.mm(hidden, head.T, out=base_logits)
         if bias is not None:
             base_logits += bias
-        known = target >= 0
-        rows, columns = known.nonzero().squeeze(1), target[known]
+        sizes = [n_positions] * n_experts if groups is None else [len(at) for at in groups]
         keep = any(ctx.needs_input_grad[1:3])
-        buffer = workspace.take("experts", (n_experts if keep else 1, n_positions, len(head)), hidden)
-        logps = hidden.new_empty(n_positions, n_experts)
-        total = hidden.new_empty(n_positions, n_experts)
-        states = torch.einsum("pd,krd->kpr", hidden, down)
-        for k in range(n_experts):
-            z = buffer[k if keep else 0]
-            torch.addmm(base_logits, states[k], up[k].T, out=z)
-            chosen = token_logit.clone()
-            chosen[rows] = z[rows, columns]
-            top = torch.maximum(z.amax(1), lse_inactive)
+        rows = sum(sizes) if keep else max(sizes, default=0)
+        flat = workspace.take("experts", (rows, len(head)), hidden)
+        buffers = flat.split(sizes) if keep else [flat[:size] for size in sizes]
+        if groups is None:
+            groups = [slice(None)] * n_experts
+            states = list(torch.einsum("pd,krd->kpr", hidden, down))
+        else:
+            states = [hidden[at] @ down[k].T for k, at in enumerate(groups)]
+        logps = hidden.new_zeros(n_positions, n_experts)
+        totals = []
+        for k, (at, z) in enumerate(zip(groups, buffers, strict=True)):
+            torch.addmm(base_logits[at], states[k], up[k].T, out=z)
+            token, known = token_logit[at].clone(), target[at] >= 0
+            token[known] = z[known, target[at][known]]
+            top = torch.maximum(z.amax(1), lse_inactive[at])
             z.sub_(top[:, None]).exp_()
-            total[:, k] = z.sum(1) + (lse_inactive - top).exp()
-            logps[:, k] = chosen - top - total[:, k].log()
-        ctx.save_for_backward(hidden, up, states, total, rows, columns)
-        ctx.buffer, ctx.ticket, ctx.workspace = buffer, workspace.ticket(), workspace
+            totals.append(z.sum(1) + (lse_inactive[at] - top).exp())
+            logps[at, k] = token - top - totals[k].log()
+        ctx.save_for_backward(hidden, up, target)
+        ctx.groups, ctx.states, ctx.totals = groups, states, totals
+        ctx.buffers, ctx.ticket, ctx.workspace = buffers, workspace.ticket(), workspace
         return logps
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        hidden, up, states, total, rows, columns = ctx.saved_tensors
+        hidden, up, target = ctx.saved_tensors
         if ctx.ticket != ctx.workspace.ticket():
             raise RuntimeError("the experts' logits were overwritten by a later call before backward() was reached")
         grad_down = torch.zeros(len(up), up.shape[2], hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
         grad_up = torch.zeros_like(up)
-        for k in range(len(up)):
-            weight = (grad[:, k] / total[:, k])[:, None]
-            probability = ctx.buffer[k]
-            torch.mm(probability.T, states[k] * weight, out=grad_up[k])
+        for k, (at, probability) in enumerate(zip(ctx.groups, ctx.buffers, strict=True)):
+            own, states = grad[at, k], ctx.states[k]
+            weight = (own / ctx.totals[k])[:, None]
+            torch.mm(probability.T, states * weight, out=grad_up[k])
             grad_up[k].neg_()
             grad_state = (probability @ up[k]) * -weight
-            own = grad[rows, k, None]
-            grad_up[k].index_add_(0, columns, states[k][rows] * own)
-            grad_state.index_add_(0, rows, up[k][columns] * own)
-            torch.mm(grad_state.T, hidden, out=grad_down[k])
-        return None, grad_down, grad_up, None, None, None, None, None, None
+            rows = (target[at] >= 0).nonzero().squeeze(1)
+            columns = target[at][rows]
+            grad_up[k].index_add_(0, columns, states[rows] * own[rows, None])
+            grad_state.index_add_(0, rows, up[k][columns] * own[rows, None])
+            torch.mm(grad_state.T, hidden[at], out=grad_down[k])
+        return None, grad_down, grad_up, None, None, None, None, None, None, None
 
 
 class _Workspace:
@@ -112,6 +121,28 @@ class HeadConstants:
     token_logit: np.ndarray
     lse: np.ndarray
     lse_inactive: np.ndarray
+
+
+def _check_chosen(chosen: Tensor, rows: int, n_experts: int) -> None:
+    if chosen.shape != (rows, n_experts) or chosen.dtype != torch.bool:
+        raise ValueError(
+            f"chosen has shape {tuple(chosen.shape)} and dtype {chosen.dtype}; expected ({rows}, {n_experts}), bool: "
+            "which experts are computed for each row"
+        )
+
+
+def chosen_texts(
+    chosen: Bool[Tensor, "pairs experts"], pairs: Int[Tensor, "pairs 2"], n_texts: int
+) -> Bool[Tensor, "texts experts"]:
+    """Which experts each text is computed for, where both texts of a pair are computed for the pair's experts.
+
+    >>> chosen_texts(torch.tensor([[True, False], [False, True]]), torch.tensor([[0, 1], [1, 2]]), 3).int()
+    tensor([[1, 0],
+            [1, 1],
+            [0, 1]], dtype=torch.int32)
+    """
+    counts = torch.zeros(n_texts, chosen.shape[1], dtype=torch.long)
+    return counts.index_add_(0, pairs.flatten(), chosen.long().repeat_interleave(2, 0)) > 0
 
 
 def _forget_head_rows(experts: HeadExperts, _: object) -> None:
@@ -273,21 +304,60 @@ class HeadExperts(nn.Module):
             "text_ref_logps": ref,
         }
 
-    def text_logps(self, batch: dict[str, Tensor]) -> Float[Tensor, "texts experts"]:
-        """log pi_k of the distinct texts of a batch, nats, summed over response tokens."""
-        head = self._require_active().to(self.up.device)
-        up = head @ self.up
-        bias = None if self._bias is None else self._bias[self.active_ids]
-        logps = _LowRankTokenLogps.apply(
-            batch["hidden"], self.down, up, head, bias, batch["target"], batch["token_logit"], batch["lse_inactive"],
-            self._workspace,
-        )  # fmt: skip
-        sums = logps.new_zeros(len(batch["text_ref_logps"]), self.n_experts)
-        return sums.index_add(0, batch["segment"], logps)
+    def text_logps(
+        self, batch: dict[str, Tensor], chosen: Bool[Tensor, "texts experts"] | None = None
+    ) -> Float[Tensor, "texts experts"]:
+        """log pi_k of the distinct texts of a batch, nats, summed over response tokens. Gradients flow.
 
-    def logps(self, batch: dict[str, Tensor]) -> Float[Tensor, "pairs 2 experts"]:
-        """log pi_k(y given x), nats, summed over response tokens; index 0 chosen, 1 rejected. Gradients flow."""
-        return self.text_logps(batch)[batch["place"]]
+        Parameters
+        ----------
+        chosen : which experts are computed for each text; None: all of them. Each chosen (text, expert) is computed
+            once, by expert, and the others cost nothing: they are -inf, no log-probability of a text, and carry no
+            gradient. Where every entry is chosen the result is that of None, to the last bit.
+
+        Raises
+        ------
+        ValueError : `chosen` of another shape or type.
+        """
+        head = self._require_active().to(self.up.device)
+        bias = None if self._bias is None else self._bias[self.active_ids]
+        inputs = {name: batch[name] for name in ("hidden", "target", "token_logit", "lse_inactive", "segment")}
+        n_texts = len(batch["text_ref_logps"])
+        if chosen is not None:
+            _check_chosen(chosen, n_texts, self.n_experts)
+        if chosen is None or bool(chosen.all()):
+            logps = self._token_logps(inputs, self.down, head @ self.up, head, bias, None)
+            return logps.new_zeros(n_texts, self.n_experts).index_add(0, inputs["segment"], logps)
+        asked = chosen[inputs["segment"]]
+        here, speak = asked.any(1).nonzero().squeeze(1), asked.any(0).nonzero().squeeze(1)
+        inputs = {name: values[here] for name, values in inputs.items()}
+        groups = [asked[here, k].nonzero().squeeze(1) for k in speak]
+        logps = self._token_logps(inputs, self.down[speak], head @ self.up[speak], head, bias, groups)
+        sums = logps.new_zeros(n_texts, len(speak)).index_add(0, inputs["segment"], logps)
+        return sums.new_zeros(chosen.shape).index_copy(1, speak, sums).masked_fill(~chosen, -torch.inf)
+
+    def _token_logps(
+        self, inputs: dict[str, Tensor], down: Tensor, up: Tensor, head: Tensor, bias: Tensor | None,
+        groups: list[Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        return _LowRankTokenLogps.apply(
+            inputs["hidden"], down, up, head, bias, inputs["target"], inputs["token_logit"], inputs["lse_inactive"],
+            groups, self._workspace,
+        )  # fmt: skip
+
+    def logps(
+        self, batch: dict[str, Tensor], chosen: Bool[Tensor, "pairs experts"] | None = None
+    ) -> Float[Tensor, "pairs 2 experts"]:
+        """log pi_k(y given x), nats, summed over response tokens; index 0 chosen, 1 rejected. Gradients flow.
+
+        With `chosen`, which experts are computed for each pair, both of its texts are computed for them (a text that
+        pairs share, for all of theirs, once); what a pair did not choose is -inf. See `text_logps`.
+        """
+        if chosen is None:
+            return self.text_logps(batch)[batch["place"]]
+        _check_chosen(chosen, len(batch["place"]), self.n_experts)
+        by_text = chosen_texts(chosen, batch["place"], len(batch["text_ref_logps"]))
+        return self.text_logps(batch, by_text)[batch["place"]].masked_fill(~chosen[:, None], -torch.inf)
 
     def ref_logps(self, batch: dict[str, Tensor]) -> Float[Tensor, "pairs 2 1"]:
         """log pi_ref(y given x) of the shared reference, nats."""
@@ -295,14 +365,20 @@ class HeadExperts(nn.Module):
 
     @torch.no_grad()
     def all_text_logps(
-        self, texts: TextFeatures, constants: HeadConstants, ids: Int[Tensor, "texts"] | None = None, block: int = 64
-    ) -> tuple[Float[Tensor, "texts experts"], Float[Tensor, "texts"]]:
-        """log pi_k and log pi_ref of the texts `ids` (all by default), nats, in blocks of `block` texts."""
+        self, texts: TextFeatures, constants: HeadConstants, ids: Int[Tensor, "texts"] | None = None, block: int = 64,
+        chosen: Bool[Tensor, "texts experts"] | None = None,
+    ) -> tuple[Float[Tensor, "texts experts"], Float[Tensor, "texts"]]:  # fmt: skip
+        """log pi_k and log pi_ref of the texts `ids` (all by default), nats, in blocks of `block` texts.
+
+        `chosen` : which experts are computed for each of the ids; the others are -inf (see `text_logps`).
+        """
         ids = torch.arange(len(texts)) if ids is None else ids
+        if chosen is not None:
+            _check_chosen(chosen, len(ids), self.n_experts)
         logps, refs = [], []
-        for part in ids.split(block):
-            batch = self.batch(texts, constants, torch.stack([part, part], 1))
-            logps.append(self.text_logps(batch)[batch["place"][:, 0]])
+        for at in torch.arange(len(ids)).split(block):
+            batch = self.batch(texts, constants, torch.stack([ids[at], ids[at]], 1))
+            logps.append(self.logps(batch, None if chosen is None else chosen[at])[:, 0])
             refs.append(batch["text_ref_logps"][batch["place"][:, 0]])
         return torch.cat(logps), torch.cat(refs)
 
@@ -316,25 +392,22 @@ class NextToken:
 
     Called with (input_ids (rows, t), attention_mask (rows, total)); returns float32 logits (rows, vocabulary).
     With `observe`, called with the tokens that were drawn, it keeps log pi_k / pi_ref and log pi_ref of each of them.
+    Only experts that a row speaks as are computed, each for its rows.
     """
 
     def __init__(
         self, base: Base, experts: HeadExperts | None = None, expert: Int[Tensor, "rows"] | None = None
     ) -> None:
-        self._base, self._cache = base, None
-        self._groups: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._base, self._cache, self._expert = base, None, expert
+        self._groups: list[_Group] = []
         if experts is not None and expert is not None:
-            head = experts._require_active()
-            self._active = experts.active_ids
-            for k in expert.unique().tolist():
-                rows = (expert == k).nonzero().squeeze(1)
-                self._groups.append((rows, experts.down[k].detach(), (head @ experts.up[k]).detach()))
+            self._groups = _groups(experts, nn.functional.one_hot(expert, experts.n_experts) > 0)
         self._logits: Tensor | None = None
         self._ref_logits: Tensor | None = None
         self._seen: list[tuple[Tensor, Tensor]] = []
 
-    @torch.inference_mode()
-    def __call__(self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]) -> Tensor:
+    def _read(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The base's last hidden state and logits of each row, float32."""
         model = self._base.model
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         out = model.base_model(
@@ -343,14 +416,16 @@ class NextToken:
         )  # fmt: skip
         self._cache = out.past_key_values
         hidden = out.last_hidden_state[:, -1]
-        logits = model.get_output_embeddings()(hidden).float()
-        self._ref_logits = logits
+        self._ref_logits = model.get_output_embeddings()(hidden).float()
+        return hidden.float(), self._ref_logits
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]) -> Tensor:
+        hidden, logits = self._read(input_ids, attention_mask)
         if self._groups:
             logits = logits.clone()
-            for rows, down, up in self._groups:
-                part = logits[rows]
-                part[:, self._active] += (hidden[rows].float() @ down.T) @ up.T
-                logits[rows] = part
+            for group in self._groups:
+                logits[group.rows] = group.logits(hidden, logits)
         self._logits = logits
         return logits
 
@@ -368,6 +443,110 @@ class NextToken:
         """(log pi_k - log pi_ref, log pi_ref) of every token observed, nats."""
         ratio, ref = zip(*self._seen, strict=True)
         return torch.stack(ratio, 1), torch.stack(ref, 1)
+
+    def speaker(self, row: int, steps: int) -> int:
+        """The expert that speaks in a row; -1 is the reference."""
+        return -1 if self._expert is None else int(self._expert[row])
+
+
+class MixtureNextToken(NextToken):
+    """Next-token function of the whole mixture: experts weighted by their posterior given the text so far.
+
+        p(v given y_<t) = sum_k q_k(y_<t) p_k(v given y_<t)
+        q_k(y_<t) proportional to w_k prod_{s<t} p_k(y_s given y_<s)
+
+    Sampled from, it is the same distribution of texts as an expert drawn once (docs/method.md); unlike that, it gives
+    the next-token distribution of the mixture itself, which streaming, greedy decoding and beams ask for. Called as
+    `NextToken`; after each call tell it the tokens that were taken (`observe`), from which the posterior follows.
+
+    Parameters
+    ----------
+    log_w : (rows, K), nats, weights of each row, normalised here; an expert of weight 0 (-inf) is not computed.
+    temperature, top_k, top_p : as in `decoding.sample`, but applied to each expert: p_k is then the truncated, tempered
+        distribution, in the mixture and in the posterior. Sample from the result at temperature 1 without truncation.
+
+    Notes
+    -----
+    Returns log-probabilities (rows, vocabulary), nats. Holds one such table for each (row, expert) of finite weight.
+    `scores` gives log p - log pi_ref, with the mixture's p as it was sampled from.
+    """
+
+    def __init__(
+        self, experts: HeadExperts, log_w: Float[Tensor, "rows experts"], temperature: float | int = 1.0,
+        top_k: int | None = None, top_p: float | int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(experts.base[0])
+        log_w = log_w.detach()
+        check_log_w(log_w)
+        self._groups = _groups(experts, log_w > -torch.inf)
+        self._log_q = [log_w.log_softmax(-1)]
+        self._options = (temperature, top_k, top_p)
+        self._log_p: list[Tensor] = []
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]) -> Tensor:
+        """log p(v given y_<t), nats, (rows, vocabulary)."""
+        hidden, ref = self._read(input_ids, attention_mask)
+        self._log_p = [truncated_log_probs(group.logits(hidden, ref), *self._options) for group in self._groups]
+        mixed = torch.full_like(ref, -torch.inf)
+        for group, log_p in zip(self._groups, self._log_p, strict=True):
+            log_q = self._log_q[-1][group.rows, group.expert, None]
+            mixed[group.rows] = torch.logaddexp(mixed[group.rows], log_q + log_p)
+        self._logits = mixed
+        return mixed
+
+    @torch.inference_mode()
+    def observe(self, tokens: Int[Tensor, "rows"]) -> None:
+        """Keep what mixture and reference say of the tokens just taken, and update the posterior by them.
+
+        Raises
+        ------
+        ValueError : a token that no expert of its row can say (the row is named).
+        """
+        log_q = self._log_q[-1].clone()
+        for group, log_p in zip(self._groups, self._log_p, strict=True):
+            log_q[group.rows, group.expert] += log_p.gather(1, tokens[group.rows, None]).squeeze(1)
+        impossible = (log_q == -torch.inf).all(1)
+        if bool(impossible.any()):
+            row = int(impossible.nonzero()[0])
+            raise ValueError(f"row {row}: token {int(tokens[row])} has probability 0 under every expert; take another")
+        super().observe(tokens)
+        self._log_q.append(log_q.log_softmax(-1))
+
+    def log_q(self) -> Float[Tensor, "rows steps experts"]:
+        """Posterior of the experts, nats: at step t given the first t tokens observed; step 0 is the prior."""
+        return torch.stack(self._log_q, 1)
+
+    def speaker(self, row: int, steps: int) -> int:
+        """The most probable expert of a row given its first `steps` tokens."""
+        return int(self._log_q[steps][row].argmax())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One expert and the rows of a batch that it is computed for."""
+
+    expert: int
+    rows: Tensor
+    active: Tensor
+    down: Tensor
+    up: Tensor
+
+    def logits(self, hidden: Tensor, ref_logits: Tensor) -> Tensor:
+        """The expert's logits of its rows, (own rows, vocabulary)."""
+        logits = ref_logits[self.rows]
+        logits[:, self.active] += (hidden[self.rows] @ self.down.T) @ self.up.T
+        return logits
+
+
+def _groups(experts: HeadExperts, chosen: Bool[Tensor, "rows experts"]) -> list[_Group]:
+    """The experts that some row chose, each with its rows."""
+    head = experts._require_active()
+    return [
+        _Group(k, rows, experts.active_ids, experts.down[k].detach(), (head @ experts.up[k]).detach())
+        for k in range(experts.n_experts)
+        if len(rows := chosen[:, k].nonzero().squeeze(1))
+    ]
 
 
 def reference_next_token(base: Base) -> NextToken:

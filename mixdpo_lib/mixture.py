@@ -14,14 +14,14 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .decoding import sample
 from .elbo import log_responsibilities, margins
 from .em import predictive_probability
-from .experts import HeadConstants, HeadExperts
+from .experts import HeadConstants, HeadExperts, MixtureNextToken, NextToken, chosen_texts
 from .features import PairFeatures, Text, TextFeatures, pair_features, prompt_states, text_store
 from .gating import Gate, MixedMembershipGate, make_gate
 from .gating import top_s as keep_top_s
@@ -33,8 +33,10 @@ from .store import progress, read_json
 class Generated:
     """Sampled texts with the expert that spoke and what policy and reference say of them.
 
-    text : response text. expert : index drawn from the weights. log_ratio : nats, log pi_k - log pi_ref of the sampled
-    tokens. ref_logp : nats. n_tokens : sampled tokens, the end token included. ended : the end token was sampled.
+    text : response text. expert : index drawn from the weights; in the token form the most probable one given the text.
+    log_ratio : nats, log pi_k - log pi_ref of the sampled tokens; in the token form log p - log pi_ref, p the mixture
+    that was sampled from (with its truncation). ref_logp : nats. n_tokens : sampled tokens, the end token included.
+    ended : the end token was sampled.
     """
 
     text: list[str]
@@ -90,29 +92,58 @@ class MixturePolicy(nn.Module):
             self._constants = {**dict(list(self._constants.items())[-3:]), key: self.experts.constants(texts)}
         return self._constants[key]
 
-    def batch_loglik(self, batch: dict[str, Tensor]) -> Float[Tensor, "pairs experts"]:
-        """log sigma(D_k) of a batch, nats; gradients flow to the experts."""
-        return F.logsigmoid(margins(self.experts.logps(batch), self.experts.ref_logps(batch), self.beta))
+    def batch_loglik(
+        self, batch: dict[str, Tensor], chosen: Bool[Tensor, "pairs experts"] | None = None
+    ) -> Float[Tensor, "pairs experts"]:
+        """log sigma(D_k) of a batch, nats; gradients flow to the experts.
+
+        With `chosen` only those experts are computed for a pair; the others are -inf, which adds nothing to
+        `sum_k w_k sigma(D_k)`, and carry no gradient.
+        """
+        logps = self.experts.logps(batch, chosen)
+        if chosen is not None:  # before the answers are subtracted: the difference of two infinities is NaN
+            logps = logps.masked_fill(~chosen[:, None], 0.0)
+        loglik = F.logsigmoid(margins(logps, self.experts.ref_logps(batch), self.beta))
+        return loglik if chosen is None else loglik.masked_fill(~chosen, -math.inf)
 
     @torch.no_grad()
-    def text_rewards(self, texts: TextFeatures, ids: Tensor | None = None) -> Float[Tensor, "texts experts"]:
+    def text_rewards(
+        self, texts: TextFeatures, ids: Tensor | None = None, chosen: Bool[Tensor, "ids experts"] | None = None
+    ) -> Float[Tensor, "texts experts"]:
         """beta (log pi_k - log pi_ref) of every text: the implicit reward of each expert, beta x nats.
 
-        With `ids` only those texts are computed; the rows of the others are NaN.
+        With `ids` only those texts are computed, with `chosen` only those experts of each of the ids; what is not
+        computed is NaN.
         """
         ids = torch.arange(len(texts)) if ids is None else ids
-        logps, refs = self.experts.all_text_logps(texts, self.constants(texts), ids)
+        logps, refs = self.experts.all_text_logps(texts, self.constants(texts), ids, chosen=chosen)
+        found = self.beta * (logps - refs[:, None])
         rewards = torch.full((len(texts), self.n_experts), torch.nan)
-        rewards[ids] = self.beta * (logps - refs[:, None])
+        rewards[ids] = found if chosen is None else found.masked_fill(~chosen, torch.nan)
         return rewards
 
     @torch.no_grad()
-    def loglik(self, data: Dataset | PairFeatures, rewards: Tensor | None = None) -> Float[Tensor, "pairs experts"]:
-        """log sigma(D_k) of every pair, nats. `rewards` of the texts (see `text_rewards`) may be given if known."""
+    def loglik(
+        self, data: Dataset | PairFeatures, rewards: Tensor | None = None,
+        chosen: Bool[Tensor, "pairs experts"] | None = None,
+    ) -> Float[Tensor, "pairs experts"]:  # fmt: skip
+        """log sigma(D_k) of every pair, nats.
+
+        Parameters
+        ----------
+        rewards : of the texts (see `text_rewards`), if they are known.
+        chosen : which experts are computed for each pair, such as `gating.top_s(log_w, s) > -inf`; the others are -inf,
+            so that `elbo.restricted_log_likelihood` and `elbo.certified_gap` read the rest. All by default.
+        """
         data = self.prepare(data)
-        if rewards is None:
+        if rewards is None and chosen is not None and not bool(chosen.all()):
+            by_text = chosen_texts(chosen, data.pairs, len(data.texts))
+            ids = by_text.any(1).nonzero().squeeze(1)
+            rewards = self.text_rewards(data.texts, ids, by_text[ids])
+        elif rewards is None:
             rewards = self.text_rewards(data.texts)
-        return F.logsigmoid(rewards[data.pairs[:, 0]] - rewards[data.pairs[:, 1]])
+        loglik = F.logsigmoid(rewards[data.pairs[:, 0]] - rewards[data.pairs[:, 1]])
+        return loglik if chosen is None else loglik.masked_fill(~chosen, -math.inf)
 
     # -------------------------------------------------------------------------------------------------- the gate
 
@@ -193,17 +224,38 @@ class MixturePolicy(nn.Module):
         return log_responsibilities(loglik, prior, unit, n_units=1)[0]
 
     @torch.no_grad()
-    def predict(self, data: Dataset | PairFeatures, user: Float[Tensor, ...] | None = None) -> Tensor:
-        """Probability that `chosen` is preferred, (pairs,): sum_k w_k sigma(D_k), w the user's or the gate's."""
+    def predict(
+        self, data: Dataset | PairFeatures, user: Float[Tensor, ...] | None = None, top_s: int | None = None
+    ) -> Tensor:
+        """Probability that `chosen` is preferred, (pairs,): sum_k w_k sigma(D_k), w the user's or the gate's.
+
+        With `top_s` only the S experts of largest weight are computed for each pair, and their weights are divided by
+        their total W_S: the two answers of a pair then still share a probability of 1. That is a prediction, not a
+        bound; for the bound see `elbo.restricted_log_likelihood`.
+        """
         data = self.prepare(data)
-        return predictive_probability(self.loglik(data), self.log_w(data) if user is None else user)
+        log_w = self.log_w(data) if user is None else user
+        if top_s is None:
+            return predictive_probability(self.loglik(data), log_w)
+        kept = keep_top_s(log_w, top_s)
+        loglik = self.loglik(data, chosen=(kept > -math.inf).expand(len(data), -1))
+        return predictive_probability(loglik, log_w if top_s == self.n_experts else kept.log_softmax(-1))
 
     @torch.no_grad()
-    def logps(self, prompt: str, response: str, user: Tensor | None = None, ended: bool = True) -> float:
-        """log sum_k w_k pi_k(response given prompt), nats."""
+    def logps(
+        self, prompt: str, response: str, user: Tensor | None = None, ended: bool = True, top_s: int | None = None
+    ) -> float:
+        """log sum_k w_k pi_k(response given prompt), nats.
+
+        With `top_s` only the S experts of largest weight are computed. Their weights are not renormalised: a lower
+        bound, which grows with S and is exact for S = K.
+        """
         texts = text_store(self.base, [Text(prompt, response, ended)]).features
-        logps, _ = self.experts.all_text_logps(texts, self.constants(texts))
-        return float((logps[0] + (self._speech_weights([prompt]) if user is None else user)).logsumexp(-1).squeeze())
+        log_w = (self._speech_weights([prompt]) if user is None else user).reshape(1, self.n_experts)
+        log_w = log_w if top_s is None else keep_top_s(log_w, top_s)
+        chosen = None if top_s is None else log_w > -math.inf
+        logps, _ = self.experts.all_text_logps(texts, self.constants(texts), chosen=chosen)
+        return float((logps + log_w).logsumexp(-1))
 
     def _speech_weights(self, prompts: Sequence[str]) -> Tensor:
         """log_w of each prompt by the gate alone; a gate that reads metadata needs a user."""
@@ -218,25 +270,43 @@ class MixturePolicy(nn.Module):
     def generate(
         self, prompts: Sequence[str], user: Float[Tensor, ...] | None = None, *, max_new_tokens: int = 32,
         seed: int = 0, top_s: int | None = None, expert: Sequence[int] | None = None, batch_size: int = 192,
-        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, greedy: bool = False,
+        form: str = "sequence",
     ) -> Generated:  # fmt: skip
         """Sample one response a prompt, exactly from the mixture: z ~ w once a sequence, then expert z decodes.
 
         Parameters
         ----------
         user : log_w (K,) of one user or (prompts, K) of one user a prompt (see `user`); the gate's weights by default.
-        top_s : keep the S most likely experts of each row. expert : the expert of each prompt, instead of drawing it.
-        temperature, top_k, top_p : of the text; at the defaults the sample is exact and `log_ratio` unbiased for KL.
+        top_s : keep the S most likely experts of each row, renormalised. expert : the expert of each prompt, instead of
+            drawing it. Only experts that a row needs are computed.
+        temperature, top_k, top_p : of the text, applied to each expert; at the defaults the sample is exact and
+            `log_ratio` unbiased for KL.
+        greedy : take the most likely token instead of drawing it: of expert z, which excludes the three above, or of
+            the mixture in the token form.
+        form : "sequence", or "token": each token from the experts weighted by their posterior given the text so far
+            (`experts.MixtureNextToken`). The same distribution of texts; greedy texts differ. Its cost is that of
+            every expert kept, for all rows.
+
+        Raises
+        ------
+        ValueError : no prompt, a prompt that is empty or too long, experts or options out of range, an unknown form,
+            `expert` in the token form (it draws none).
         """
         if len(prompts) == 0:
             raise ValueError("no prompts: give at least one")
+        if form not in ("sequence", "token"):
+            raise ValueError(f"form={form!r}: possible are 'sequence' (an expert a text) and 'token' (their posterior)")
         generator = torch.Generator().manual_seed(seed)
         if expert is None:
             log_w = self._speech_weights(prompts).detach() if user is None else user
             log_w = log_w.expand(len(prompts), self.n_experts)
             if top_s is not None:
                 log_w = keep_top_s(log_w, top_s)
-            expert = torch.multinomial(log_w.softmax(-1), 1, generator=generator).squeeze(1).tolist()
+            if form == "sequence":
+                expert = torch.multinomial(log_w.softmax(-1), 1, generator=generator).squeeze(1).tolist()
+        elif form == "token":
+            raise ValueError("expert is given and form='token': that form draws no expert; give user=, or drop one")
         elif len(expert) != len(prompts) or not all(0 <= k < self.n_experts for k in expert):
             raise ValueError(
                 f"expert={list(expert)[:5]}...: expected {len(prompts)} numbers, one a prompt, "
@@ -250,20 +320,25 @@ class MixturePolicy(nn.Module):
                     f"prompt {p[:40]!r} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} expected "
                     f"between 1 and {self.base.context - max_new_tokens}"
                 )
+        truncation: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         out = Generated([], [], [], [], [], [])
         for start in range(0, len(ids), batch_size):
-            rows = torch.tensor(expert[start : start + batch_size])
-            speak = self.experts.next_token(rows)
+            part = slice(start, start + batch_size)
+            speak: NextToken
+            if expert is None:  # experts are truncated, then mixed, and the mixture is drawn from as it is
+                speak, drawn = MixtureNextToken(self.experts, log_w[part], **truncation), {}
+            else:
+                speak, drawn = self.experts.next_token(torch.tensor(expert[part])), truncation
             decoded = sample(
-                speak, ids[start : start + batch_size], max_new_tokens, temperature=temperature, top_k=top_k,
-                top_p=top_p, eos_token_id=self.base.eos_token_id, generator=generator, observe=speak.observe,
-                progress=partial(_report, start, len(rows), len(ids)),
+                speak, ids[part], max_new_tokens, greedy=greedy, eos_token_id=self.base.eos_token_id,
+                generator=generator, observe=speak.observe, progress=partial(_report, start, len(ids[part]), len(ids)),
+                **drawn,
             )  # fmt: skip
             ratios, refs = speak.scores()
             for i, (tokens, ended) in enumerate(zip(decoded.tokens, decoded.ended, strict=True)):
                 n = len(tokens) + int(ended)  # the end token counts, though it is no text
                 out.text.append(str(tokenizer.decode(tokens)))
-                out.expert.append(int(rows[i]))
+                out.expert.append(speak.speaker(i, n))
                 out.log_ratio.append(float(ratios[i, :n].sum()))
                 out.ref_logp.append(float(refs[i, :n].sum()))
                 out.n_tokens.append(n)

@@ -104,6 +104,22 @@ def test_top_p_after_top_k_is_measured_on_what_is_left():
     assert chi_square(counts, kept / kept.sum()) < 10.9
 
 
+@pytest.mark.parametrize("options, kept", [
+    ({}, P),
+    ({"temperature": 0.5}, P**2),
+    ({"top_k": 2}, torch.tensor([0.5, 0.25, 0.0, 0.0, 0.0])),
+    ({"top_p": 0.8}, torch.tensor([0.5, 0.25, 0.15, 0.0, 0.0])),
+    ({"top_k": 3, "top_p": 0.8}, torch.tensor([0.5, 0.25, 0.0, 0.0, 0.0])),
+    ({"temperature": 0.5, "top_k": 3, "top_p": 0.75}, torch.tensor([0.25, 0.0625, 0.0, 0.0, 0.0])),
+])  # fmt: skip
+def test_truncated_log_probs_are_those_that_are_drawn_from(options, kept):
+    order = torch.tensor([3, 0, 4, 1, 2])
+    found = decoding.truncated_log_probs(P[order].log()[None], **options)[0].exp()
+    torch.testing.assert_close(found, (kept / kept.sum())[order].to(found.dtype), atol=1e-6, rtol=1e-5)
+    seen = frequencies(P[order], **options)
+    assert not seen[found == 0].any() and chi_square(seen, found) < 18.5
+
+
 def chain(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """A Markov chain over four tokens; the last column decides."""
     table = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25]])

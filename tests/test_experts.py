@@ -7,8 +7,9 @@ import torch
 from tiny import UNUSED, VOCABULARY, full_logps, preference_rows
 from torch import nn
 
+from mixdpo_lib import experts as experts_module
 from mixdpo_lib.decoding import sample
-from mixdpo_lib.experts import HeadExperts, reference_next_token
+from mixdpo_lib.experts import HeadExperts, MixtureNextToken, reference_next_token
 from mixdpo_lib.features import Text, gather_positions, pair_features, text_store, tokenise
 
 
@@ -235,3 +236,196 @@ def test_a_base_with_other_logits_is_refused(tiny_base, tiny_folder):
 def test_experts_without_active_tokens_say_so(tiny_base, data):
     with pytest.raises(ValueError, match="no active tokens yet: call fit, or activate_responses, first"):
         HeadExperts(tiny_base).constants(data.texts)
+
+
+# -------------------------------------------------------------------------------------------------- some of the experts
+
+ROUTINGS = {
+    "spread": torch.eye(3, dtype=torch.bool)[[0, 1, 2, 2, 1, 0, 0, 1, 2, 0]],
+    "one for all": torch.eye(3, dtype=torch.bool)[[1] * 10],
+    "one never": torch.eye(3, dtype=torch.bool)[[0, 2] * 5],
+    "two each": ~torch.eye(3, dtype=torch.bool)[[0, 1, 2, 2, 1, 0, 0, 1, 2, 0]],
+    "uneven": torch.arange(30).reshape(10, 3) % 4 == 0,  # one pair has none
+    "none": torch.zeros(10, 3, dtype=torch.bool),
+}
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How many (position, expert) the calls of a test have computed, one number a call."""
+    counts, function = [], experts_module._LowRankTokenLogps
+
+    class Counting:
+        @staticmethod
+        def apply(*arguments):
+            hidden, down, groups = arguments[0], arguments[1], arguments[8]
+            counts.append(len(hidden) * len(down) if groups is None else sum(map(len, groups)))
+            return function.apply(*arguments)
+
+    monkeypatch.setattr(experts_module, "_LowRankTokenLogps", Counting)
+    return counts
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("active", ["responses", "all"])
+def test_chosen_experts_equal_the_dense_ones(tiny_base, data, routing, active, computed):
+    experts, chosen = make(tiny_base, data, active=active), ROUTINGS[routing]
+    weight = torch.randn(10, 2, 3, generator=torch.Generator().manual_seed(1)) * chosen[:, None]
+    dense = experts.logps(batch_of(experts, data))
+    full = torch.autograd.grad((dense * weight).sum(), [experts.down, experts.up])
+    sparse = experts.logps(batch_of(experts, data), chosen)
+    torch.testing.assert_close(sparse, dense.masked_fill(~chosen[:, None], -torch.inf), atol=2e-5, rtol=1e-6)
+    loss = (sparse.masked_fill(~chosen[:, None], 0.0) * weight).sum()
+    for mine, a in zip(torch.autograd.grad(loss, [experts.down, experts.up]), full, strict=True):
+        torch.testing.assert_close(mine, a, atol=1e-4 * float(a.abs().max()), rtol=1e-4)
+    # each chosen (text, expert) once: the texts of these pairs are all different
+    lengths = torch.from_numpy(data.texts.offsets).diff()[data.pairs].sum(1)
+    assert len(torch.unique(data.pairs)) == 20 and computed == [3 * lengths.sum(), (lengths[:, None] * chosen).sum()]
+
+
+def test_all_experts_chosen_are_the_dense_result_to_the_last_bit(tiny_base, data):
+    experts, everyone = make(tiny_base, data), torch.ones(10, 3, dtype=torch.bool)
+    found = []
+    for chosen in (None, everyone):
+        logps = experts.logps(batch_of(experts, data), chosen)
+        found.append([logps, *torch.autograd.grad(logps.square().sum(), [experts.down, experts.up])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_infinite_entries_leave_no_nan_in_the_gradients(tiny_base, data):
+    experts, chosen = make(tiny_base, data), ROUTINGS["spread"]
+    logps = experts.logps(batch_of(experts, data), chosen)
+    (logps + torch.tensor([0.2, 0.5, 0.3]).log()).logsumexp(-1).sum().backward()  # -inf has its place in a sum
+    assert experts.up.grad.isfinite().all() and experts.down.grad.isfinite().all()
+    assert experts.up.grad.abs().amax((1, 2)).min() > 0
+    experts.zero_grad()
+    only = torch.zeros(10, 3, dtype=torch.bool)
+    only[:, 1] = True
+    experts.logps(batch_of(experts, data), only)[..., 1].sum().backward()
+    assert experts.up.grad[1].abs().max() > 0 and not experts.up.grad[[0, 2]].any()
+
+
+def test_a_text_that_pairs_share_is_computed_for_all_their_experts_once(tiny_base, data, computed):
+    experts = make(tiny_base, data)
+    a, b, c = data.pairs[0, 0], data.pairs[0, 1], data.pairs[1, 0]
+    pairs = torch.stack([torch.stack([a, b]), torch.stack([c, a]), torch.stack([a, b])])
+    chosen = torch.tensor([[True, False, False], [False, True, False], [True, False, False]])
+    batch = experts.batch(data.texts, experts.constants(data.texts), pairs)
+    sparse, dense = experts.logps(batch, chosen), experts.logps(batch)
+    torch.testing.assert_close(sparse, dense.masked_fill(~chosen[:, None], -torch.inf), atol=2e-5, rtol=1e-6)
+    length = torch.from_numpy(data.texts.offsets).diff()
+    assert computed[0] == 2 * length[a] + length[b] + length[c]
+
+
+@pytest.mark.parametrize("block", [3, 100])
+def test_all_texts_with_experts_of_their_own(tiny_base, data, block, computed):
+    experts = make(tiny_base, data)
+    constants = experts.constants(data.texts)
+    ids = torch.tensor([4, 0, 9, 9, 2, 7, 5, 1, 3, 11])  # one of them twice, with different experts
+    chosen = ROUTINGS["two each"]
+    dense, refs = experts.all_text_logps(data.texts, constants, ids)
+    computed.clear()
+    sparse, same = experts.all_text_logps(data.texts, constants, ids, block, chosen)
+    torch.testing.assert_close(sparse, dense.masked_fill(~chosen, -torch.inf), atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(same, refs)
+    assert sum(computed) < 3 * torch.from_numpy(data.texts.offsets).diff()[ids].sum()
+
+
+def test_choices_of_another_shape_are_refused(tiny_base, data):
+    experts = make(tiny_base, data)
+    batch = batch_of(experts, data)
+    with pytest.raises(ValueError, match=r"chosen has shape \(9, 3\) .*expected \(10, 3\), bool"):
+        experts.logps(batch, torch.ones(9, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"chosen has shape \(20, 2\) .*expected \(20, 3\), bool"):
+        experts.text_logps(batch, torch.ones(20, 2, dtype=torch.bool))
+
+
+def test_only_experts_that_speak_are_computed(tiny_base, data, monkeypatch):
+    experts, seen = make(tiny_base, data), []
+    monkeypatch.setattr(experts_module._Group, "logits", lambda self, h, ref: (
+        seen.append((self.expert, self.rows.tolist())), ref[self.rows])[1])  # fmt: skip
+    ids, mask = torch.tensor([[2, 5, 7]]).repeat(4, 1), torch.ones(4, 3, dtype=torch.long)
+    experts.next_token(torch.tensor([2, 0, 2, 2]))(ids, mask)
+    assert seen == [(0, [1]), (2, [0, 2, 3])]
+    seen.clear()
+    log_w = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.0, 1.0], [0.5, 0.0, 0.5], [0.0, 0.0, 0.4]]).log()
+    MixtureNextToken(experts, log_w)(ids, mask)
+    assert seen == [(0, [0, 2]), (2, [0, 1, 2, 3])]
+
+
+# ------------------------------------------------------------------------------------- the mixture by token, enumerated
+
+OPTIONS = [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.7}, {"temperature": 1.5, "top_k": 9, "top_p": 0.6}]
+
+
+def cut(logits, temperature=1.0, top_k=None, top_p=None):
+    """Tempered, truncated and renormalised probabilities of each row, by sorting."""
+    p, order = (logits.double() / temperature).softmax(-1).sort(-1, descending=True)
+    if top_k is not None:
+        p[..., top_k:] = 0
+        p /= p.sum(-1, keepdim=True)
+    if top_p is not None:
+        p[p.cumsum(-1) - p >= top_p] = 0
+        p /= p.sum(-1, keepdim=True)
+    return torch.zeros_like(p).scatter(-1, order, p)
+
+
+def conditionals(base, experts, prefixes, **options):
+    """p_k(v given prefix), (K, prefixes, vocabulary), from whole passes of the base without a cache."""
+    with torch.no_grad():
+        out = base.model(input_ids=prefixes, output_hidden_states=True)
+        hidden, logits = out.hidden_states[-1][:, -1], out.logits[:, -1]
+        mask = torch.zeros(len(VOCABULARY)).index_fill_(0, experts.active_ids, 1.0)
+        head = base.model.get_output_embeddings().weight
+        shifts = [hidden @ down.T @ up.T @ head.T for down, up in zip(experts.down, experts.up, strict=True)]
+        return torch.stack([cut(logits + mask * shift, **options) for shift in shifts])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], [0.0, 0.4, 0.6]])
+def test_every_sequence_of_three_tokens_has_its_probability_under_the_mixture(tiny_base, data, options, weights):
+    experts, n = make(tiny_base, data), len(VOCABULARY)
+    a, b = torch.cartesian_prod(torch.arange(n), torch.arange(n)).T
+    prompt = torch.tensor([[2, 5]])
+    grow = [prompt, torch.cat([prompt.expand(n, -1), torch.arange(n)[:, None]], 1)]
+    grow.append(torch.cat([prompt.expand(n * n, -1), a[:, None], b[:, None]], 1))
+    first, second, third = (conditionals(tiny_base, experts, prefixes, **options) for prefixes in grow)
+    pairs = first[:, 0, :, None] * second  # (K, n, n)
+    w = torch.tensor(weights).double()
+    whole = torch.einsum("k,kab,kabv->abv", w, pairs, third.reshape(-1, n, n, n)).reshape(n * n, n)
+    assert float(whole.sum()) == pytest.approx(1, abs=1e-6)
+
+    possible = whole.sum(1) > 0
+    a, b, whole = a[possible], b[possible], whole[possible]
+    rows = len(a)
+    speak = MixtureNextToken(experts, torch.tensor(weights).log().expand(rows, -1), **options)
+    log_p, ids = torch.zeros(rows, 1), prompt.expand(rows, -1)
+    for t, taken in enumerate((a, b, None)):
+        step = speak(ids, torch.ones(rows, 2 + t, dtype=torch.long))
+        torch.testing.assert_close(step.double().logsumexp(1), torch.zeros(rows).double(), atol=1e-5, rtol=0)
+        if taken is None:
+            log_p = log_p + step
+        else:
+            log_p = log_p + step.gather(1, taken[:, None])
+            speak.observe(taken)
+            ids = taken[:, None]
+    torch.testing.assert_close(log_p.double().exp(), whole, atol=1e-9, rtol=5e-4)  # so the other pairs have 0
+    q = w[:, None] * pairs.reshape(3, -1)[:, possible]
+    torch.testing.assert_close(speak.log_q()[:, 2].double().exp(), (q / q.sum(0)).T, atol=1e-5, rtol=1e-3)
+    ratio, ref = speak.scores()
+    torch.testing.assert_close((ratio + ref).sum(1).double().exp(), whole.sum(1), atol=1e-9, rtol=5e-4)
+
+
+def test_a_token_that_no_expert_says_is_refused(tiny_base, data):
+    speak = MixtureNextToken(make(tiny_base, data), torch.tensor([[0.2, 0.5, 0.3]] * 2).log(), top_k=1)
+    log_p = speak(torch.tensor([[2], [5]]), torch.ones(2, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match="row 1: token .* has probability 0 under every expert"):
+        speak.observe(torch.stack([log_p[0].argmax(), log_p[1].argmin()]))
+    speak.observe(log_p.argmax(1))  # nothing was kept of the refused tokens
+    assert speak.scores()[0].shape == (2, 1) and speak.log_q().shape == (2, 2, 3)
+    with pytest.raises(ValueError, match="top_k=0: expected at least 1"):
+        MixtureNextToken(make(tiny_base, data), torch.zeros(1, 1).expand(1, 3) - 2, top_k=0)(
+            torch.tensor([[2]]), torch.ones(1, 1, dtype=torch.long)
+        )
+    with pytest.raises(ValueError, match=r"log_w\[0\]: every expert has weight 0"):
+        MixtureNextToken(make(tiny_base, data), torch.full((1, 3), -torch.inf))

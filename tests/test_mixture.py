@@ -1,15 +1,17 @@
 """Gate, experts and beta as one policy: probabilities, users, speech, and its life on disk."""
 
 import math
+from collections import Counter
 
 import datasets
 import pytest
 import torch
 from tiny import VOCABULARY, full_logps, preference_rows, save_tiny_base
 
+from mixdpo_lib import elbo
 from mixdpo_lib.experts import HeadExperts
 from mixdpo_lib.features import Text, pair_features, prompt_states, text_store
-from mixdpo_lib.gating import ContextGate, FixedWeights, LearnedWeights, MixedMembershipGate, UserGate
+from mixdpo_lib.gating import ContextGate, FixedWeights, LearnedWeights, MixedMembershipGate, UserGate, top_s
 from mixdpo_lib.mixture import MixturePolicy
 
 WEIGHTS = [0.2, 0.5, 0.3]
@@ -163,6 +165,94 @@ def test_rewards_are_beta_log_ratios(policy, data):
     assert some[[1, 2]].isnan().all()
 
 
+# ------------------------------------------------------------------------------------------------ some of the experts
+
+
+def weights_by_pair(policy):
+    """Random weights, another order of the experts in each pair."""
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(4)).log_softmax(-1)
+
+
+def test_the_likelihood_of_the_chosen_experts(policy, data):
+    chosen = top_s(weights_by_pair(policy), 1) > -math.inf
+    assert chosen.any(0).all()
+    expected = policy.loglik(data).masked_fill(~chosen, -math.inf)
+    torch.testing.assert_close(policy.loglik(data, chosen=chosen), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.loglik(data, policy.text_rewards(data.texts), chosen), expected)
+    some = data.where([True, False] * 4)  # its texts are all there; only those of its pairs are computed
+    torch.testing.assert_close(policy.loglik(some, chosen=chosen[::2]), expected[::2], atol=1e-5, rtol=1e-5)
+    everyone = torch.ones(8, 3, dtype=torch.bool)
+    assert torch.equal(policy.loglik(data, chosen=everyone), policy.loglik(data))
+    ids = torch.tensor([3, 0])
+    rewards = policy.text_rewards(data.texts, ids, torch.tensor([[True, False, False], [False, True, True]]))
+    assert (~rewards.isnan()).nonzero().tolist() == [[0, 1], [0, 2], [3, 0]]
+    torch.testing.assert_close(rewards[3, 0], policy.text_rewards(data.texts)[3, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_chosen_experts_and_its_gradients(policy, data):
+    batch = policy.experts.batch(data.texts, policy.constants(data.texts), data.pairs)
+    log_w = weights_by_pair(policy)
+    chosen = top_s(log_w, 2) > -math.inf
+    parameters = [policy.experts.down, policy.experts.up]
+
+    def found(loglik):
+        return loglik.detach(), *torch.autograd.grad(
+            elbo.restricted_log_likelihood(loglik, log_w, 2).sum(), parameters
+        )
+
+    dense, sparse = found(policy.batch_loglik(batch)), found(policy.batch_loglik(batch, chosen))
+    assert torch.equal(sparse[0] == -math.inf, ~chosen)
+    torch.testing.assert_close(sparse[0][chosen], dense[0][chosen], atol=1e-5, rtol=1e-5)
+    for mine, full in zip(sparse[1:], dense[1:], strict=True):
+        torch.testing.assert_close(mine, full, atol=1e-4 * float(full.abs().max()), rtol=1e-4)
+    # read as it is, a loglik of -inf is the restricted likelihood
+    plain = elbo.mixture_log_likelihood(policy.batch_loglik(batch, chosen), log_w)
+    torch.testing.assert_close(plain, elbo.restricted_log_likelihood(dense[0], log_w, 2), atol=1e-5, rtol=1e-5)
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        gradients = torch.autograd.grad(plain.sum(), parameters)
+    for mine, full in zip(gradients, dense[1:], strict=True):
+        torch.testing.assert_close(mine, full, atol=1e-4 * float(full.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("by_user", [False, True])
+def test_fewer_experts_give_a_lower_bound_with_a_certified_gap(policy, data, by_user):
+    if by_user:
+        unit, log_w = data.units("user")[0], policy.log_w(data)
+    else:
+        unit, log_w = None, weights_by_pair(policy)
+    whole = elbo.mixture_log_likelihood(policy.loglik(data), log_w, unit)
+    below = torch.full_like(whole, -math.inf)
+    for s in (1, 2, 3):
+        chosen = (top_s(log_w, s) > -math.inf).expand(8, 3)
+        loglik = policy.loglik(data, chosen=chosen)  # nothing is known of the others
+        bound = elbo.restricted_log_likelihood(loglik, log_w, s, unit)
+        gap = elbo.certified_gap(loglik, log_w, s, unit)
+        assert (bound > below).all() and (bound <= whole).all() and (whole <= bound + gap + 1e-6).all()
+        below = bound
+    assert torch.equal(below, whole) and not gap.any()
+    own = [policy.logps("the film", "was very good", top_s=s) for s in (1, 2, 3)]
+    assert own[0] < own[1] < own[2] == policy.logps("the film", "was very good")
+
+
+def test_a_prediction_by_some_experts_is_renormalised(policy, data):
+    p = torch.stack([probabilities(policy, row) for row in data.rows])
+    torch.testing.assert_close(policy.predict(data, top_s=2), p[:, 1:] @ torch.tensor([0.625, 0.375]),
+                               atol=1e-4, rtol=1e-4)  # fmt: skip
+    torch.testing.assert_close(policy.predict(data, top_s=1), p[:, 1], atol=1e-4, rtol=1e-4)
+    log_w = weights_by_pair(policy)
+    torch.testing.assert_close(policy.predict(data, log_w, top_s=1), p[range(8), log_w.argmax(1)], atol=1e-4, rtol=1e-4)
+    assert torch.equal(policy.predict(data, top_s=3), policy.predict(data))
+    assert torch.equal(policy.predict(data, log_w, top_s=3), policy.predict(data, log_w))
+
+
+@pytest.mark.parametrize("s", [0, 4])
+def test_a_number_of_experts_that_is_not_there_is_refused(policy, data, s):
+    for call in (lambda: policy.predict(data, top_s=s), lambda: policy.logps("the film", "was good", top_s=s),
+                 lambda: policy.generate(PROMPTS, top_s=s), lambda: policy.generate(PROMPTS, top_s=s, form="token")):
+        with pytest.raises(ValueError, match=rf"top_s={s} with 3 experts; expected 1 ... 3"):
+            call()
+
+
 # ------------------------------------------------------------------------------------------------------------- speech
 
 
@@ -209,6 +299,62 @@ def test_experts_speak_as_often_as_their_weights_say(policy):
     for text, ended in zip(out.text, out.ended, strict=True):
         seen[VOCABULARY["</s>" if ended else text]] += 1
     assert float(((seen - n * p) ** 2 / (n * p)).sum()) < 75  # chi-square, 35 degrees of freedom: 99.99 % below 75
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"temperature": 0.6, "top_k": 4}, {"top_k": 5, "top_p": 0.8}])
+def test_both_forms_speak_alike(policy, options):
+    """Sequences of two tokens: their frequencies differ by chance alone."""
+    n, seen = 4000, []
+    for form in ("sequence", "token"):
+        out = policy.generate(["the film"] * n, max_new_tokens=2, seed=3, batch_size=n, form=form, **options)
+        seen.append(Counter(zip(out.text, out.ended, strict=True)))
+    assert 5 < len(seen[0] | seen[1]) < 60
+    for text in seen[0] | seen[1]:
+        p = (seen[0][text] + seen[1][text] + 1) / (2 * n)
+        assert abs(seen[0][text] - seen[1][text]) / n < 4 * (2 * p * (1 - p) / n) ** 0.5, text
+
+
+def test_the_token_form_says_what_mixture_and_posterior_say_of_its_texts(policy):
+    prompts = PROMPTS * 6
+    log_w = torch.tensor(WEIGHTS).log()
+    for kept, s in ((log_w, None), (top_s(log_w, 2).log_softmax(0), 2)):
+        out = policy.generate(prompts, max_new_tokens=6, seed=1, form="token", top_s=s)
+        whole = [i for i, text in enumerate(out.text) if text]
+        texts = [Text(prompts[i], out.text[i], out.ended[i]) for i in whole]
+        store = text_store(policy.base, texts)
+        logps, refs = policy.experts.all_text_logps(store.features, policy.constants(store.features))
+        for i, text in zip(whole, texts, strict=True):
+            place = store.index[text]
+            assert out.ref_logp[i] == pytest.approx(float(refs[place]), abs=2e-4)
+            mixture = (kept + logps[place]).logsumexp(0)
+            assert out.log_ratio[i] == pytest.approx(float(mixture - refs[place]), abs=3e-4)
+            assert out.expert[i] == int((kept + logps[place]).argmax())
+    assert set(out.ended) == {True, False}
+    split = policy.generate(prompts, max_new_tokens=6, seed=1, form="token", top_s=2, batch_size=5)
+    assert split.text == out.text and split.expert == out.expert
+    # a single expert is the same in both forms, by the likelihoods and, greedily, by the text
+    only = torch.tensor([0.0, 0.0, 1.0]).log()
+    a, b = (policy.generate(prompts, only, max_new_tokens=6, greedy=True, form=f) for f in ("sequence", "token"))
+    assert a.text == b.text and a.expert == b.expert == [2] * 24
+    assert a.log_ratio == pytest.approx(b.log_ratio, abs=2e-4)
+
+
+def test_greedy_texts_of_the_mixture_take_its_most_probable_token(policy):
+    texts = text_store(policy.base, [Text(p, word, False) for p in PROMPTS for word in VOCABULARY])
+    logps, _ = policy.experts.all_text_logps(texts.features, policy.constants(texts.features))
+    best = (logps + torch.tensor(WEIGHTS).log()).logsumexp(1).reshape(len(PROMPTS), -1).argmax(1)
+    out = policy.generate(PROMPTS, max_new_tokens=1, greedy=True, form="token")
+    assert [VOCABULARY["</s>" if e else t] for t, e in zip(out.text, out.ended, strict=True)] == best.tolist()
+    assert out == policy.generate(PROMPTS, max_new_tokens=1, greedy=True, form="token", seed=8)
+
+
+def test_forms_that_do_not_fit_are_refused(policy):
+    with pytest.raises(ValueError, match="form='word': possible are 'sequence' .* and 'token'"):
+        policy.generate(PROMPTS, form="word")
+    with pytest.raises(ValueError, match="expert is given and form='token'"):
+        policy.generate(PROMPTS, form="token", expert=[0] * 4)
+    with pytest.raises(ValueError, match="temperature=0.0: expected above 0; use greedy=True"):
+        policy.generate(PROMPTS, form="token", temperature=0.0)
 
 
 def test_a_user_chooses_the_experts(policy):
