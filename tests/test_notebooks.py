@@ -89,7 +89,7 @@ def test_responsibilities_are_probabilities(smoke):
     totals = table.groupby(["design", "method", "seed", "user"])["responsibility"].sum()
     assert np.allclose(totals, 1, atol=1e-5)
     recovery = runs.load_table("smoke", "04_mix_dpo", "recovery")
-    assert recovery[["nmi", "aligned_accuracy"]].stack().between(0, 1).all() and len(recovery) == 8
+    assert recovery[["nmi", "aligned_accuracy"]].stack().between(0, 1).all() and len(recovery) == len(SEEDS) * 4
 
 
 def test_texts_come_with_kl_and_perplexity(smoke):
