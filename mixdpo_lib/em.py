@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from .elbo import elbo_terms, entropy, log_responsibilities, mixture_log_likelihood
-from .gating import FixedWeights, LearnedWeights
+from .gating import FixedWeights, Gate, LearnedWeights, gate_loss, standardise
 
 STOP_REASONS = (
     "tolerance", "max_iter", "bound_decreased", "no_improvement", "non_finite", "dead_expert", "interrupted",
 )  # fmt: skip
-SYMMETRY_BREAKING = ("random_responsibilities", "random_heads", "none")
+SYMMETRY_BREAKING = ("random_responsibilities", "clusters", "random_heads", "none")
 
 
 class LoglikTable(nn.Module):
@@ -55,8 +58,8 @@ class LoglikTable(nn.Module):
 
     @torch.no_grad()
     def update(self, row: Int[Tensor, "batch"], loglik: Float[Tensor, "batch experts"]) -> None:
-        """Replace some rows by what a batch has just computed, nats."""
-        self.loglik[row] = loglik.detach()
+        """Replace some rows by what a batch has just computed, nats; -inf (expert not computed) changes nothing."""
+        self.loglik[row] = torch.where(loglik == -math.inf, self.loglik[row], loglik.detach())
 
     @torch.no_grad()
     def log_q(self, log_w: Float[Tensor, ...], temperature: float = 1.0) -> Float[Tensor, "units experts"]:
@@ -72,6 +75,7 @@ class LoglikTable(nn.Module):
         """log q of the unit that each of these rows belongs to."""
         return self.log_q(log_w, temperature)[self.unit[row]]
 
+    @torch.no_grad()
     def terms(self, log_w: Float[Tensor, ...], temperature: float = 1.0) -> dict[str, float]:
         """The bound by term over the whole table, nats per pair, with usage and entropy of the responsibilities.
 
@@ -269,6 +273,128 @@ def random_log_q(n_units: int, n_experts: int, seed: int) -> Float[Tensor, "unit
     return (draw / draw.sum(1, keepdim=True)).log()
 
 
+def cluster_log_q(
+    inputs: Mapping[str, Tensor], n_experts: int, seed: int, certainty: float = 0.8
+) -> Float[Tensor, "rows experts"]:
+    """Responsibilities from seeded k-means on what the gate reads: symmetry breaking that a gate can follow at once.
+
+    Random responsibilities of single comparisons average out over the pairs of a prompt; clusters of prompts do not.
+    No label is read. A row's cluster has log-probability log `certainty`, the other experts share the rest.
+
+    >>> cluster_log_q({"context": torch.tensor([[0.0], [0.1], [9.0]])}, 2, seed=0).exp().sort(1).values
+    tensor([[0.2000, 0.8000],
+            [0.2000, 0.8000],
+            [0.2000, 0.8000]])
+    """
+    if n_experts == 1:
+        return torch.zeros(len(next(iter(inputs.values()))), 1)
+    parts = [inputs[name] for name in sorted(inputs) if inputs[name].dim() == 2]
+    if not parts:
+        raise ValueError(
+            f"symmetry_breaking='clusters' needs a gate that reads prompts or metadata; this one reads "
+            f"{sorted(inputs) or 'nothing'}: use 'random_responsibilities'"
+        )
+    columns = []
+    for part in parts:
+        mean, scale = standardise(part)
+        columns.append(((part - mean) / scale).numpy())
+    distinct, place = np.unique(np.concatenate(columns, 1).round(3), axis=0, return_inverse=True)
+    if len(distinct) < n_experts:
+        raise ValueError(f"{len(distinct)} distinct inputs of the gate for {n_experts} experts: use fewer experts")
+    label = KMeans(n_experts, n_init=10, random_state=seed).fit_predict(distinct)[place.ravel()]
+    log_q = torch.full((len(label), n_experts), math.log((1 - certainty) / (n_experts - 1)))
+    log_q[torch.arange(len(label)), torch.from_numpy(label).long()] = math.log(certainty)
+    return log_q
+
+
+# ---------------------------------------------------------------------------------------------- M-step of the gate
+
+
+def gate_m_step(
+    gate: Gate, inputs: Mapping[str, Tensor], log_q: Float[Tensor, "rows experts"], entropy_weight: float = 0.0,
+    balance_weight: float = 0.0, max_iter: int = 10, frozen: Sequence[nn.Parameter] = (),
+) -> float:  # fmt: skip
+    """Move a gate that reads towards the responsibilities, in place: line-searched L-BFGS on `gating.gate_loss`.
+
+    Minimises gate_loss - log prior / rows over the whole table, so that a step cannot lower the bound (generalised EM).
+    The experts' optimiser knows nothing of it.
+
+    Parameters
+    ----------
+    inputs : what the gate reads, one row a latent: a pair, or a unit. log_q : responsibilities of these rows.
+    max_iter : >= 1 iterations of L-BFGS. frozen : parameters of the gate that stay as they are.
+
+    Returns
+    -------
+    The loss at the end, nats a row.
+    """
+    held = {id(p) for p in frozen}
+    parameters = [p for p in gate.parameters() if id(p) not in held]
+    optimizer = torch.optim.LBFGS(parameters, lr=1.0, max_iter=max_iter, line_search_fn="strong_wolfe")
+    log_q = log_q.detach()
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = gate_loss(gate(inputs), log_q, entropy_weight, balance_weight) - gate.log_prior() / len(log_q)  # type: ignore[union-attr, operator]
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[arg-type]
+        value = float(loss().detach())
+    gate.zero_grad(set_to_none=True)
+    return value
+
+
+@torch.no_grad()
+def gate_em(
+    gate: Gate, inputs: Mapping[str, Tensor], loglik: Float[Tensor, "pairs experts"],
+    unit: Int[Tensor, "pairs"] | None = None, *, n_units: int | None = None, max_iter: int = 200,
+    tolerance: float = 1e-6, entropy_weight: float = 0.0, balance_weight: float = 0.0,
+    frozen: Sequence[nn.Parameter] = (),
+) -> EMResult:  # fmt: skip
+    """Full-batch EM of the gate alone, in place: the experts are what `loglik` says of them, and stay as they are.
+
+    Parameters
+    ----------
+    inputs : what the gate reads, one row a latent (a pair, or a unit); empty for an input-free gate.
+    loglik : log sigma(D_nk), nats. unit : unit of each pair, None for a latent per pair.
+    tolerance : nats a pair; a smaller gain of the objective (log-likelihood + log prior - regularisation) ends it.
+
+    Returns
+    -------
+    EMResult with one row an iteration: iteration, objective, loglik (nats per pair).
+    """
+    rows: list[dict[str, float]] = []
+    reason, n = "max_iter", len(loglik)
+    total_units = n_units if n_units is not None else (n if unit is None else int(unit.max()) + 1)
+    shared: dict[str, Any] = {"unit": unit, "n_units": n_units if unit is not None else None}
+    log_q = torch.empty(0)
+    for iteration in range(max_iter):
+        log_w = gate(inputs) if gate.reads else gate()
+        log_q = log_responsibilities(loglik, log_w, **shared)
+        total = float(mixture_log_likelihood(loglik, log_w, **shared).sum())
+        prior = 0.0 if isinstance(gate, FixedWeights) else float(gate.log_prior())
+        if gate.reads and (entropy_weight or balance_weight):
+            plain, whole = gate_loss(log_w, log_q), gate_loss(log_w, log_q, entropy_weight, balance_weight)
+            prior += float(plain - whole) * total_units
+        rows.append({"iteration": iteration, "objective": (total + prior) / n, "loglik": total / n})
+        if not math.isfinite(rows[-1]["objective"]):
+            reason = "non_finite"
+            break
+        if iteration and rows[-1]["objective"] - rows[-2]["objective"] < tolerance:
+            reason = "tolerance"
+            break
+        if isinstance(gate, FixedWeights):
+            reason = "tolerance"
+            break
+        if isinstance(gate, LearnedWeights):
+            gate.update(log_q.exp().mean(0), n_units=total_units)
+        else:
+            gate_m_step(gate, inputs, log_q, entropy_weight, balance_weight, max_iter=30, frozen=frozen)
+    return EMResult(pd.DataFrame(rows), reason, pd.DataFrame({"restart": [0], "kept": [True]}), log_q)
+
+
 @torch.no_grad()
 def full_batch_em(
     experts: Any, gate: FixedWeights | LearnedWeights, pairs: Int[Tensor, "pairs 2"],
@@ -305,8 +431,9 @@ def full_batch_em(
                              ("start_temperature", start_temperature, 1)):  # fmt: skip
         if not value >= low or (name == "tolerance" and value <= 0):
             raise ValueError(f"{name}={value}: expected {'above 0' if name == 'tolerance' else f'at least {low}'}")
-    if symmetry_breaking not in SYMMETRY_BREAKING:
-        raise ValueError(f"symmetry_breaking={symmetry_breaking!r}: possible are {SYMMETRY_BREAKING}")
+    possible = tuple(name for name in SYMMETRY_BREAKING if name != "clusters")  # input-free: nothing to cluster
+    if symmetry_breaking not in possible:
+        raise ValueError(f"symmetry_breaking={symmetry_breaking!r}: possible are {possible}")
     gate.double()
     unit = torch.arange(len(pairs)) if unit is None else unit
     start = {name: value.clone() for name, value in [*experts.state_dict().items(), *gate.state_dict().items()]}

@@ -210,6 +210,32 @@ def design_gains(by_prompt: pd.DataFrame, baseline: str = "dpo") -> pd.DataFrame
     return pd.concat(parts, ignore_index=True)
 
 
+def reliability(probability: np.ndarray, outcome: np.ndarray, n_bins: int = 10) -> pd.DataFrame:
+    """Do events of probability p happen with frequency p? Bins of equal width; empty ones are left out.
+
+    Columns: probability (mean in the bin), frequency, low, high (95 %, Wilson), n, and `calibration_error`, the same in
+    every row: sum over bins of n |frequency - probability| / total.
+
+    >>> reliability(np.array([0.1, 0.1, 0.9, 0.9]), np.array([0, 0, 1, 0]), 2)[["probability", "frequency", "n"]]
+       probability  frequency  n
+    0          0.1        0.0  2
+    1          0.9        0.5  2
+    """
+    p, y = np.asarray(probability, float), np.asarray(outcome, float)
+    if p.shape != y.shape or len(p) == 0 or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"probability {p.shape}, outcome {y.shape}: expected as many of each, probabilities in [0, 1]")
+    table = pd.DataFrame({"bin": np.minimum((p * n_bins).astype(int), n_bins - 1), "probability": p, "frequency": y})
+    means = table.groupby("bin").agg(
+        probability=("probability", "mean"), frequency=("frequency", "mean"), n=("frequency", "size")
+    )
+    z, n, f = 1.96, means["n"], means["frequency"]
+    centre, half = (f + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n)
+    spread = half * np.sqrt(f * (1 - f) / n + z * z / (4 * n * n))
+    error = float((n * (f - means["probability"]).abs()).sum() / n.sum())
+    out = means.assign(low=centre - spread, high=centre + spread, calibration_error=error)
+    return out.reset_index(drop=True)
+
+
 # ------------------------------------------------------------------------------------------------------------- texts
 
 

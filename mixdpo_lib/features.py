@@ -151,11 +151,16 @@ def text_store(base: Base, texts: Iterable[Text]) -> TextStore:
 
 @dataclass(frozen=True)
 class PairFeatures:
-    """A preference set with its features: `pairs` is (pairs, 2) int64 into `texts`, column 0 chosen, 1 rejected."""
+    """A preference set with its features: `pairs` is (pairs, 2) int64 into `texts`, column 0 chosen, 1 rejected.
+
+    context : (pairs, 2 hidden), what a gate of prompts reads, where it is something else than the prompt of the answers
+        (its first tokens, say); None: `prompt_states` of the prompt.
+    """
 
     rows: Dataset
     texts: TextFeatures
     pairs: Int[Tensor, "pairs 2"]
+    context: Float[Tensor, "pairs features"] | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -172,11 +177,24 @@ class PairFeatures:
     def where(self, mask: Sequence[bool] | np.ndarray) -> PairFeatures:
         """The pairs for which `mask` is true."""
         keep = np.flatnonzero(np.asarray(mask))
-        return PairFeatures(self.rows.select(keep), self.texts, self.pairs[torch.from_numpy(keep)])
+        places = torch.from_numpy(keep)
+        context = None if self.context is None else self.context[places]
+        return PairFeatures(self.rows.select(keep), self.texts, self.pairs[places], context)
 
 
-def prompt_states(base: Base, prompts: Sequence[str], batch_size: int = 48) -> Float[Tensor, "prompts hidden"]:
-    """Mean last hidden state over each prompt's tokens: what `TextFeatures.prompt_hidden` holds, for prompts alone.
+def prompt_states(features: TextFeatures, text_ids: Int[Tensor, "texts"]) -> Float[Tensor, "texts context"]:
+    """The pooled hidden state of each text's prompt, (texts, 2 hidden) float32: what a gate of prompts reads.
+
+    Mean over the prompt's tokens, then the last token's state beside it: the mean knows the words, the last token what
+    the base makes of them.
+    """
+    ids = text_ids.numpy()
+    last = features.hidden[features.offsets[ids]]  # the state that predicts the first response token
+    return torch.from_numpy(np.concatenate([features.prompt_hidden[ids], last], 1))
+
+
+def encode_prompts(base: Base, prompts: Sequence[str], batch_size: int = 48) -> Float[Tensor, "prompts context"]:
+    """The same pooled states (see `prompt_states`) for prompts without a response.
 
     Raises
     ------
@@ -189,7 +207,8 @@ def prompt_states(base: Base, prompts: Sequence[str], batch_size: int = 48) -> F
     out: list[np.ndarray] = []
     for start in range(0, len(ids), batch_size):
         rows = ids[start : start + batch_size]
-        out += [state[: len(row)].mean(0) for row, state in zip(rows, _last_hidden(base, rows), strict=True)]
+        for state, row in zip(_last_hidden(base, rows), rows, strict=True):
+            out.append(np.concatenate([state[: len(row)].mean(0), state[len(row) - 1]]))
     return torch.from_numpy(np.stack(out))
 
 

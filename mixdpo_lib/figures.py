@@ -20,6 +20,7 @@ __all__ = [
     "METHOD_STYLE",
     "Look",
     "accuracy_by_group",
+    "accuracy_by_own_pairs",
     "curves",
     "dots",
     "group_disagreement",
@@ -28,6 +29,7 @@ __all__ = [
     "pair_design",
     "probe_scores",
     "recovery",
+    "reliability",
     "responsibility_map",
     "reward_distributions",
     "reward_gains",
@@ -51,7 +53,10 @@ METHOD_STYLE: Mapping[str, Look] = {
     "dpo": Look("DPO", "#0072B2", "o", "///"),
     "dpo_rank_3r": Look("DPO, rank 3r", "#56B4E9", "v", "\\\\\\"),
     "mix_dpo": Look("Mix-DPO, per user", "#D55E00", "D", "..."),
+    "dpo_rank_2r": Look("DPO, rank 2r", "#56B4E9", "v", "\\\\\\"),
     "mix_dpo_pair": Look("Mix-DPO, per pair", "#E69F00", "^", "xxx"),
+    "moe_dpo": Look("MoE-DPO", "#009E73", "P", "++"),
+    "supervised": Look("supervised classifier", "#56B4E9", "s", "--"),
     "oracle": Look("Mix-DPO, oracle", "#000000", "*", "ooo"),
 }
 
@@ -414,6 +419,69 @@ def curves(
     ax.set_ylabel(y_label or y)
     if table[by].nunique() > 1:
         legend_above(ax, columns=min(4, table[by].nunique()))
+    return ax
+
+
+SERVED_LABELS = {
+    "pairs": "posterior of own pairs",
+    "metadata": "metadata, then posterior of own pairs",
+    "gate": "metadata, then the gate fitted to own pairs",
+}
+
+
+def accuracy_by_own_pairs(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Accuracy for new users against the number of their own pairs, with 95 % bands; DPO and the oracle as lines.
+
+    Parameters
+    ----------
+    table : as `personalization.share_closed` gives it: served_by ("dpo", "oracle" and ways of serving), m, accuracy,
+        accuracy_low, accuracy_high.
+    """
+    need(table, ["served_by", "m", "accuracy", "accuracy_low", "accuracy_high"], "accuracy_by_own_pairs")
+    sizes = sorted(table["m"].unique())
+    place = {m: i for i, m in enumerate(sizes)}
+    for name, dashes in (("oracle", (0, (5, 2))), ("dpo", (0, (1, 1.5)))):
+        part = table[table["served_by"] == name]
+        if len(part):
+            look = METHOD_STYLE[name]
+            label = {"dpo": "DPO, one policy", "oracle": "oracle: one DPO a hidden group"}[name]
+            ax.axhline(part["accuracy"].iloc[0], color=look.colour, linestyle=dashes, label=label)
+    ways = [name for name in dict.fromkeys(table["served_by"]) if name not in ("dpo", "oracle")]
+    for position, name in enumerate(ways):
+        part = table[table["served_by"] == name].sort_values("m")
+        x = [place[m] for m in part["m"]]
+        colour = ("#D55E00", "#009E73", "#CC79A7")[position % 3]
+        ax.fill_between(x, part["accuracy_low"], part["accuracy_high"], color=colour, alpha=0.13, linewidth=0)
+        ax.plot(x, part["accuracy"], color=colour, marker=("D", "o", "^")[position % 3], markersize=5,
+                label=SERVED_LABELS.get(name, name))  # fmt: skip
+    ax.set_xticks(range(len(sizes)), [str(m) for m in sizes])
+    ax.set_xlabel("own pairs of a new user (m)")
+    ax.set_ylabel("accuracy on test pairs (share)")
+    legend_above(ax, columns=2)
+    return ax
+
+
+def reliability(table: pd.DataFrame, ax: Axes, by: str = "method") -> Axes:
+    """Frequency against predicted probability with 95 % intervals; the diagonal is perfect calibration.
+
+    Parameters
+    ----------
+    table : as `evaluation.reliability` gives it, with a column `by` for the series.
+    """
+    need(table, [by, "probability", "frequency", "low", "high", "n"], "reliability")
+    ax.plot([0, 1], [0, 1], color="#8A8A8A", linestyle=":", label="perfect calibration")
+    for position, (name, part) in enumerate(table.groupby(by, sort=False)):
+        bars = [(part["frequency"] - part["low"]).clip(lower=0), (part["high"] - part["frequency"]).clip(lower=0)]
+        label = METHOD_STYLE[name].label if name in METHOD_STYLE else str(name)
+        ax.errorbar(
+            part["probability"], part["frequency"], yerr=bars, color=_OTHER_COLOURS[1 - position % 2], capsize=2.5,
+            marker=("o", "s")[position % 2], markersize=5, linestyle=("-", "--")[position % 2], label=label,
+        )  # fmt: skip
+    ax.set_xlabel("weight of the films' expert (probability)")
+    ax.set_ylabel("share of prompts about films")
+    ax.set_xlim(-0.03, 1.03)
+    ax.set_ylim(-0.03, 1.03)
+    legend_above(ax, columns=3)
     return ax
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from mixdpo_lib.elbo import _keep_largest, check_log_w, entropy
 
 __all__ = [
-    "ContextGate", "FixedWeights", "LearnedWeights", "MixedMembershipGate", "UserGate", "gate_loss", "make_gate",
-    "standardise", "top_s",
+    "ContextGate", "FixedWeights", "LearnedWeights", "MixedMembershipGate", "UserGate", "gate_loss", "given_gate",
+    "make_gate", "standardise", "top_s",
 ]  # fmt: skip
 
 NORMALISED_TOLERANCE = 1e-5  # how far given weights may be from a total of 1
@@ -227,10 +227,15 @@ class ContextGate(nn.Module):
     width : hidden units of a small MLP (tanh); 0, the default, is a linear gate.
     gate_temperature : > 0; above 1 evens the weights out, below 1 sharpens them.  1 while it is trained.
     mean, scale : (n_features,) of the training prompts, see :func:`standardise`; part of the saved gate.
+    pooling : which half of the state is read: "mean" (the first half of the features), "last" (the second), or "both".
+        `features.prompt_states` holds the mean over the prompt's tokens and the last token's state side by side.
+    weight_scale : > 0, nats for each standard deviation of a feature: the weights have the prior N(0, weight_scale^2).
+        A pooled state has hundreds of numbers and a study hundreds of prompts: without a prior the gate learns them by
+        heart.
 
     Raises
     ------
-    ValueError : a size below its range, gate_temperature not above 0, a scale that is not above 0.
+    ValueError : a size below its range, gate_temperature or weight_scale not above 0, a scale that is not above 0.
 
     >>> ContextGate(n_features=3, n_experts=2)({"context": torch.ones(1, 3)}).exp()
     tensor([[0.5000, 0.5000]], grad_fn=<ExpBackward0>)
@@ -240,12 +245,40 @@ class ContextGate(nn.Module):
     mean: Tensor
     scale: Tensor
 
+    @classmethod
+    def from_states(cls, states: Float[Tensor, "rows features"], n_experts: int, **options: Any) -> "ContextGate":
+        """A gate that standardises by these training prompts, one row each (see `features.prompt_states`).
+
+        Raises
+        ------
+        ValueError : a value that is not finite; prompts that are all the same.
+        """
+        states = _given({"context": states}, "context", states.shape[-1])
+        if not bool((states.std(0, correction=0) > 1e-6).any()):
+            raise ValueError(
+                f"context: all {len(states)} prompts have the same pooled state: a gate can learn nothing from it; "
+                "use LearnedWeights, or give prompts that differ"
+            )
+        mean, scale = standardise(states)
+        return cls(states.shape[1], n_experts, mean=mean, scale=scale, **options)
+
     def __init__(
         self, n_features: int, n_experts: int, width: int = 0, gate_temperature: float | int = 1.0,
-        mean: Tensor | None = None, scale: Tensor | None = None,
+        mean: Tensor | None = None, scale: Tensor | None = None, pooling: str = "both",
+        weight_scale: float | int = 0.1,
     ) -> None:  # fmt: skip
         super().__init__()
         check_n_experts(n_experts)
+        self.weight_scale = _positive("weight_scale", weight_scale)
+        if pooling not in ("mean", "last", "both") or (pooling != "both" and n_features % 2):
+            raise ValueError(
+                f"pooling={pooling!r} with n_features={n_features}: possible are 'mean', 'last' (of states with two "
+                "halves) and 'both'"
+            )
+        self.pooling = pooling
+        half = n_features // 2
+        self.part = {"mean": slice(0, half), "last": slice(half, None), "both": slice(None)}[pooling]
+        n_read = n_features if pooling == "both" else half
         if n_features < 1 or width < 0:
             raise ValueError(f"n_features={n_features}, width={width}: expected at least 1 feature and a width >= 0")
         self.n_experts, self.gate_temperature = n_experts, _positive("gate_temperature", gate_temperature)
@@ -253,18 +286,24 @@ class ContextGate(nn.Module):
         self.register_buffer("scale", torch.ones(n_features) if scale is None else scale.float())
         if not (self.scale > 0).all():
             raise ValueError("scale: expected every entry above 0; `standardise` gives 1 where nothing varies")
-        self.inner = nn.Linear(n_features, width) if width else None
-        self.outer = _zero_linear(width or n_features, n_experts)
+        self.inner = nn.Linear(n_read, width) if width else None
+        self.outer = _zero_linear(width or n_read, n_experts)
 
     def options(self) -> dict[str, Any]:
         """What makes an equal gate but for its parameters, see :func:`make_gate`."""
         width = self.inner.out_features if self.inner is not None else 0
         return {"gate": "ContextGate", "n_features": self.mean.shape[0], "n_experts": self.n_experts, "width": width,
-                "gate_temperature": self.gate_temperature}  # fmt: skip
+                "gate_temperature": self.gate_temperature, "pooling": self.pooling,
+                "weight_scale": self.weight_scale}  # fmt: skip
+
+    def log_prior(self) -> Float[Tensor, ""]:
+        """Log density of the weights under their prior, without its constant and without the biases; nats."""
+        layers = [self.outer] if self.inner is None else [self.inner, self.outer]
+        return _log_normal([layer.weight for layer in layers], self.weight_scale)
 
     def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
         """Before the softmax; gradients flow."""
-        x = (_given(batch, "context", self.mean.shape[0]) - self.mean) / self.scale
+        x = ((_given(batch, "context", self.mean.shape[0]) - self.mean) / self.scale)[:, self.part]
         return self.outer(x if self.inner is None else torch.tanh(self.inner(x)))
 
     def forward(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
@@ -284,10 +323,11 @@ class UserGate(nn.Module):
         numeric one (a tuple).  :meth:`from_metadata` reads them off the training users.
     n_experts : K >= 1.
     gate_temperature : > 0, see :class:`ContextGate`.
+    weight_scale : > 0, nats for a category, or for one standard deviation of a number: the prior N(0, weight_scale^2).
 
     Raises
     ------
-    ValueError : no columns, n_experts below 1, gate_temperature not above 0.
+    ValueError : no columns, n_experts below 1, gate_temperature or weight_scale not above 0.
 
     >>> gate = UserGate.from_metadata({"country": ["x", "y", "x"], "age": [20, 30, 40]}, n_experts=2)
     >>> gate.encode({"country": ["y"], "age": [30]})
@@ -298,10 +338,11 @@ class UserGate(nn.Module):
 
     def __init__(
         self, columns: Mapping[str, list[str] | tuple[float, float]], n_experts: int,
-        gate_temperature: float | int = 1.0,
+        gate_temperature: float | int = 1.0, weight_scale: float | int = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
         check_n_experts(n_experts)
+        self.weight_scale = _positive("weight_scale", weight_scale)
         if not columns:
             raise ValueError("columns: found none; a gate of users needs at least one column of metadata")
         self.columns, self.n_experts = dict(columns), n_experts
@@ -376,7 +417,11 @@ class UserGate(nn.Module):
     def options(self) -> dict[str, Any]:
         """What makes an equal gate but for its parameters, see :func:`make_gate`."""
         return {"gate": "UserGate", "columns": self.columns, "n_experts": self.n_experts,
-                "gate_temperature": self.gate_temperature}  # fmt: skip
+                "gate_temperature": self.gate_temperature, "weight_scale": self.weight_scale}  # fmt: skip
+
+    def log_prior(self) -> Float[Tensor, ""]:
+        """Log density of the weights under their prior, without its constant and without the bias; nats."""
+        return _log_normal([self.outer.weight], self.weight_scale)
 
     def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
         """Before the softmax; gradients flow."""
@@ -398,6 +443,7 @@ class MixedMembershipGate(nn.Module):
     gates : one or two of :class:`ContextGate` and :class:`UserGate`; empty: offsets alone.
     units : names of the users with an offset; their places are ``batch["unit"]``, where -1 is a user without one.
     offset_scale : > 0, nats; 1 by default: an offset of two standard deviations multiplies a weight by seven.
+    column : the column of the data that names the user.
 
     Raises
     ------
@@ -413,7 +459,7 @@ class MixedMembershipGate(nn.Module):
 
     def __init__(
         self, gates: Sequence[ContextGate | UserGate], n_experts: int, units: Sequence[str],
-        offset_scale: float | int = 1.0, gate_temperature: float | int = 1.0,
+        offset_scale: float | int = 1.0, gate_temperature: float | int = 1.0, column: str = "user",
     ) -> None:  # fmt: skip
         super().__init__()
         check_n_experts(n_experts)
@@ -424,7 +470,7 @@ class MixedMembershipGate(nn.Module):
                 f"units: found {len(units)}, {len(set(units))} of them distinct; expected one name for each user, and "
                 "at least one; without users a ContextGate is enough"
             )
-        self.n_experts, self.units = n_experts, list(units)
+        self.n_experts, self.units, self.column = n_experts, list(units), column
         self.offset_scale = _positive("offset_scale", offset_scale)
         self.gate_temperature = _positive("gate_temperature", gate_temperature)
         self.gates = nn.ModuleList(gates)
@@ -435,7 +481,24 @@ class MixedMembershipGate(nn.Module):
         """What makes an equal gate but for its parameters, see :func:`make_gate`."""
         return {"gate": "MixedMembershipGate", "gates": [gate.options() for gate in self.gates],  # type: ignore[operator]
                 "n_experts": self.n_experts, "units": self.units, "offset_scale": self.offset_scale,
-                "gate_temperature": self.gate_temperature}  # fmt: skip
+                "gate_temperature": self.gate_temperature, "column": self.column}  # fmt: skip
+
+    def with_units(self, units: Sequence[str]) -> "MixedMembershipGate":
+        """The same gates for other users, whose offsets start at 0; a user who had an offset keeps it.
+
+        The gates are shared with this one, not copied.
+
+        >>> MixedMembershipGate([], n_experts=2, units=["ann"]).with_units(["ann", "eve"]).offset.shape
+        torch.Size([2, 2])
+        """
+        other = MixedMembershipGate(
+            list(self.gates), self.n_experts, units, self.offset_scale, self.gate_temperature, self.column  # type: ignore[arg-type]
+        )
+        places = self.places(units)
+        known = places >= 0
+        with torch.no_grad():
+            other.offset[known] = self.offset[places[known]]
+        return other
 
     def places(self, names: Sequence[str]) -> Int[Tensor, "rows"]:
         """Place of each user's offset; -1 for users without one."""
@@ -462,8 +525,21 @@ class MixedMembershipGate(nn.Module):
         return (total / self.gate_temperature).log_softmax(-1)
 
     def log_prior(self) -> Float[Tensor, ""]:
-        """Log density of the offsets under their prior, without its constant; nats, gradients flow."""
-        return -self.offset.square().sum() / (2 * self.offset_scale**2)
+        """Log density of the offsets and of the gates' weights under their priors, without constants; nats."""
+        return sum((gate.log_prior() for gate in self.gates), _log_normal([self.offset], self.offset_scale))  # type: ignore[operator]
+
+
+def given_gate(column: str, categories: Sequence[str], n_experts: int) -> UserGate:
+    """A gate that is told who answers: the expert of each category of a column, for sure; frozen. For oracles.
+
+    >>> given_gate("group", ["a", "b"], 2)({"metadata": torch.tensor([[0.0, 1.0]])}).exp()
+    tensor([[0., 1.]])
+    """
+    gate = UserGate({column: list(categories)}, n_experts)
+    with torch.no_grad():
+        for i in range(len(categories)):
+            gate.outer.weight[i % n_experts, i] = 200.0  # nats: e^-200 is 0 in float32
+    return gate.requires_grad_(False)
 
 
 Gate = FixedWeights | LearnedWeights | ContextGate | UserGate | MixedMembershipGate
@@ -548,6 +624,10 @@ def _positive(name: str, value: float | int) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name}={value}: expected above 0")
     return float(value)
+
+
+def _log_normal(parameters: Sequence[Tensor], scale: float) -> Float[Tensor, ""]:
+    return -sum((p.square().sum() for p in parameters), torch.zeros(())) / (2 * scale**2)
 
 
 def _zero_linear(n_in: int, n_out: int) -> nn.Linear:

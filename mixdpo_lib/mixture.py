@@ -20,9 +20,17 @@ from torch import Tensor, nn
 
 from .decoding import sample
 from .elbo import log_responsibilities, margins
-from .em import predictive_probability
+from .em import gate_em, predictive_probability
 from .experts import HeadConstants, HeadExperts, MixtureNextToken, NextToken, chosen_texts
-from .features import PairFeatures, Text, TextFeatures, pair_features, prompt_states, text_store
+from .features import (
+    PairFeatures,
+    Text,
+    TextFeatures,
+    encode_prompts,
+    pair_features,
+    prompt_states,
+    text_store,
+)
 from .gating import Gate, MixedMembershipGate, make_gate
 from .gating import top_s as keep_top_s
 from .sources import Base, load_base
@@ -156,13 +164,19 @@ class MixturePolicy(nn.Module):
         """
         inputs: dict[str, Tensor] = {}
         if "context" in self.gate.reads:
-            inputs["context"] = torch.from_numpy(data.texts.prompt_hidden)[data.pairs[:, 0]]
+            own = data.context
+            inputs["context"] = prompt_states(data.texts, data.pairs[:, 0]) if own is None else own
         if "metadata" in self.gate.reads:
             given = {c: data.rows[c] for c in data.rows.column_names} if metadata is None else metadata
             inputs["metadata"] = self.gate.encode(given)  # type: ignore[union-attr, operator]
         if "unit" in self.gate.reads:
             assert isinstance(self.gate, MixedMembershipGate)
-            inputs["unit"] = self.gate.places([str(name) for name in data.rows["user"]])
+            if self.gate.column not in data.rows.column_names:
+                raise ValueError(
+                    f"column {self.gate.column!r} is missing; found {data.rows.column_names}: the gate's offsets "
+                    "belong to its users"
+                )
+            inputs["unit"] = self.gate.places([str(name) for name in data.rows[self.gate.column]])
         return inputs
 
     def log_w(self, data: PairFeatures) -> Float[Tensor, ...]:
@@ -190,6 +204,10 @@ class MixturePolicy(nn.Module):
     ) -> Float[Tensor, "experts"]:
         """log_w (K,) of one user: the gate's weights given what is known of the user, updated by the user's own pairs.
 
+        One latent for the user: the posterior, q_k proportional to w_k prod_n sigma(D_nk). A `MixedMembershipGate`: the
+        weights of the most probable offset given the pairs, found by EM; a user without pairs has the offset 0. No
+        expert is touched.
+
         Parameters
         ----------
         pairs : preferences of this user alone; without them the gate's weights are returned.
@@ -200,28 +218,38 @@ class MixturePolicy(nn.Module):
         ValueError : a gate that reads the prompt (its weights are no property of a user: `predict` and `generate` ask
             it for each prompt); metadata with a gate that reads none; neither pairs nor metadata where it reads them.
         """
-        reads = self.gate.reads
-        if "context" in reads or "unit" in reads:
+        gate, reads = self.gate, self.gate.reads
+        if "context" in reads:
             raise ValueError(
                 f"the gate reads {', '.join(reads)}: its weights belong to a prompt, not to a user; call predict or "
                 "generate without `user`"
             )
         if metadata is not None and "metadata" not in reads:
             raise ValueError(f"metadata {list(metadata)}: this gate reads none; use a UserGate, or leave it out")
-        if metadata is not None:
-            encoded = self.gate.encode({name: [value] for name, value in metadata.items()})  # type: ignore[union-attr, operator]
-            prior = self.gate({"metadata": encoded})[0]
-        elif "metadata" not in reads:
-            prior = self.gate()
-        elif pairs is None:
-            raise ValueError("the gate reads metadata: give the user's metadata, or pairs with its columns")
-        else:
-            prior = self.log_w(self.prepare(pairs))[0]
+        inputs: dict[str, Tensor] = {}
+        if "metadata" in reads:
+            if metadata is None and pairs is None:
+                raise ValueError("the gate reads metadata: give the user's metadata, or pairs with its columns")
+            if metadata is None:
+                assert pairs is not None
+                rows = self.prepare(pairs).rows
+                metadata = {name: rows[0][name] for name in rows.column_names}
+            inputs["metadata"] = gate.encode({name: [value] for name, value in metadata.items()})  # type: ignore[union-attr, operator]
+        if isinstance(gate, MixedMembershipGate):
+            gate = gate.with_units(["user"])
+            gate.offset.zero_()
+            inputs["unit"] = torch.zeros(1, dtype=torch.long)
+        prior = gate(inputs)[0] if reads else gate()
         if pairs is None:
             return prior.detach().clone()
         loglik = self.loglik(pairs)
-        unit = torch.zeros(len(loglik), dtype=torch.long)
-        return log_responsibilities(loglik, prior, unit, n_units=1)[0]
+        n = len(loglik)
+        if isinstance(gate, MixedMembershipGate):
+            shared = [p for one in gate.gates for p in one.parameters()]
+            gate_em(gate, {name: value.expand(n, *value.shape[1:]) for name, value in inputs.items()}, loglik,
+                    frozen=shared)  # fmt: skip
+            return gate(inputs)[0].detach()
+        return log_responsibilities(loglik, prior, torch.zeros(n, dtype=torch.long), n_units=1)[0]
 
     @torch.no_grad()
     def predict(
@@ -262,7 +290,7 @@ class MixturePolicy(nn.Module):
         if "metadata" in self.gate.reads or "unit" in self.gate.reads:
             raise ValueError("the gate reads what is known of the user: give user=policy.user(metadata=...)")
         if "context" in self.gate.reads:
-            return self.gate({"context": prompt_states(self.base, prompts)})
+            return self.gate({"context": encode_prompts(self.base, prompts)})
         return self.gate().expand(len(prompts), self.n_experts)
 
     # ----------------------------------------------------------------------------------------------------- speech

@@ -170,6 +170,52 @@ def _pairs_of(scores: np.ndarray, ids: Sequence[int], clean: bool) -> list[tuple
     return [(a, b) for a, b in ordered if scores[a] != scores[b]]
 
 
+class _World:
+    """What can be asked and how it is answered: candidate pairs by group and split, and the noise of the labels."""
+
+    def __init__(self, candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig) -> None:
+        for group in GROUPS:
+            if group not in scores:
+                raise ValueError(f"scores: column {group!r} is missing, found {list(scores.columns)}")
+            bad = np.flatnonzero(~np.isfinite(scores[group].to_numpy(float)))
+            if len(bad):
+                raise ValueError(
+                    f"scores: row {bad[0]}, column {group!r} is not a finite number; score that text again"
+                )
+        if len(scores) != len(candidates):
+            raise ValueError(
+                f"scores has {len(scores)} rows, candidates {len(candidates)}: one row a candidate expected"
+            )
+        self.clean = config.name == "clean"
+        by_prompt = {i: rows.tolist() for i, rows in candidates.groupby("prompt_id").indices.items()}
+        self.splits = split_prompts(int(candidates["prompt_id"].max()) + 1)
+        self.values: dict[str, np.ndarray] = {g: scores[g].to_numpy(float) for g in GROUPS}
+        self.pairs = {
+            (g, s): [p for i in self.splits[s] for p in _pairs_of(self.values[g], by_prompt.get(i, []), self.clean)]
+            for g in GROUPS for s in self.splits  # every group, every split
+        }  # fmt: skip
+        self.temperatures = {}
+        for g in GROUPS:
+            difference = np.array([self.values[g][a] - self.values[g][b] for a, b in self.pairs[g, "train"]])
+            self.temperatures[g] = 0.0 if self.clean else label_temperature(difference, config.flip_rate)
+        self.text, self.prompt = candidates["response"].to_list(), candidates["prompt"].to_list()
+        self.prompt_id = candidates["prompt_id"].to_list()
+
+    def row(
+        self, group: str, user: dict[str, str], better: int, worse: int, rng: np.random.Generator | None
+    ) -> dict[str, Any]:
+        """One answered comparison; without a generator, or in a clean design, there is no noise."""
+        gap, t = self.values[group][better] - self.values[group][worse], self.temperatures[group]
+        noisy = rng is not None and not self.clean and t > 0
+        flipped = bool(noisy and rng.random() < 1 / (1 + math.exp(min(gap / t, 700))))  # type: ignore[union-attr]
+        chosen, rejected = (worse, better) if flipped else (better, worse)
+        return {
+            "prompt": self.prompt[better], "chosen": self.text[chosen], "rejected": self.text[rejected],
+            "ended": False, **user, "group": group, "prompt_id": int(self.prompt_id[better]), "flipped": flipped,
+            "gap": gap,
+        }  # fmt: skip
+
+
 def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig) -> DatasetDict:
     """Preference sets of simulated users, each of whom follows one hidden reward.
 
@@ -187,39 +233,9 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
     context : pairs of new users on training prompts.
     test : noise-free labels of each group on test prompts, no users: a user is scored on its group's rows.
     """
-    for group in GROUPS:
-        if group not in scores:
-            raise ValueError(f"scores: column {group!r} is missing, found {list(scores.columns)}")
-        bad = np.flatnonzero(~np.isfinite(scores[group].to_numpy(float)))
-        if len(bad):
-            raise ValueError(f"scores: row {bad[0]}, column {group!r} is not a finite number; score that text again")
-    if len(scores) != len(candidates):
-        raise ValueError(f"scores has {len(scores)} rows, candidates {len(candidates)}: one row a candidate expected")
-    clean = config.name == "clean"
+    world = _World(candidates, scores, config)
     rng = np.random.default_rng(hash_seed(config.seed, "users", config.name))
-    by_prompt = {i: rows.tolist() for i, rows in candidates.groupby("prompt_id").indices.items()}
-    splits = split_prompts(int(candidates["prompt_id"].max()) + 1)
-    values: dict[str, np.ndarray] = {g: scores[g].to_numpy(float) for g in GROUPS}
-    pairs = {
-        (g, s): [p for i in splits[s] for p in _pairs_of(values[g], by_prompt.get(i, []), clean)]
-        for g in GROUPS for s in splits  # every group, every split
-    }  # fmt: skip
-    temperatures = {}
-    for g in GROUPS:
-        difference = np.array([values[g][a] - values[g][b] for a, b in pairs[g, "train"]])
-        temperatures[g] = 0.0 if clean else label_temperature(difference, config.flip_rate)
-    text = candidates["response"].to_list()
-    prompt = candidates["prompt"].to_list()
-
-    def row(group: str, user: dict[str, str], better: int, worse: int, noisy: bool) -> dict[str, Any]:
-        gap = values[group][better] - values[group][worse]
-        t = temperatures[group]
-        flipped = bool(noisy and t > 0 and rng.random() < 1 / (1 + math.exp(min(gap / t, 700))))
-        chosen, rejected = (worse, better) if flipped else (better, worse)
-        return {
-            "prompt": prompt[better], "chosen": text[chosen], "rejected": text[rejected], "ended": False, **user,
-            "group": group, "prompt_id": int(candidates["prompt_id"].iloc[better]), "flipped": flipped, "gap": gap,
-        }  # fmt: skip
+    pairs, splits = world.pairs, world.splits
 
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "context": [], "test": []}
     for kind, count in (("user", config.n_users), ("new", config.n_new_users)):
@@ -242,14 +258,46 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
                     )
                 for chosen in rng.choice(len(pool), size, replace=False):
                     better, worse = pool[chosen]
-                    rows[name].append(row(group, user, better, worse, not clean))
+                    rows[name].append(world.row(group, user, better, worse, rng))
     for group in GROUPS:
         nobody = {"user": "", "genre": "", "age_band": ""}
-        rows["test"] += [row(group, nobody, a, b, False) for a, b in pairs[group, "test"]]
+        rows["test"] += [world.row(group, nobody, a, b, None) for a, b in pairs[group, "test"]]
     out = DatasetDict({name: Dataset.from_list(part) for name, part in rows.items()})
     for part in out.values():
-        part.info.description = json.dumps({"design": asdict(config), "label_temperature": temperatures})
+        part.info.description = json.dumps({"design": asdict(config), "label_temperature": world.temperatures})
     return out
+
+
+def simulate_blends(
+    candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig, n_users: int, test_pairs: int = 40
+) -> DatasetDict:
+    """Blended users: each comparison is answered by one of two rewards of theirs, drawn anew with equal chance.
+
+    Parameters
+    ----------
+    config : the design; `context_pairs` of each user on training prompts.
+    test_pairs : of each user on test prompts, answered in the same way, noise included.
+
+    Returns
+    -------
+    context, test : as in `simulate_preferences`; `group` is the reward that answered, `blend` the user's two.
+    """
+    world = _World(candidates, scores, config)
+    rng = np.random.default_rng(hash_seed(config.seed, "blends", config.name))
+    blends = list(itertools.combinations(GROUPS, 2))
+    rows: dict[str, list[dict[str, Any]]] = {"context": [], "test": []}
+    for n in range(n_users):
+        blend = blends[n % len(blends)]
+        user = {"user": f"blend{n:03d}", "blend": " and ".join(blend)}
+        for name, split, size in (("context", "train", config.context_pairs), ("test", "test", test_pairs)):
+            for _ in range(size):
+                group = blend[int(rng.integers(2))]
+                pool = world.pairs[group, split]
+                if not pool:
+                    raise ValueError(f"no untied {split} pairs for {group!r}: sample more prompts")
+                better, worse = pool[int(rng.integers(len(pool)))]
+                rows[name].append(world.row(group, user, better, worse, rng))
+    return DatasetDict({name: Dataset.from_list(part) for name, part in rows.items()})
 
 
 # ------------------------------------------------------------------------------------------- tables about the designs

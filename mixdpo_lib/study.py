@@ -25,8 +25,8 @@ from torch import Tensor
 from .elbo import log_responsibilities, sum_over_units
 from .evaluation import align, prefix_kl, prompt_accuracy, recovery, text_table, user_groups
 from .experts import HeadExperts
-from .features import PairFeatures, Text, TextStore, pair_features, text_store
-from .gating import LearnedWeights
+from .features import PairFeatures, Text, TextFeatures, TextStore, pair_features, text_store
+from .gating import Gate, LearnedWeights, UserGate, given_gate
 from .mixture import Generated, MixturePolicy
 from .preferences import (
     GROUPS,
@@ -63,22 +63,36 @@ N_KL_TEXTS = 2  # sampled on each validation prompt, to match KL
 KL_SCALES = np.geomspace(0.05, 2.0, 24).tolist()  # factors on B_k between which the match is interpolated
 
 
+METADATA = ("genre", "age_band")  # what is known of a user
+READING = ("gate_iterations", "gate_entropy", "gate_balance", "top_s")  # choices that only gates which read know of
+
+
 @dataclass(frozen=True)
 class Method:
-    """A way to learn from mixed preferences: K experts of a rank, with one latent a user or a comparison."""
+    """A way to learn from mixed preferences: K experts of a rank, with one latent a user or a comparison.
+
+    gate : "learned" weights that read nothing; "metadata", a gate of the users' metadata; "given", the hidden group.
+    """
 
     n_experts: int
     rank: int
     latent: str
+    gate: str = "learned"
 
 
 def study_methods(n_experts: int, rank: int) -> dict[str, Method]:
-    """The methods that are compared. `dpo_rank_3r` is the control with the parameters of all experts in one policy."""
+    """The methods that are compared.
+
+    `dpo_rank_3r` is the control with the parameters of all experts in one policy; `oracle` is told each user's hidden
+    group: one DPO a group, fitted side by side.
+    """
     return {
         "dpo": Method(1, rank, "unit"),
         "dpo_rank_3r": Method(1, rank * n_experts, "unit"),
         "mix_dpo": Method(n_experts, rank, "unit"),
         "mix_dpo_pair": Method(n_experts, rank, "pair"),
+        "moe_dpo": Method(n_experts, rank, "unit", "metadata"),
+        "oracle": Method(len(GROUPS), rank, "unit", "given"),
     }
 
 
@@ -142,6 +156,44 @@ def study_config(designs: Sequence[str] = ("default", "clean"), **values: Any) -
     )  # fmt: skip
 
 
+def kept_fit(
+    policy: MixturePolicy, train: PairFeatures, validation: PairFeatures, config: FitConfig, texts: TextFeatures,
+    parameters: dict[str, Any],
+) -> tuple[FitResult, Tensor]:  # fmt: skip
+    """Fit `policy` in place, or read the fit from the cache: the result, and the rewards (texts, experts).
+
+    The policy is left at its best validation step. `parameters` and the texts are the identity of the fit.
+    """
+    inputs = [texts.key]
+    policy.experts.activate_responses(train)
+
+    def build(folder: Path) -> None:
+        checkpoints = cache_folder() / "checkpoints" / artefact_key("fit", VERSION, parameters, inputs)
+        result = fit(policy, train, config, validation, folder=checkpoints)
+        result.history.to_csv(folder / "history.csv", index=False)
+        result.restarts.to_csv(folder / "restarts.csv", index=False)
+        facts = {"stop_reason": result.stop_reason, "best_step": result.best_step}
+        write_json_atomic(folder / "result.json", facts)
+        states = {f"{s}/{k}": v.clone() for s, state in result.snapshots.items() for k, v in state.items()}
+        save_file({k: v for k, v in states.items() if "active_ids" not in k}, folder / "snapshots.safetensors")
+        policy.load_state_dict(result.snapshots[result.best_step])
+        save_file({"rewards": policy.text_rewards(texts)}, folder / "rewards.safetensors")
+        shutil.rmtree(checkpoints, ignore_errors=True)
+
+    folder = cached("fit", VERSION, parameters, build, inputs=inputs)
+    facts = read_json(folder / "result.json")
+    snapshots: dict[int, dict[str, Tensor]] = {}
+    for name, value in load_file(folder / "snapshots.safetensors").items():
+        step, key = name.split("/", 1)
+        snapshots.setdefault(int(step), {})[key] = value
+    result = FitResult(
+        pd.read_csv(folder / "history.csv"), facts["stop_reason"], facts["best_step"],
+        pd.read_csv(folder / "restarts.csv"), snapshots,
+    )  # fmt: skip
+    policy.load_state_dict(snapshots[result.best_step], strict=False)
+    return result, load_file(folder / "rewards.safetensors")["rewards"]
+
+
 class Study:
     """The arrows of the study, each computed once."""
 
@@ -189,6 +241,10 @@ class Study:
         pairs = zip(table["prompt"], table["response"], strict=True)
         return text_store(self.base, (Text(prompt, response, False) for prompt, response in pairs))
 
+    def design(self, name: str) -> DesignConfig:
+        """Who labels what in the design of this name."""
+        return self._designs[name]
+
     def preferences(self, design: str) -> DatasetDict:
         """The preference sets of a design: train, validation, context, test."""
         return simulate_preferences(self.candidates, self.scores, self._designs[design])
@@ -202,14 +258,18 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------------- fits
 
-    def new_policy(self, method: str) -> MixturePolicy:
-        """An untrained policy of a method."""
+    def new_policy(self, method: str, train: PairFeatures | None = None) -> MixturePolicy:
+        """An untrained policy of a method; a gate of metadata knows the columns from the training pairs."""
         m = self.methods[method]
-        return MixturePolicy(
-            HeadExperts(self.base, m.n_experts, m.rank, min_count=self.config.min_count),
-            LearnedWeights(m.n_experts),
-            self.config.beta,
-        )
+        experts = HeadExperts(self.base, m.n_experts, m.rank, min_count=self.config.min_count)
+        gate: Gate = LearnedWeights(m.n_experts)
+        if m.gate == "given":
+            gate = given_gate("group", GROUPS, m.n_experts)
+        elif m.gate == "metadata":
+            assert train is not None
+            users = pd.DataFrame({c: train.rows[c] for c in ("user", *METADATA)}).drop_duplicates("user")
+            gate = UserGate.from_metadata({c: users[c].tolist() for c in METADATA}, m.n_experts)
+        return MixturePolicy(experts, gate, self.config.beta)
 
     def fitted(self, design: str, method: str, seed: int) -> Fitted:
         """Fit a method on a design's training pairs, or read the fit from the cache."""
@@ -243,45 +303,23 @@ class Study:
         config = replace(self.config.fit, seed=seed, latent=m.latent)
         learned = {n: sets[n].rows.to_dict() for n in ("train", "validation")}
         digest = artefact_key("pairs", VERSION, learned)
+        shape = asdict(m)
+        if shape.pop("gate") == "given":
+            config = replace(config, symmetry_breaking="none")  # the groups part the experts
         parameters = {
-            "method": asdict(m),
+            "method": shape,
             "beta": self.config.beta,
             "min_count": self.config.min_count,
-            "fit": asdict(config),
+            "fit": {k: v for k, v in asdict(config).items() if k not in READING},
             "pairs": digest,
         }
-        inputs = [self.texts.features.key]
-        policy = self.new_policy(method)
-        policy.experts.activate_responses(sets["train"])
-
-        def build(folder: Path) -> None:
-            checkpoints = cache_folder() / "checkpoints" / artefact_key("fit", VERSION, parameters, inputs)
-            result = fit(policy, sets["train"], config, sets["validation"], folder=checkpoints)
-            result.history.to_csv(folder / "history.csv", index=False)
-            result.restarts.to_csv(folder / "restarts.csv", index=False)
-            facts = {"stop_reason": result.stop_reason, "best_step": result.best_step}
-            write_json_atomic(folder / "result.json", facts)
-            states = {f"{s}/{k}": v.clone() for s, state in result.snapshots.items() for k, v in state.items()}
-            save_file({k: v for k, v in states.items() if "active_ids" not in k}, folder / "snapshots.safetensors")
-            policy.load_state_dict(result.snapshots[result.best_step])
-            save_file({"rewards": policy.text_rewards(self.texts.features)}, folder / "rewards.safetensors")
-            shutil.rmtree(checkpoints, ignore_errors=True)
-
-        folder = cached("fit", VERSION, parameters, build, inputs=inputs)
-        facts = read_json(folder / "result.json")
-        snapshots: dict[int, dict[str, Tensor]] = {}
-        for name, value in load_file(folder / "snapshots.safetensors").items():
-            step, key = name.split("/", 1)
-            snapshots.setdefault(int(step), {})[key] = value
-        result = FitResult(
-            pd.read_csv(folder / "history.csv"), facts["stop_reason"], facts["best_step"],
-            pd.read_csv(folder / "restarts.csv"), snapshots,
-        )  # fmt: skip
-        policy.load_state_dict(snapshots[result.best_step], strict=False)
+        policy = self.new_policy(method, sets["train"])
+        if policy.gate.reads:
+            parameters |= {"fit": asdict(config), "gate": policy.gate.options()}
+        result, rewards = kept_fit(policy, sets["train"], sets["validation"], config, self.texts.features, parameters)
         train = sets["train"]
         ids, users = train.units("user")
-        rewards = load_file(folder / "rewards.safetensors")["rewards"]
-        log_q = log_responsibilities(policy.loglik(train, rewards), policy.gate(), ids, n_units=len(users))
+        log_q = log_responsibilities(policy.loglik(train, rewards), policy.log_w(train), ids, n_units=len(users))
         groups = user_groups(train)
         order = align(log_q.exp().numpy(), [groups[u] for u in users], GROUPS)
         return Fitted(design, policy, result, method, seed, rewards, log_q, users, order)

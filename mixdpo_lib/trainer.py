@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -18,18 +19,23 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .elbo import elbo_terms, gumbel_softmax_samples, sum_over_units
+from .elbo import certified_gap, elbo_terms, gumbel_softmax_samples, sum_over_units
 from .em import (
     SYMMETRY_BREAKING,
+    EMResult,
     GumbelSchedule,
     LoglikTable,
     Monitor,
     RecognitionNetwork,
+    cluster_log_q,
     correct,
+    gate_em,
+    gate_m_step,
     random_log_q,
 )
 from .features import PairFeatures, TextFeatures, gather_positions
-from .gating import LearnedWeights
+from .gating import LearnedWeights, MixedMembershipGate
+from .gating import top_s as keep_top_s
 from .mixture import MixturePolicy
 from .store import progress
 
@@ -49,8 +55,8 @@ class FitConfig:
     weight_decay: float = 0.0
     optimizer: str = "adamw"  # or "sgd": momentum 0.9, no scaling by coordinate
     warmup: float = 0.05  # share of the steps
-    symmetry_breaking: str = "random_responsibilities"  # see SYMMETRY_BREAKING
-    symmetry_passes: float = 0.25  # how long the random responsibilities stand
+    symmetry_breaking: str = "random_responsibilities"  # see SYMMETRY_BREAKING; "clusters" of what the gate reads
+    symmetry_passes: float = 0.25  # how long the random responsibilities (or the clusters) stand
     symmetry_scale: float = 1e-3  # standard deviation of B_k with "random_heads"
     start_temperature: float = 8.0  # of tempered responsibilities, q ~ w exp(sum loglik / T); falls to 1
     tempering_passes: float = 1.0  # T reaches 1 here
@@ -69,6 +75,10 @@ class FitConfig:
     n_samples: int = 1  # relaxed draws a step
     hard: bool = False  # one-hot draws with the gradient of the soft ones (straight-through)
     gate_exponent: float = 0.6  # Robbins-Monro: rho_t = (t + 1) ** -gate_exponent, between 0.5 and 1
+    gate_iterations: int = 5  # of L-BFGS in each M-step of a gate that reads
+    gate_entropy: float = 0.0  # weight of the entropy of single weights in the gate's loss: keeps routing undecided
+    gate_balance: float = 0.0  # weight of KL(mean weight || uniform): keeps any expert from starving
+    top_s: int | None = None  # experts computed for a pair once tempering is over, by a gate that reads; None: all
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,7 +87,8 @@ class FitConfig:
         if self.symmetry_breaking not in SYMMETRY_BREAKING:
             raise ValueError(f"symmetry_breaking={self.symmetry_breaking!r}: possible are {SYMMETRY_BREAKING}")
         for name in (
-            "learning_rate", "passes", "batch_size", "restarts", "evaluations_per_pass", "n_samples", "recognition_rate"
+            "learning_rate", "passes", "batch_size", "restarts", "evaluations_per_pass", "n_samples",
+            "recognition_rate", "gate_iterations",
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
@@ -89,6 +100,8 @@ class FitConfig:
             raise ValueError(f"start_temperature={self.start_temperature}: expected at least 1, which is no tempering")
         if not 0 <= self.min_usage < 1:
             raise ValueError(f"min_usage={self.min_usage}: expected in [0, 1); 0 never ends a fit")
+        if self.top_s is not None and self.inference != "exact":
+            raise ValueError(f"top_s={self.top_s} with inference={self.inference!r}: expected 'exact', or no top_s")
         if self.inference not in INFERENCE:
             raise ValueError(f"inference={self.inference!r}: possible are {INFERENCE}")
         self.schedule()
@@ -125,19 +138,37 @@ def _describe_pairs(texts: TextFeatures, pairs: Tensor) -> Tensor:
 class _Learner(nn.Module):
     """What is trained and what a checkpoint holds: experts, gate, tables, network. The frozen base is not in it."""
 
-    random_log_q: Tensor
+    start_log_q: Tensor
     steps: Tensor
     evidence: LoglikTable
 
-    def __init__(self, policy: MixturePolicy, unit: Tensor, config: FitConfig, steps_per_pass: int) -> None:
+    def __init__(
+        self, policy: MixturePolicy, unit: Tensor, config: FitConfig, steps_per_pass: int, inputs: dict[str, Tensor]
+    ) -> None:
         super().__init__()
         self.policy, self.steps_per_pass = policy, steps_per_pass
         self.options = config  # not `config`: Trainer writes to an attribute of that name
         self.table = LoglikTable(unit, policy.n_experts)
         self.recognition: RecognitionNetwork | None = None
-        log_q = random_log_q(self.table.n_units, policy.n_experts, config.seed)
-        self.register_buffer("random_log_q", log_q.float())
+        if config.symmetry_breaking == "clusters":
+            log_q = cluster_log_q(inputs, policy.n_experts, config.seed)
+        else:
+            log_q = random_log_q(self.table.n_units, policy.n_experts, config.seed)
+        self.register_buffer("start_log_q", log_q.float())
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        for name, value in inputs.items():  # they come from the data, so no checkpoint holds them
+            self.register_buffer(f"gate_{name}", value, persistent=False)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the gate reads, one row a latent: a pair, or a unit."""
+        return {name: getattr(self, f"gate_{name}") for name in self.policy.gate.reads}
+
+    @torch.no_grad()
+    def log_w(self) -> Tensor:
+        """The gate's weights, nats: (K,), or one row a latent where it reads something."""
+        gate = self.policy.gate
+        return gate(self.inputs) if gate.reads else gate()
 
     def recognise(self, described: Tensor) -> RecognitionNetwork:
         """Add a recognition network for pairs of this kind, and the table of its last-seen evidence."""
@@ -156,31 +187,53 @@ class _Learner(nn.Module):
         share = float(self.steps) / max(self.options.tempering_passes * self.steps_per_pass, 1)
         return self.options.start_temperature ** max(0.0, 1 - share)
 
+    def starting(self) -> bool:
+        """Whether the responsibilities are still those that break the symmetry."""
+        config = self.options
+        given = config.symmetry_breaking in ("random_responsibilities", "clusters") and self.policy.n_experts > 1
+        return given and bool(self.steps < config.symmetry_passes * self.steps_per_pass)
+
+    def chosen(self, row: Tensor, log_w: Tensor) -> Tensor | None:
+        """Which experts are computed for these rows: all, or the `top_s` of largest weight once tempering is over."""
+        if self.options.top_s is None or self.starting() or self.temperature() > 1:
+            return None
+        return keep_top_s(log_w[self.table.unit[row]], self.options.top_s) > -math.inf
+
     def forward(self, row: Tensor, described: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """loss = - mean_n sum_k q_nk log sigma(D_nk), nats per pair; q detached. See `_relaxed` for the other kinds."""
-        loglik = self.policy.batch_loglik(batch)
-        config = self.options
+        config, several = self.options, self.policy.n_experts > 1
+        log_w = self.log_w()
+        chosen = self.chosen(row, log_w)
+        loglik = self.policy.batch_loglik(batch, chosen)
         if self.training:
             self.table.update(row, loglik)
-        random_start = config.symmetry_breaking == "random_responsibilities"
         penalty = loglik.new_zeros(())
-        if random_start and self.policy.n_experts > 1 and self.steps < config.symmetry_passes * self.steps_per_pass:
-            q = self.random_log_q[self.table.unit[row]].exp()
+        if self.starting():
+            q = self.start_log_q[self.table.unit[row]].exp()
+            if self.training and config.symmetry_breaking == "clusters" and not self.steps:
+                gate_m_step(self.policy.gate, self.inputs, self.start_log_q, max_iter=30)  # clusters of what it reads
+        elif config.inference == "exact" or not several:
+            kept = log_w if chosen is None else keep_top_s(log_w, config.top_s)  # type: ignore[arg-type]
+            q = self.table.batch_log_q(row, kept, self.temperature()).exp()
         else:
-            if config.inference == "exact" or self.policy.n_experts == 1:
-                q = self.table.batch_log_q(row, self.policy.gate(), self.temperature()).exp()
-            else:
-                q, penalty = self._relaxed(row, described)
-            hard = self.temperature() == 1  # tempered responsibilities say little of the weights: a start could kill
-            if self.training and hard and isinstance(self.policy.gate, LearnedWeights) and self.policy.n_experts > 1:
-                rho = (float(self.steps) + 1) ** -config.gate_exponent
-                table = self.table if self.recognition is None else self.evidence
-                mean = table.log_q(self.policy.gate(), self.temperature()).exp().mean(0)
-                if mean.isfinite().all():  # otherwise the next evaluation ends the fit as non-finite
-                    self.policy.gate.update(mean, rho, n_units=self.table.n_units)
+            q, penalty = self._relaxed(row, described)
+        if self.training and several and not self.starting() and self.temperature() == 1:
+            self._m_step_of_gate(log_w)  # tempered responsibilities say little of the weights: a start could kill
         if self.training:
             self.steps += 1
-        return {"loss": penalty - (q * loglik).sum(1).mean()}
+        return {"loss": penalty - (q * loglik.masked_fill(q == 0, 0.0)).sum(1).mean()}
+
+    def _m_step_of_gate(self, log_w: Tensor) -> None:
+        """The weights move towards the responsibilities of the whole table."""
+        config, gate = self.options, self.policy.gate
+        table = self.table if self.recognition is None else self.evidence
+        log_q = table.log_q(log_w)
+        if not log_q.isfinite().any() or bool(log_q.isnan().any()):  # the next evaluation ends the fit as non-finite
+            return
+        if isinstance(gate, LearnedWeights):
+            gate.update(log_q.exp().mean(0), (float(self.steps) + 1) ** -config.gate_exponent, n_units=len(log_q))
+        elif any(p.requires_grad for p in gate.parameters()):  # a frozen gate stays as it was given
+            gate_m_step(gate, self.inputs, log_q, config.gate_entropy, config.gate_balance, config.gate_iterations)
 
     def _relaxed(self, row: Tensor, described: Tensor | None) -> tuple[Tensor, Tensor]:
         """Gumbel-Softmax draws z~ of the latents of these rows, and what KL(q || w) adds to the loss (nats per pair).
@@ -188,7 +241,7 @@ class _Learner(nn.Module):
         "relaxed" draws from the exact responsibilities, whose KL has no gradient; "recognition" from q_phi, through
         which gradients flow: the evidence of the batch is fresh, that of a unit's other pairs is as last seen.
         """
-        config, log_w, unit = self.options, self.policy.gate(), self.table.unit[row]
+        config, log_w, unit = self.options, self.log_w(), self.table.unit[row]
         if self.recognition is None:
             log_q, kl = self.table.log_q(log_w, self.temperature()), None
         else:
@@ -216,6 +269,45 @@ def _groups(data: PairFeatures, batch_by: str) -> list[list[int]]:
     return list(groups.values())
 
 
+def _gate_inputs(policy: MixturePolicy, data: PairFeatures, config: FitConfig, unit: Tensor) -> dict[str, Tensor]:
+    """What the gate reads of each latent of the training data.
+
+    Raises
+    ------
+    ValueError : with latent="unit", a gate that reads what differs inside a unit; top_s with an input-free gate, out of
+        range; another inference than "exact" with a gate that reads.
+    """
+    gate = policy.gate
+    if config.top_s is not None and not gate.reads:
+        raise ValueError(
+            f"top_s={config.top_s} with {type(gate).__name__}: the same experts would be left out of every pair, and "
+            "never learn; use a gate that reads, or no top_s"
+        )
+    if config.top_s is not None and not 1 <= config.top_s <= policy.n_experts:
+        raise ValueError(f"top_s={config.top_s} with {policy.n_experts} experts: expected 1 ... {policy.n_experts}")
+    if not gate.reads:
+        return {}
+    if config.inference != "exact":
+        raise ValueError(f"inference={config.inference!r} with {type(gate).__name__}: expected 'exact' with a gate "
+                         "that reads")  # fmt: skip
+    inputs = policy.gate_inputs(data)
+    if config.latent == "pair":
+        return inputs
+    _, first = np.unique(unit.numpy(), return_index=True)
+    shared = {name: value[first] for name, value in inputs.items()}
+    for name, value in inputs.items():
+        differs = ~torch.isclose(value.float(), shared[name][unit].float(), atol=1e-3, rtol=1e-3)
+        rows = differs if differs.dim() == 1 else differs.any(1)
+        if rows.any():
+            row = int(rows.nonzero()[0])
+            raise ValueError(
+                f"row {row}: {name} differs from the first row of its {config.unit}: with latent='unit' a gate may "
+                f"read only what the pairs of a {config.unit} share; use latent='pair', or a gate that reads the "
+                f"{config.unit}"
+            )
+    return shared
+
+
 class MixDPOTrainer(Trainer):
     """Stochastic variational EM on `transformers.Trainer`: batches of pairs, E-step from the table, M-step by AdamW.
 
@@ -237,9 +329,12 @@ class MixDPOTrainer(Trainer):
             place = {name: i for i, name in enumerate(self.names)}
             ids, names = validation.units(config.unit)
             unknown = [n for n in names if n not in place]
-            if unknown:
-                raise ValueError(f"validation: units {unknown[:3]} have no training pairs; expected units with some")
-            self.validation_unit = torch.tensor([place[n] for n in names])[ids]
+            if unknown and not policy.gate.reads:
+                raise ValueError(
+                    f"validation: units {unknown[:3]} have no training pairs; expected units with some, or a gate that "
+                    "reads what is known of them"
+                )
+            self.validation_unit = torch.tensor([place.get(n, -1) for n in names])[ids]
         # an expert owns about 1/K of the pairs, and so 1/K of the gradient; AdamW makes up for that by itself
         rate = config.learning_rate * (policy.n_experts if config.optimizer == "sgd" else 1)
         arguments = TrainingArguments(
@@ -251,7 +346,7 @@ class MixDPOTrainer(Trainer):
             dataloader_pin_memory=False, max_grad_norm=1.0, use_cpu=policy.base.model.device.type == "cpu",
             label_names=[],
         )  # fmt: skip
-        learner = _Learner(policy, unit, config, steps_per_pass)
+        learner = _Learner(policy, unit, config, steps_per_pass, _gate_inputs(policy, data, config, unit))
         groups = [{"params": list(policy.experts.parameters()), "lr": rate}]
         recognises = config.inference == "recognition" and policy.n_experts > 1
         if recognises:
@@ -286,8 +381,13 @@ class MixDPOTrainer(Trainer):
         rewards = policy.text_rewards(self.data.texts, torch.unique(torch.cat(seen))) if seen else None
         if self.config.evaluate_training:
             table.fill(policy.loglik(self.data, rewards))
-        log_w = policy.gate()
+        log_w = learner.log_w()
         row: dict[str, Any] = table.terms(log_w, 1.0)
+        if self.config.top_s is not None:  # of the table: the mean over its rows, nats a latent
+            unit = table.unit if self.config.latent == "unit" else None
+            row["certified_gap"] = float(
+                certified_gap(table.loglik, log_w, self.config.top_s, unit, validate=False).mean()
+            )
         if learner.recognition is not None:  # the bound at q_phi: how far it lies below is the amortisation gap
             with torch.no_grad():
                 parts = [_describe_pairs(self.data.texts, part) for part in self.data.pairs.split(1024)]
@@ -300,7 +400,11 @@ class MixDPOTrainer(Trainer):
         if self.validation is not None:
             same = self.validation.texts is self.data.texts
             loglik = policy.loglik(self.validation, rewards if same else None)
-            weights = table.log_q(log_w)[self.validation_unit] if self.config.latent == "unit" else log_w
+            with torch.no_grad():
+                weights = policy.log_w(self.validation)
+            if self.config.latent == "unit":  # a unit with training pairs by them, another one by the gate alone
+                place = self.validation_unit
+                weights = torch.where(place[:, None] < 0, weights, table.log_q(log_w)[place])
             prediction = (loglik + weights).logsumexp(1)
             row["validation_loglik"] = float(prediction.mean())
             row["validation_accuracy"] = float(correct(prediction.exp()).mean())
@@ -437,6 +541,37 @@ def fit(
         history=history, stop_reason=watch.stop_reason or "max_iter",
         best_step=int(history["step"].iloc[max(watch.monitor.best_step, 0)]), restarts=restarts,
         snapshots=watch.snapshots,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def fit_gate(
+    policy: MixturePolicy, data: Dataset | PairFeatures, latent: str = "unit", unit: str = "user",
+    only_offsets: bool = False, **options: Any,
+) -> EMResult:  # fmt: skip
+    """Fit the gate of `policy` alone, in place: new users or new prompts, the same experts. See `em.gate_em`.
+
+    Parameters
+    ----------
+    data : preferences of those who shall be served. latent, unit : as in `FitConfig`.
+    only_offsets : of a `MixedMembershipGate` only the users' offsets move, its gates stay.
+    options : max_iter, tolerance, entropy_weight, balance_weight of `em.gate_em`.
+
+    Returns
+    -------
+    EMResult: history, stop_reason, responsibilities. No parameter of the experts is touched.
+    """
+    data = policy.prepare(data)
+    config = FitConfig(latent=latent, unit=unit)
+    ids, names = data.units(unit) if latent == "unit" else (torch.arange(len(data)), [])
+    frozen: list[nn.Parameter] = []
+    if only_offsets:
+        if not isinstance(policy.gate, MixedMembershipGate):
+            raise ValueError(f"only_offsets with {type(policy.gate).__name__}: it has none; use a MixedMembershipGate")
+        frozen = [p for gate in policy.gate.gates for p in gate.parameters()]
+    return gate_em(
+        policy.gate, _gate_inputs(policy, data, config, ids), policy.loglik(data),
+        ids if latent == "unit" else None, frozen=frozen, **options,
     )  # fmt: skip
 
 

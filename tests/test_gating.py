@@ -175,7 +175,7 @@ def learn(gate, batch, log_q, steps=300, **options):
 
 
 def test_gates_start_at_equal_weights():
-    context, user = ContextGate(5, 3, width=4), UserGate.from_metadata(METADATA, 3)
+    context, user = ContextGate(5, 3), UserGate.from_metadata(METADATA, 3)
     both = MixedMembershipGate([context, user], n_experts=3, units=list("abcd"))
     batch = {"context": torch.randn(4, 5), "metadata": user.encode(METADATA), "unit": torch.arange(4)}
     for gate in (context, user, both):

@@ -10,7 +10,7 @@ from tiny import VOCABULARY, full_logps, preference_rows, save_tiny_base
 
 from mixdpo_lib import elbo
 from mixdpo_lib.experts import HeadExperts
-from mixdpo_lib.features import Text, pair_features, prompt_states, text_store
+from mixdpo_lib.features import Text, encode_prompts, pair_features, prompt_states, text_store
 from mixdpo_lib.gating import ContextGate, FixedWeights, LearnedWeights, MixedMembershipGate, UserGate, top_s
 from mixdpo_lib.mixture import MixturePolicy
 
@@ -120,9 +120,10 @@ def test_a_gate_of_users_refuses_what_it_cannot_use(policy, by_metadata, data):
 
 
 def test_a_gate_of_prompts_routes_each_prompt(policy, data):
-    states = prompt_states(policy.base, PROMPTS)
+    states = encode_prompts(policy.base, PROMPTS)
     stored = text_store(policy.base, [Text(p, "was good", True) for p in PROMPTS]).features
-    torch.testing.assert_close(states, torch.from_numpy(stored.prompt_hidden), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(states, prompt_states(stored, torch.arange(len(PROMPTS))), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(states[:, :32], torch.from_numpy(stored.prompt_hidden), atol=1e-5, rtol=1e-4)
     gate = ContextGate(states.shape[1], 3, mean=states.mean(0), scale=states.std(0) + 0.1)
     with torch.no_grad():
         gate.outer.weight.copy_(torch.randn(gate.outer.weight.shape, generator=torch.Generator().manual_seed(1)))

@@ -273,9 +273,9 @@ def test_random_responsibilities_are_seeded_and_stand_for_a_while(tiny_base, dat
         return MixDPOTrainer(make(tiny_base, data), data, config, tmp_path).model
 
     a, b, c = learner(0), learner(0), learner(1)
-    assert torch.equal(a.random_log_q, b.random_log_q) and not torch.equal(a.random_log_q, c.random_log_q)
-    assert a.random_log_q.shape == (4, 2)
-    torch.testing.assert_close(a.random_log_q.exp().sum(1), torch.ones(4))
+    assert torch.equal(a.start_log_q, b.start_log_q) and not torch.equal(a.start_log_q, c.start_log_q)
+    assert a.start_log_q.shape == (4, 2)
+    torch.testing.assert_close(a.start_log_q.exp().sum(1), torch.ones(4))
     batch = a.policy.experts.batch(data.texts, a.policy.constants(data.texts), data.pairs[:6])
     batch["row"] = torch.arange(6)
     for step in range(3):  # all margins are 0: the gradient shows the responsibilities that were used

@@ -1,0 +1,467 @@
+"""Can a gate route movies and books? Prompts of two domains, a hidden reward profile for each, fits, and the gate.
+
+No learner sees the domain but the one that is called `oracle`. Two kinds of prompts: titles of well-known works in
+templates that name neither domain, or the first words of real reviews.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from .elbo import log_responsibilities
+from .evaluation import align, bootstrap_means, interval, prompt_accuracy
+from .experts import HeadExperts
+from .features import PairFeatures, Text, TextStore, encode_prompts, pair_features, text_store
+from .gating import ContextGate, FixedWeights, Gate, LearnedWeights, given_gate, standardise
+from .mixture import MixturePolicy
+from .preferences import CandidateConfig, hash_seed, label_temperature, sample_candidates, usable
+from .rewards import JudgeConfig, Judges, judges, score_texts, split_reviews
+from .sources import Base, load_base, load_reviews
+from .store import MixDPOError, project_root
+from .study import kept_fit
+from .trainer import FitConfig, FitResult
+
+VERSION = 1
+DOMAINS = ("film", "book")
+TITLE_FILES = {"film": "films.csv", "book": "books.csv"}
+TEMPLATES = (
+    "Having finished {title}, one of the best-known works of {maker}, I can say that this",
+    "I have just finished {title}, one of the best-known works of {maker}, and I can say that this",
+)
+PROFILES: dict[str, dict[str, float]] = {
+    "film": {"sentiment": 1.0, "informativeness": -0.5},
+    "book": {"sentiment": -0.5, "informativeness": 1.0},
+}
+DOMAIN_FIT: dict[str, Any] = {
+    "latent": "pair",
+    "batch_by": "prompt",
+    "batch_size": 16,
+    "optimizer": "sgd",
+    "learning_rate": 0.03,
+    "passes": 5.0,
+    "start_temperature": 1.0,
+    "symmetry_breaking": "clusters",
+    "symmetry_passes": 0.5,
+    "evaluations_per_pass": 1,
+    "evaluate_training": False,
+}
+
+
+@dataclass(frozen=True)
+class DomainConfig:
+    """Every choice of the study of two domains."""
+
+    prompts: str = "titles"  # "titles" in templates, or "reviews": the first words of real ones
+    base: str = "smollm2-135m"
+    reviews: str = "imdb-packaged"  # reviews of films; the judges are fitted on others of them
+    book_reviews: str = ""  # file, folder or hub id with reviews of books; for "reviews" only
+    titles: str = ""  # folder with films.csv and books.csv; the project's own by default
+    n_titles: int = 180  # of each domain
+    templates: tuple[str, ...] = TEMPLATES  # with {title} and {maker}; the same for both domains, every title in each
+    n_prompts: int = 180  # of each domain, for "reviews"
+    prompt_tokens: int = 32  # of a review
+    gate_tokens: int = 32  # how many of them the gate reads
+    n_candidates: int = 3
+    response_tokens: int = 24
+    labels_per_pair: int = 4  # independent noisy answers to each comparison
+    flip_rate: float = 0.10
+    n_experts: int = 2
+    rank: int = 8
+    min_count: int = 5  # occurrences of an active token in the training responses
+    beta: float = 0.1
+    pooling: str = "last"  # see ContextGate
+    weight_scale: float = 0.1  # see ContextGate
+    judges: JudgeConfig = field(default_factory=JudgeConfig)
+    fit: FitConfig = field(default_factory=lambda: FitConfig(**DOMAIN_FIT))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompts not in ("titles", "reviews"):
+            raise ValueError(f"prompts={self.prompts!r}: possible are 'titles' and 'reviews'")
+        if self.prompts == "reviews" and not self.book_reviews:
+            raise ValueError("prompts='reviews' needs book_reviews: a file, a folder or a hub id with reviews of books")
+        if not 0 < self.gate_tokens <= self.prompt_tokens:
+            raise ValueError(f"gate_tokens={self.gate_tokens}: expected 1 ... prompt_tokens={self.prompt_tokens}")
+        for template in self.templates or ("",):
+            if "{title}" not in template or "{maker}" not in template:
+                raise ValueError(f"template {template!r}: expected a text with {{title}} and {{maker}}")
+        if not 0 <= self.flip_rate < 0.5:
+            raise ValueError(f"flip_rate={self.flip_rate}: expected at least 0 and below 0.5 (0 is no noise)")
+
+
+def domain_config(**values: Any) -> DomainConfig:
+    """A `DomainConfig` from flat values, each named as the field it sets (`n_titles`, `passes`, ...).
+
+    >>> domain_config(n_titles=20, passes=1.0).fit.passes
+    1.0
+    """
+    parts: dict[str, dict[str, Any]] = {"judges": {}, "fit": dict(DOMAIN_FIT)}
+    homes = {f.name: "judges" for f in fields(JudgeConfig) if f.name != "seed"}
+    homes |= {f.name: "fit" for f in fields(FitConfig) if f.name != "seed"}
+    own = {f.name for f in fields(DomainConfig)} - set(parts)
+    chosen: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in own:
+            chosen[key] = value
+        elif key in homes:
+            parts[homes[key]][key] = value
+        else:
+            raise ValueError(f"{key}={value!r} is no choice; possible are {', '.join(sorted({*own, *homes}))}")
+    return DomainConfig(judges=JudgeConfig(**parts["judges"]), fit=FitConfig(**parts["fit"]), **chosen)
+
+
+def load_titles(folder: str | Path, n_titles: int) -> pd.DataFrame:
+    """The first `n_titles` works of each domain: domain, title, maker.
+
+    Raises
+    ------
+    MixDPOError : a file that is absent, not UTF-8, without the columns title and maker, with an empty field or too few
+        rows; file and row are named (row 1 is the first after the header).
+    """
+    parts = []
+    for domain in DOMAINS:
+        path = Path(folder) / TITLE_FILES[domain]
+        if not path.is_file():
+            raise MixDPOError(f"{path}: not found; expected a file with columns title and maker, one {domain} a row")
+        try:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise MixDPOError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+        except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+            raise MixDPOError(f"{path}: not readable as a table ({error}); expected columns title and maker") from error
+        for column in ("title", "maker"):
+            if column not in table:
+                raise MixDPOError(f"{path}: column {column!r} is missing; found {list(table.columns)}")
+            empty = np.flatnonzero(table[column].str.strip() == "")
+            if len(empty):
+                raise MixDPOError(f"{path}: row {empty[0] + 1}, column {column!r} is empty; expected text")
+        if not 0 < n_titles <= len(table):
+            raise MixDPOError(f"{path}: {len(table)} rows, n_titles={n_titles} wanted: give more {domain}s, or ask for "
+                              "fewer")  # fmt: skip
+        parts.append(table.head(n_titles)[["title", "maker"]].assign(domain=domain))
+    return pd.concat(parts, ignore_index=True)
+
+
+def split_items(n_items: int, seed: int) -> list[str]:
+    """A part for each of n items: train (70 %), validation (10 %), test (20 %), in random order (seeded)."""
+    a, b = round(0.7 * n_items), round(0.8 * n_items)
+    parts = np.array(["train"] * a + ["validation"] * (b - a) + ["test"] * (n_items - b))
+    return parts[np.random.default_rng(seed).permutation(n_items)].tolist()
+
+
+def first_tokens(base: Base, text: str, n_tokens: int) -> str | None:
+    """The first tokens of a text, cut back to whole words; None for a text that is not longer than that."""
+    ids = base.tokenizer(text[: 40 * n_tokens], add_special_tokens=False)["input_ids"][: n_tokens + 1]
+    if len(ids) <= n_tokens:
+        return None
+    return str(base.tokenizer.decode(ids)).rsplit(" ", 1)[0].strip() or None
+
+
+@dataclass(frozen=True)
+class DomainFit:
+    """A fitted method: the policy at its best validation step, its history, every text's rewards, expert of DOMAINS."""
+
+    policy: MixturePolicy
+    result: FitResult
+    method: str
+    seed: int
+    rewards: Tensor
+    order: list[int]
+
+
+class DomainStudy:
+    """The arrows of the study of two domains, each computed once."""
+
+    def __init__(self, config: DomainConfig | None = None) -> None:
+        self.config = config or DomainConfig()
+        self._fitted: dict[tuple[str, int], DomainFit] = {}
+
+    @cached_property
+    def base(self) -> Base:
+        """The frozen base model."""
+        return load_base(self.config.base)
+
+    @cached_property
+    def judges(self) -> Judges:
+        """The judges of the reviews of films: both domains are scored by the same ones."""
+        return judges(self.config.reviews, self.config.judges)
+
+    # ------------------------------------------------------------------------------------------------------ prompts
+
+    @cached_property
+    def items(self) -> pd.DataFrame:
+        """Works or reviews: domain, part (train, validation, test), and title and maker, or the text's beginning."""
+        config = self.config
+        if config.prompts == "titles":
+            folder = config.titles or project_root() / "data" / "titles"
+            table = load_titles(folder, config.n_titles)
+        else:
+            films = split_reviews(load_reviews(config.reviews), config=config.judges)["prompts"]["text"]
+            books = load_reviews(config.book_reviews)["text"]
+            parts = []
+            for domain, texts in zip(DOMAINS, (films, books), strict=True):
+                order = np.random.default_rng(hash_seed(config.seed, domain)).permutation(len(texts))
+                found = (first_tokens(self.base, texts[int(i)], config.prompt_tokens) for i in order)
+                distinct = list(dict.fromkeys(text for text in found if text))[: config.n_prompts]
+                if len(distinct) < config.n_prompts:
+                    place = config.reviews if domain == "film" else config.book_reviews
+                    raise MixDPOError(
+                        f"{place}: {len(distinct)} distinct reviews of more than {config.prompt_tokens} tokens, "
+                        f"n_prompts={config.n_prompts} wanted: give more reviews, or ask for fewer prompts"
+                    )
+                parts.append(pd.DataFrame({"text": distinct, "domain": domain}))
+            table = pd.concat(parts, ignore_index=True)
+        seeds = {domain: hash_seed(config.seed, "split", domain) for domain in DOMAINS}
+        table["part"] = ""
+        for domain in DOMAINS:
+            rows = table.index[table["domain"] == domain]
+            table.loc[rows, "part"] = split_items(len(rows), seeds[domain])
+        return table
+
+    @cached_property
+    def prompts(self) -> pd.DataFrame:
+        """One row a prompt with candidates: item, domain, part, prompt."""
+        if self.config.prompts == "reviews":
+            return self.items.rename(columns={"text": "prompt"}).assign(item=lambda t: t.index)
+        rows = [
+            {"item": item, "domain": work.domain, "part": work.part,
+             "prompt": template.format(title=work.title, maker=work.maker)}
+            for item, work in enumerate(self.items.itertuples()) for template in self.config.templates
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def gate_prompt(self, prompt: str) -> str:
+        """What the gate reads of a prompt: all of it, or the first `gate_tokens` tokens of a review."""
+        config = self.config
+        if config.prompts == "titles" or config.gate_tokens == config.prompt_tokens:
+            return prompt
+        return first_tokens(self.base, prompt, config.gate_tokens) or prompt
+
+    # ------------------------------------------------------------------------------------------------- preferences
+
+    @cached_property
+    def candidates(self) -> pd.DataFrame:
+        """Continuations of the prompts by the base, without the unusable ones."""
+        config = CandidateConfig(
+            n_prompts=len(self.prompts), n_candidates=self.config.n_candidates, seed=self.config.seed,
+            response_tokens=self.config.response_tokens,
+        )  # fmt: skip
+        return usable(sample_candidates(self.base, self.prompts["prompt"].tolist(), config))
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """Standardised scores of the training judges, one row a candidate."""
+        whole = [p + r for p, r in zip(self.candidates["prompt"], self.candidates["response"], strict=True)]
+        scores = score_texts(whole, self.judges.training)
+        return (scores - scores.mean()) / scores.std().replace(0, 1)
+
+    @cached_property
+    def rewards(self) -> pd.DataFrame:
+        """The hidden reward of every candidate under each domain's profile, in standard deviations."""
+        return pd.DataFrame({
+            domain: sum(weight * self.scores[reward] for reward, weight in profile.items())
+            for domain, profile in PROFILES.items()
+        })  # fmt: skip
+
+    @cached_property
+    def preferences(self) -> dict[str, Dataset]:
+        """train, validation (noisy answers by each domain's profile) and test (noise-free). `group` is the domain."""
+        config, table = self.config, self.candidates
+        rng = np.random.default_rng(hash_seed(config.seed, "labels"))
+        of = self.prompts.loc[table["prompt_id"]].reset_index(drop=True)
+        gaps: dict[str, list[tuple[int, int, float]]] = {domain: [] for domain in DOMAINS}
+        for rows in table.groupby("prompt_id").indices.values():
+            domain = of["domain"].iat[rows[0]]
+            value = self.rewards[domain].to_numpy()
+            for x in range(len(rows)):
+                for y in range(x + 1, len(rows)):
+                    a, b = (rows[x], rows[y]) if value[rows[x]] > value[rows[y]] else (rows[y], rows[x])
+                    if value[a] != value[b]:
+                        gaps[domain].append((int(a), int(b), float(value[a] - value[b])))
+        out: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+        for domain in DOMAINS:
+            train = np.array([g for a, _, g in gaps[domain] if of["part"].iat[a] == "train"])
+            t = label_temperature(train, config.flip_rate)
+            for better, worse, gap in gaps[domain]:
+                part = of["part"].iat[better]
+                for _ in range(1 if part == "test" else config.labels_per_pair):
+                    flipped = part != "test" and t > 0 and rng.random() < 1 / (1 + math.exp(min(gap / t, 700)))
+                    a, b = (worse, better) if flipped else (better, worse)
+                    out[part].append({
+                        "prompt": table["prompt"].iat[a], "chosen": table["response"].iat[a],
+                        "rejected": table["response"].iat[b], "ended": False, "domain": domain, "group": domain,
+                        "prompt_id": int(table["prompt_id"].iat[a]), "item": int(of["item"].iat[a]), "gap": gap,
+                        "flipped": bool(flipped),
+                    })  # fmt: skip
+        for part, rows_of in out.items():
+            empty = set(DOMAINS) - {row["domain"] for row in rows_of}
+            if empty:
+                raise MixDPOError(f"no {part} pairs for {sorted(empty)}: ask for more prompts")
+        return {part: Dataset.from_list(rows) for part, rows in out.items()}
+
+    @cached_property
+    def texts(self) -> TextStore:
+        """Features of all candidates."""
+        table = self.candidates
+        pairs = zip(table["prompt"], table["response"], strict=True)
+        return text_store(self.base, (Text(prompt, response, False) for prompt, response in pairs))
+
+    @cached_property
+    def pairs(self) -> dict[str, PairFeatures]:
+        """The preference sets with their features, and what the gate reads of their prompts."""
+        out = {part: pair_features(self.base, rows, self.texts) for part, rows in self.preferences.items()}
+        states = self.states(self.prompts["prompt"].tolist())
+        return {
+            part: PairFeatures(data.rows, data.texts, data.pairs, states[torch.tensor(data.rows["prompt_id"])])
+            for part, data in out.items()
+        }
+
+    def states(self, prompts: Sequence[str]) -> Tensor:
+        """(prompts, 2 hidden): what the gate reads of these prompts."""
+        return encode_prompts(self.base, [self.gate_prompt(prompt) for prompt in prompts])
+
+    # -------------------------------------------------------------------------------------------------------- fits
+
+    def methods(self) -> dict[str, tuple[int, int]]:
+        """Experts and rank of each method; `dpo_rank_2r` has all experts' parameters in one policy."""
+        k, r = self.config.n_experts, self.config.rank
+        return {"dpo": (1, r), f"dpo_rank_{k}r": (1, k * r), "mix_dpo": (k, r), "moe_dpo": (k, r), "oracle": (k, r)}
+
+    def _gate(self, method: str, n_experts: int) -> Gate:
+        if method == "moe_dpo":
+            states = self.pairs["train"].context
+            assert states is not None
+            return ContextGate.from_states(
+                states, n_experts, pooling=self.config.pooling, weight_scale=self.config.weight_scale
+            )
+        if method != "oracle":
+            return LearnedWeights(n_experts) if n_experts > 1 else FixedWeights.uniform(1)
+        return given_gate("domain", DOMAINS, n_experts)
+
+    def fitted(self, method: str, seed: int) -> DomainFit:
+        """Fit a method on the training pairs, or read the fit from the cache.
+
+        `oracle` is the mixture whose gate is given the domain; no other method reads it.
+        """
+        if (method, seed) in self._fitted:
+            return self._fitted[method, seed]
+        known = self.methods()
+        if method not in known:
+            raise ValueError(f"method={method!r}: possible are {list(known)}")
+        (k, rank), config = known[method], self.config
+        options: dict[str, Any] = {**asdict(config.fit), "seed": seed}
+        if method != "moe_dpo":
+            options["symmetry_breaking"] = "none" if method == "oracle" else "random_responsibilities"
+        chosen = FitConfig(**options)
+        experts = HeadExperts(self.base, k, rank, min_count=config.min_count)
+        policy = MixturePolicy(experts, self._gate(method, k), config.beta)
+        digest = hashlib.sha256()
+        for part in ("train", "validation"):
+            digest.update(repr(self.preferences[part].to_dict()).encode())
+        parameters = {
+            "method": method, "experts": (k, rank), "beta": config.beta, "fit": asdict(chosen),
+            "min_count": config.min_count,
+            "gate": [policy.gate.options(), config.gate_tokens], "pairs": digest.hexdigest(),
+        }  # fmt: skip
+        train = self.pairs["train"]
+        result, rewards = kept_fit(
+            policy, train, self.pairs["validation"], chosen, self.texts.features, parameters
+        )
+        log_q = log_responsibilities(policy.loglik(train, rewards), policy.log_w(train).detach())
+        order = align(log_q.exp().numpy(), train.rows["domain"], DOMAINS) if k > 1 else [0] * len(DOMAINS)
+        self._fitted[method, seed] = DomainFit(policy, result, method, seed, rewards, order)
+        return self._fitted[method, seed]
+
+    def fits(self, methods: Sequence[str], seeds: Sequence[int]) -> list[DomainFit]:
+        """Every method with every seed."""
+        return [self.fitted(method, seed) for method in methods for seed in seeds]
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+
+    def accuracy_by_prompt(self, fits: Sequence[DomainFit]) -> pd.DataFrame:
+        """Test accuracy by domain (`group`) and prompt: sum_k w_k(x) sigma(D_k) > 0.5 by each policy's own gate."""
+        test, parts = self.pairs["test"], []
+        for f in fits:
+            loglik, log_w = f.policy.loglik(test, f.rewards), f.policy.log_w(test).detach()
+            mixed = (loglik + log_w).logsumexp(1, keepdim=True)
+            one = {domain: torch.zeros(1, 1) for domain in DOMAINS}
+            table = prompt_accuracy(f.policy, test, one, mixed)
+            parts.append(table.assign(method=f.method, seed=f.seed))
+        return pd.concat(parts, ignore_index=True)
+
+    def history(self, fits: Sequence[DomainFit]) -> pd.DataFrame:
+        """Every evaluation of every fit, one row each."""
+        return pd.concat([f.result.history.assign(method=f.method, seed=f.seed) for f in fits], ignore_index=True)
+
+    def routing(self, fits: Sequence[DomainFit]) -> pd.DataFrame:
+        """The gate on held-out prompts: one row a fit and prompt with `film`, the weight of the films' expert.
+
+        `supervised` is a logistic regression that was told the training prompts' domains and reads the same state: an
+        upper line. Its penalty is that of the gate's prior.
+        """
+        held_out = self.prompts.loc[self.prompts["part"] == "test", ["item", "domain", "prompt"]]
+        states = self.states(held_out["prompt"].tolist())
+        parts = []
+        for f in fits:
+            with torch.no_grad():
+                weights = f.policy.gate({"context": states}).exp()
+            film, book = (weights[:, k] for k in f.order[:2])
+            parts.append(held_out.assign(method=f.method, seed=f.seed, film=(film / (film + book)).numpy()))
+        parts.append(held_out.assign(method="supervised", seed=0, film=self._supervised(states)))
+        return pd.concat(parts, ignore_index=True)
+
+    def _supervised(self, states: Tensor) -> np.ndarray:
+        train = self.prompts[self.prompts["part"] == "train"]
+        own = self.states(train["prompt"].tolist())
+        mean, scale = standardise(own)
+        half = own.shape[1] // 2
+        part = {"mean": slice(0, half), "last": slice(half, None), "both": slice(None)}[self.config.pooling]
+        model = LogisticRegression(C=self.config.weight_scale**2, max_iter=5000)
+        model.fit(((own - mean) / scale)[:, part].numpy(), train["domain"] == "film")
+        return model.predict_proba(((states - mean) / scale)[:, part].numpy())[:, 1]
+
+
+def gate_accuracy(routing: pd.DataFrame) -> pd.DataFrame:
+    """Share of held-out prompts, and of works or reviews (mean log odds of their prompts), sent to their own expert.
+
+    Columns: method, seed ("mean": over seeds), of ("prompt" or "item"), accuracy, low, high (95 %, bootstrap over
+    items), n.
+    """
+    rows = []
+    film = routing["domain"] == "film"
+    own = np.where(film, routing["film"], 1 - routing["film"]).clip(1e-9, 1 - 1e-9)
+    table = routing.assign(hit=(own > 0.5).astype(float), odds=np.log(own / (1 - own)))
+    items = table.groupby(["method", "seed", "item"], sort=False, as_index=False).agg(
+        prompt=("hit", "mean"), odds=("odds", "mean")
+    )
+    items["item_hit"] = (items["odds"] > 0).astype(float)
+    for method, part in items.groupby("method", sort=False):
+        for of, column in (("prompt", "prompt"), ("item", "item_hit")):
+            wide = part.pivot_table(index="item", columns="seed", values=column)
+            for seed in [*wide.columns, "mean"]:
+                values = (wide.mean(axis=1) if seed == "mean" else wide[seed]).to_numpy()
+                low, high = interval(bootstrap_means(values[:, None])[:, 0])
+                rows.append({"method": method, "seed": str(seed), "of": of, "accuracy": values.mean(), "low": low,
+                             "high": high, "n": len(values)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def worst_routed(routing: pd.DataFrame, n: int = 8) -> pd.DataFrame:
+    """The held-out prompts that the gate sends most confidently to the wrong expert: mean weight over the seeds."""
+    gate = routing[routing["method"] == "moe_dpo"]
+    mean = gate.groupby(["domain", "prompt"], as_index=False)["film"].mean()
+    mean["weight_of_its_expert"] = np.where(mean["domain"] == "film", mean["film"], 1 - mean["film"])
+    return mean.sort_values("weight_of_its_expert").head(n)[["domain", "weight_of_its_expert", "prompt"]]
