@@ -54,6 +54,7 @@ DOMAIN_FIT: dict[str, Any] = {
     "passes": 5.0,
     "start_temperature": 1.0,
     "symmetry_breaking": "clusters",
+    "cluster_by": "item",
     "symmetry_passes": 0.5,
     "evaluations_per_pass": 1,
     "evaluate_training": False,

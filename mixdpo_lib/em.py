@@ -274,12 +274,14 @@ def random_log_q(n_units: int, n_experts: int, seed: int) -> Float[Tensor, "unit
 
 
 def cluster_log_q(
-    inputs: Mapping[str, Tensor], n_experts: int, seed: int, certainty: float = 0.8
+    inputs: Mapping[str, Tensor], n_experts: int, seed: int, together: Sequence[str] | None = None,
+    certainty: float = 0.8,
 ) -> Float[Tensor, "rows experts"]:
     """Responsibilities from seeded k-means on what the gate reads: symmetry breaking that a gate can follow at once.
 
     Random responsibilities of single comparisons average out over the pairs of a prompt; clusters of prompts do not.
-    No label is read. A row's cluster has log-probability log `certainty`, the other experts share the rest.
+    No label is read. A row's cluster has log-probability log `certainty`, the other experts share the rest. Rows with
+    the same name in `together` (the work that several templates ask about) share a cluster, that of their mean.
 
     >>> cluster_log_q({"context": torch.tensor([[0.0], [0.1], [9.0]])}, 2, seed=0).exp().sort(1).values
     tensor([[0.2000, 0.8000],
@@ -298,7 +300,13 @@ def cluster_log_q(
     for part in parts:
         mean, scale = standardise(part)
         columns.append(((part - mean) / scale).numpy())
-    distinct, place = np.unique(np.concatenate(columns, 1).round(3), axis=0, return_inverse=True)
+    read = np.concatenate(columns, 1)
+    if together is not None:
+        names, member = np.unique(np.asarray(together), return_inverse=True)
+        means = np.zeros((len(names), read.shape[1]))
+        np.add.at(means, member, read)
+        read = (means / np.bincount(member)[:, None])[member]
+    distinct, place = np.unique(read.round(3), axis=0, return_inverse=True)
     if len(distinct) < n_experts:
         raise ValueError(f"{len(distinct)} distinct inputs of the gate for {n_experts} experts: use fewer experts")
     label = KMeans(n_experts, n_init=10, random_state=seed).fit_predict(distinct)[place.ravel()]

@@ -53,10 +53,10 @@ METHOD_STYLE: Mapping[str, Look] = {
     "dpo": Look("DPO", "#0072B2", "o", "///"),
     "dpo_rank_3r": Look("DPO, rank 3r", "#56B4E9", "v", "\\\\\\"),
     "mix_dpo": Look("Mix-DPO, per user", "#D55E00", "D", "..."),
-    "dpo_rank_2r": Look("DPO, rank 2r", "#56B4E9", "v", "\\\\\\"),
+    "dpo_rank_2r": Look("DPO, rank 2r", "#332288", ">", "\\\\\\"),
     "mix_dpo_pair": Look("Mix-DPO, per pair", "#E69F00", "^", "xxx"),
     "moe_dpo": Look("MoE-DPO", "#009E73", "P", "++"),
-    "supervised": Look("supervised classifier", "#56B4E9", "s", "--"),
+    "supervised": Look("supervised classifier", "#7A4B00", "X", "--"),
     "oracle": Look("Mix-DPO, oracle", "#000000", "*", "ooo"),
 }
 

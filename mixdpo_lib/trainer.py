@@ -56,6 +56,7 @@ class FitConfig:
     optimizer: str = "adamw"  # or "sgd": momentum 0.9, no scaling by coordinate
     warmup: float = 0.05  # share of the steps
     symmetry_breaking: str = "random_responsibilities"  # see SYMMETRY_BREAKING; "clusters" of what the gate reads
+    cluster_by: str = ""  # column whose rows share a cluster, such as a work that several templates ask about
     symmetry_passes: float = 0.25  # how long the random responsibilities (or the clusters) stand
     symmetry_scale: float = 1e-3  # standard deviation of B_k with "random_heads"
     start_temperature: float = 8.0  # of tempered responsibilities, q ~ w exp(sum loglik / T); falls to 1
@@ -143,15 +144,16 @@ class _Learner(nn.Module):
     evidence: LoglikTable
 
     def __init__(
-        self, policy: MixturePolicy, unit: Tensor, config: FitConfig, steps_per_pass: int, inputs: dict[str, Tensor]
-    ) -> None:
+        self, policy: MixturePolicy, unit: Tensor, config: FitConfig, steps_per_pass: int, inputs: dict[str, Tensor],
+        together: list[str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.policy, self.steps_per_pass = policy, steps_per_pass
         self.options = config  # not `config`: Trainer writes to an attribute of that name
         self.table = LoglikTable(unit, policy.n_experts)
         self.recognition: RecognitionNetwork | None = None
         if config.symmetry_breaking == "clusters":
-            log_q = cluster_log_q(inputs, policy.n_experts, config.seed)
+            log_q = cluster_log_q(inputs, policy.n_experts, config.seed, together)
         else:
             log_q = random_log_q(self.table.n_units, policy.n_experts, config.seed)
         self.register_buffer("start_log_q", log_q.float())
@@ -308,6 +310,15 @@ def _gate_inputs(policy: MixturePolicy, data: PairFeatures, config: FitConfig, u
     return shared
 
 
+def _cluster_names(data: PairFeatures, config: FitConfig, unit: Tensor) -> list[str] | None:
+    """Of each latent, the name in the column `cluster_by`."""
+    if not config.cluster_by:
+        return None
+    ids, names = data.units(config.cluster_by)
+    _, first = np.unique(unit.numpy(), return_index=True)
+    return [names[int(i)] for i in ids[first]]
+
+
 class MixDPOTrainer(Trainer):
     """Stochastic variational EM on `transformers.Trainer`: batches of pairs, E-step from the table, M-step by AdamW.
 
@@ -346,7 +357,9 @@ class MixDPOTrainer(Trainer):
             dataloader_pin_memory=False, max_grad_norm=1.0, use_cpu=policy.base.model.device.type == "cpu",
             label_names=[],
         )  # fmt: skip
-        learner = _Learner(policy, unit, config, steps_per_pass, _gate_inputs(policy, data, config, unit))
+        inputs = _gate_inputs(policy, data, config, unit)
+        together = _cluster_names(data, config, unit) if config.symmetry_breaking == "clusters" else None
+        learner = _Learner(policy, unit, config, steps_per_pass, inputs, together)
         groups = [{"params": list(policy.experts.parameters()), "lr": rate}]
         recognises = config.inference == "recognition" and policy.n_experts > 1
         if recognises:

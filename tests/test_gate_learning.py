@@ -78,7 +78,7 @@ def test_an_m_step_reaches_the_minimum_and_never_rises(options):
     gate = ContextGate(5, 3, weight_scale=0.7)
 
     def value():
-        return float(gate_loss(gate(inputs), log_q, **options) - gate.log_prior() / len(log_q))
+        return (gate_loss(gate(inputs), log_q, **options) - gate.log_prior() / len(log_q)).item()
 
     losses = [value()]
     for _ in range(12):
@@ -141,6 +141,9 @@ def test_clusters_are_seeded_and_need_something_to_read():
     label = log_q.argmax(1)
     assert len(set(label[:20].tolist())) == 1 and label[0] != label[20]
     torch.testing.assert_close(log_q.exp().sum(1), torch.ones(40))
+    crossed = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 1.0], [9.0, 1.0]])  # two works, two templates far apart
+    label = cluster_log_q({"context": crossed}, 2, seed=0, together=["a", "a", "b", "b"]).argmax(1).tolist()
+    assert label[0] == label[1] != label[2] == label[3]
     with pytest.raises(ValueError, match="needs a gate that reads prompts or metadata; this one reads nothing"):
         cluster_log_q({}, 2, seed=0)
     with pytest.raises(ValueError, match="1 distinct inputs of the gate for 2 experts"):
@@ -159,13 +162,12 @@ def test_a_fit_routes_prompts(tiny_base, data):
     films = torch.tensor([d == "film" for d in data.rows["domain"]])
     gap = (weights[films].mean(0) - weights[~films].mean(0)).abs()
     assert float(gap.min()) > 0.5
-    single = make(tiny_base, data, FixedWeights.uniform(1), n_experts=1)
-    plain = fit(single, data, replace(CONFIG, symmetry_breaking="none"), data)
+    free = make(tiny_base, data, LearnedWeights(2))  # the same experts' worth of parameters, and nothing to read
+    plain = fit(free, data, replace(CONFIG, symmetry_breaking="random_responsibilities"), data)
     last = [r.history["validation_loglik"].iloc[-1] for r in (result, plain)]
-    assert last[0] > last[1] + 0.02
-    free = routed.predict(data)
+    assert last[0] > last[1] + 0.005
     expected = (routed.loglik(data) + routed.log_w(data).detach()).logsumexp(1).exp()
-    torch.testing.assert_close(free, expected)
+    torch.testing.assert_close(routed.predict(data), expected)
 
 
 def test_a_latent_of_a_prompt_may_read_the_prompt_and_one_of_a_user_may_not(tiny_base, data):
@@ -240,7 +242,8 @@ def test_only_the_kept_experts_are_computed_in_training(tiny_base, data, monkeyp
     monkeypatch.setattr(policy.experts, "logps", logps)
     config = replace(CONFIG, top_s=1, symmetry_breaking="none", evaluate_training=True)
     result = fit(policy, data, config)
-    assert len(asked) == 36 and all(c is not None and (c.sum(1) == 1).all() for c in asked)
+    kept = [chosen for chosen in asked if chosen is not None]  # evaluations compute all
+    assert len(kept) == 36 and all((chosen.sum(1) == 1).all() for chosen in kept)
     assert (result.history["certified_gap"] > 0).all() and result.history["elbo"].iloc[-1] > -math.log(2)
     loglik, log_w = policy.loglik(data), policy.log_w(data).detach()
     true = mixture_log_likelihood(loglik, log_w) - restricted_log_likelihood(loglik, log_w, 1)

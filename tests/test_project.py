@@ -17,7 +17,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))
 ORDER = ["elbo", "store", "gating", "em", "sources", "features", "decoding", "experts", "mixture", "probes", "nets",
-         "rewards", "preferences", "trainer", "evaluation", "study", "figures", "runs", "cli"]
+         "rewards", "preferences", "trainer", "evaluation", "study", "domains",
+         "personalization", "figures", "runs", "cli"]
 
 
 def pins(lines):

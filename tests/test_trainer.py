@@ -408,9 +408,9 @@ def test_a_fit_stops_when_validation_gets_no_better(tiny_base, data):
 def test_a_fit_that_diverges_says_so(tiny_base, data, monkeypatch, n_experts):
     policy, calls, loglik = make(tiny_base, data, n_experts), [], MixturePolicy.batch_loglik
 
-    def diverge(self, batch):
+    def diverge(self, batch, chosen=None):
         calls.append(1)
-        return loglik(self, batch) * (math.nan if len(calls) == 5 else 1)
+        return loglik(self, batch, chosen) * (math.nan if len(calls) == 5 else 1)
 
     monkeypatch.setattr(MixturePolicy, "batch_loglik", diverge)
     result = fit(policy, data, replace(CONFIG, symmetry_breaking="none"), data)
