@@ -364,7 +364,8 @@ class DomainStudy:
             raise ValueError(f"method={method!r}: possible are {list(known)}")
         (k, rank), config = known[method], self.config
         options: dict[str, Any] = {**asdict(config.fit), "seed": seed}
-        if method != "moe_dpo":
+        if method != "moe_dpo":  # gates that cannot say anything of a prompt without pairs
+            options["latent"] = "pair"
             options["symmetry_breaking"] = "none" if method == "oracle" else "random_responsibilities"
         chosen = FitConfig(**options)
         experts = HeadExperts(self.base, k, rank, min_count=config.min_count)

@@ -19,6 +19,7 @@ __all__ = [
     "EXPERT_STYLE",
     "METHOD_STYLE",
     "Look",
+    "accuracy_by_domain",
     "accuracy_by_group",
     "accuracy_by_own_pairs",
     "curves",
@@ -239,14 +240,30 @@ def accuracy_by_group(accuracy: pd.DataFrame, ax: Axes) -> Axes:
     oracle = (accuracy["method"] == "mix_dpo") & (accuracy["routing"] == "oracle")
     shown = accuracy[single | mixture | oracle]
     shown = shown.assign(series=np.where(oracle[shown.index], "oracle", shown["method"]))
+    return _by_group(shown, ax, "series", "hidden group of the users")
+
+
+def accuracy_by_domain(accuracy: pd.DataFrame, ax: Axes) -> Axes:
+    """Held-out preference accuracy by domain of the prompt, methods side by side; every seed a point.
+
+    Parameters
+    ----------
+    accuracy : columns ``method``, ``seed``, ``group`` (the domain), ``accuracy``, ``low``, ``high`` (share of pairs),
+        optionally ``n_pairs``; rows whose seed is "mean" give the large marker and its interval.
+    """
+    need(accuracy, ["method", "seed", "group", "accuracy", "low", "high"], "accuracy_by_domain")
+    return _by_group(accuracy.reset_index(drop=True), ax, "method", "domain of the prompt")
+
+
+def _by_group(shown: pd.DataFrame, ax: Axes, series: str, x_label: str) -> Axes:
     groups = _ordered(set(shown["group"]))
     if "mean" in groups and "all" in groups:
         groups.remove("all")
-    _dodged(shown[shown["group"].isin(groups)], ax, "group", groups, "series", "accuracy")
+    _dodged(shown[shown["group"].isin(groups)], ax, "group", groups, series, "accuracy")
     labels = [GROUP_LABELS.get(group, group) for group in groups]
     ax.set_xticks(range(len(groups)), [f"{a}\n{b}" if b else a for a, b in zip(labels, _n(shown, groups), strict=True)])
     _accuracy_axis(ax)
-    ax.set_xlabel("hidden group of the users (n: test pairs per seed)" if "n_pairs" in shown else "hidden group")
+    ax.set_xlabel(f"{x_label} (n: test pairs per seed)" if "n_pairs" in shown else x_label)
     legend_above(ax, 3)
     return ax
 

@@ -87,6 +87,17 @@ def test_routing_comparison(ax, accuracy):
     assert "worst group" in ax.get_xlabel() and "n = 404" in ax.get_xlabel()
 
 
+def test_accuracy_by_domain_draws_every_method_of_every_domain(ax):
+    rows = [{"method": m, "seed": s, "group": g, "n_pairs": 9, "accuracy": 0.6 + i / 50, "low": 0.5, "high": 0.8}
+            for i, m in enumerate(("dpo", "moe_dpo", "oracle")) for s in (0, 1) for g in ("film", "book")]  # fmt: skip
+    figures.accuracy_by_domain(pd.DataFrame(rows), ax)
+    labels = tick_labels(ax.xaxis)
+    assert {label.split("\n")[0] for label in labels} == {"film", "book"} and "n = 9" in labels[0]
+    assert len(ax.get_legend().get_texts()) == 3 and ax.get_xlabel().startswith("domain of the prompt")
+    with pytest.raises(ValueError, match=r"accuracy_by_domain: the table lacks \['group'\]"):
+        figures.accuracy_by_domain(pd.DataFrame(rows).drop(columns="group"), ax)
+
+
 def test_a_table_of_two_designs_is_refused(ax, accuracy):
     both = pd.concat([accuracy, accuracy.assign(design="clean")])
     with pytest.raises(ValueError, match=r"accuracy_by_group: column 'design' holds \['default', 'clean'\]; filter"):
