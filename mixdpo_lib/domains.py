@@ -7,6 +7,7 @@ templates that name neither domain, or the first words of real reviews.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -138,7 +139,8 @@ def load_titles(folder: str | Path, n_titles: int) -> pd.DataFrame:
         if not path.is_file():
             raise MixDPOError(f"{path}: not found; expected a file with columns title and maker, one {domain} a row")
         try:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+            text = path.read_bytes().decode("utf-8-sig")
+            table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
         except UnicodeDecodeError as error:
             raise MixDPOError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
         except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:

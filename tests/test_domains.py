@@ -1,0 +1,126 @@
+"""Prompts of two domains: title files and every fault in them, the split, and measures of the gate on known routings."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mixdpo_lib import domains, store
+from mixdpo_lib.domains import DomainConfig, domain_config, gate_accuracy, load_titles, split_items, worst_routed
+from mixdpo_lib.evaluation import reliability
+from mixdpo_lib.store import MixDPOError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for domain, name in domains.TITLE_FILES.items():
+        rows = "".join(f"{domain} {i},maker {i}\n" for i in range(4))
+        (tmp_path / name).write_text("title,maker\n" + rows, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_projects_own_titles():
+    table = load_titles(store.project_root() / "data" / "titles", 180)
+    assert table["domain"].value_counts().to_dict() == {"film": 180, "book": 180}
+    for _, part in table.groupby("domain"):
+        assert not part.duplicated(["title", "maker"]).any()
+
+
+def test_no_template_names_a_domain():
+    for template in domains.TEMPLATES:
+        words = template.lower()
+        assert not any(
+            word in words for word in ("film", "movie", "book", "novel", "read", "watch", "author", "direct")
+        )
+
+
+def test_titles_are_read_in_order(folder):
+    table = load_titles(folder, 3)
+    assert list(table.columns) == ["title", "maker", "domain"]
+    assert table["title"].tolist() == ["film 0", "film 1", "film 2", "book 0", "book 1", "book 2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"title,maker\n", r"books.csv: 0 rows, n_titles=2 wanted: give more books, or ask for fewer"),
+        (b"", r"books.csv: not readable as a table"),
+        (b"title,author\na,b\nc,d\n", r"books.csv: column 'maker' is missing; found \['title', 'author'\]"),
+        (b"title,maker\na,b\n ,d\n", r"books.csv: row 2, column 'title' is empty; expected text"),
+        ("title,maker\nLes Misérables,b\nc,d\n".encode("latin-1"), r"books.csv: not UTF-8 \(byte 19\); save the file"),
+    ],
+    ids=["empty domain", "empty file", "column", "field", "encoding"],
+)
+def test_a_bad_title_file_is_named(folder, content, message):
+    (folder / "books.csv").write_bytes(content)
+    with pytest.raises(MixDPOError, match=message):
+        load_titles(folder, 2)
+
+
+def test_an_absent_title_file_is_named(folder):
+    (folder / "films.csv").unlink()
+    with pytest.raises(MixDPOError, match=r"films.csv: not found; expected a file with columns title and maker"):
+        load_titles(folder, 2)
+
+
+def test_the_split_has_its_shares_and_depends_on_the_seed():
+    parts = split_items(180, 0)
+    assert [parts.count(name) for name in ("train", "validation", "test")] == [126, 18, 36]
+    assert parts == split_items(180, 0) != split_items(180, 1)
+
+
+def test_choices_find_their_home():
+    config = domain_config(n_titles=5, passes=1.5, training_reviews=700)
+    assert (config.n_titles, config.fit.passes, config.judges.training_reviews) == (5, 1.5, 700)
+    assert config.fit.symmetry_breaking == "clusters"
+    for values, message in (
+        ({"n_title": 5}, "n_title=5 is no choice; possible are"),
+        ({"prompts": "poems"}, "prompts='poems': possible are 'titles' and 'reviews'"),
+        ({"prompts": "reviews"}, "prompts='reviews' needs book_reviews"),
+        ({"gate_tokens": 40}, r"gate_tokens=40: expected 1 ... prompt_tokens=32"),
+        (
+            {"templates": ("about {title}",)},
+            r"template 'about \{title\}': expected a text with \{title\} and \{maker\}",
+        ),
+        ({"flip_rate": 0.5}, "flip_rate=0.5: expected at least 0 and below 0.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            domain_config(**values)
+    assert DomainConfig().pooling == "last"
+
+
+def routing(films, books, method="moe_dpo"):
+    """Two prompts an item; weights of the films' expert."""
+    rows = [
+        {"item": item, "domain": domain, "prompt": f"{domain} {item} {i}", "method": method, "seed": 0, "film": weight}
+        for domain, items, first in (("film", films, 0), ("book", books, 100))
+        for item, weights in enumerate(items, first)
+        for i, weight in enumerate(weights)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_gate_accuracy_of_prompts_and_of_works():
+    table = gate_accuracy(routing([(0.9, 0.4), (0.8, 0.7)], [(0.1, 0.2), (0.9, 0.8)]))
+    mean = table[table["seed"] == "mean"].set_index("of")
+    assert mean.loc["prompt", "accuracy"] == pytest.approx(5 / 8)
+    assert mean.loc["item", "accuracy"] == pytest.approx(3 / 4)  # .9 outweighs .4: log odds are averaged
+    assert (mean["low"] <= mean["accuracy"]).all() and (mean["accuracy"] <= mean["high"]).all()
+    assert (mean["n"] == 4).all()
+
+
+def test_the_worst_routed_prompts_come_first():
+    both = pd.concat([routing([(0.9, 0.2)], [(0.3, 0.95)]), routing([(0.0, 0.0)], [(1.0, 1.0)], "supervised")])
+    worst = worst_routed(both, 2)
+    assert worst["prompt"].tolist() == ["book 100 1", "film 0 1"]
+    assert worst["weight_of_its_expert"].tolist() == pytest.approx([0.05, 0.2])
+
+
+def test_a_calibrated_gate_lies_on_the_diagonal():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(size=20_000)
+    honest = reliability(p, rng.uniform(size=len(p)) < p)
+    assert honest["calibration_error"].iloc[0] < 0.02
+    assert (honest["low"] - 0.02 <= honest["probability"]).all()
+    assert (honest["probability"] <= honest["high"] + 0.02).all()
+    sure = reliability(np.full(1000, 0.99), np.arange(1000) % 2 == 0)
+    assert sure["calibration_error"].iloc[0] == pytest.approx(0.49)
