@@ -1,4 +1,4 @@
-"""Prompts of two domains: title files and every fault in them, the split, and measures of the gate on known routings."""
+"""Prompts of two domains: title files and every fault in them, the split, measures of the gate on known routings."""
 
 import numpy as np
 import pandas as pd
