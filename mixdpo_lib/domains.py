@@ -39,12 +39,12 @@ VERSION = 1
 DOMAINS = ("film", "book")
 TITLE_FILES = {"film": "films.csv", "book": "books.csv"}
 TEMPLATES = (
-    "Having finished {title}, one of the best-known works of {maker}, I can say that this",
-    "I have just finished {title}, one of the best-known works of {maker}, and I can say that this",
+    "{title}, one of the best-known works of {maker}, is a",
+    "{title} is one of the best-known works of {maker}. As a",
 )
 PROFILES: dict[str, dict[str, float]] = {
-    "film": {"sentiment": 1.0, "informativeness": -0.5},
-    "book": {"sentiment": -0.5, "informativeness": 1.0},
+    "film": {"sentiment": 1.0, "informativeness": -1.0},
+    "book": {"sentiment": -1.0, "informativeness": 1.0},
 }
 DOMAIN_FIT: dict[str, Any] = {
     "latent": "pair",
@@ -85,7 +85,7 @@ class DomainConfig:
     min_count: int = 5  # occurrences of an active token in the training responses
     beta: float = 0.1
     pooling: str = "last"  # see ContextGate
-    weight_scale: float = 0.1  # see ContextGate
+    weight_scale: float = 0.03  # see ContextGate; each answer of a prompt counts: about 0.1 / sqrt(answers a prompt)
     judges: JudgeConfig = field(default_factory=JudgeConfig)
     fit: FitConfig = field(default_factory=lambda: FitConfig(**DOMAIN_FIT))
     seed: int = 0
@@ -414,7 +414,7 @@ class DomainStudy:
         """The gate on held-out prompts: one row a fit and prompt with `film`, the weight of the films' expert.
 
         `supervised` is a logistic regression that was told the training prompts' domains and reads the same state: an
-        upper line. Its penalty is that of the gate's prior.
+        upper line. Its penalty is that of the gate's prior, each training prompt counted with all of its answers.
         """
         held_out = self.prompts.loc[self.prompts["part"] == "test", ["item", "domain", "prompt"]]
         states = self.states(held_out["prompt"].tolist())
@@ -433,7 +433,8 @@ class DomainStudy:
         mean, scale = standardise(own)
         half = own.shape[1] // 2
         part = {"mean": slice(0, half), "last": slice(half, None), "both": slice(None)}[self.config.pooling]
-        model = LogisticRegression(C=self.config.weight_scale**2, max_iter=5000)
+        answers = len(self.preferences["train"]) / len(train)
+        model = LogisticRegression(C=answers * self.config.weight_scale**2, max_iter=5000)
         model.fit(((own - mean) / scale)[:, part].numpy(), train["domain"] == "film")
         return model.predict_proba(((states - mean) / scale)[:, part].numpy())[:, 1]
 

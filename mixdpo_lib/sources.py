@@ -195,11 +195,19 @@ def _rows(name: str, split: str | None) -> Iterable[Mapping[str, Any]]:
 
 
 def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from _parsed_rows(path)
+    except UnicodeDecodeError as error:
+        raise MixDPOError(f"{path}: not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}); save the file "
+                          "as UTF-8") from error
+
+
+def _parsed_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if path.suffix == ".csv":
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file)
     elif path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)

@@ -62,6 +62,24 @@ def test_an_absent_title_file_is_named(folder):
         load_titles(folder, 2)
 
 
+def test_a_domain_with_too_few_reviews_is_named(tiny_base, tmp_path, monkeypatch):
+    """First words of real reviews: films from one file, books from another in which all texts but one are too short."""
+    for name, texts in (("films", ["one two three four five six"] * 2), ("books", ["a b c d e f g h", "short"])):
+        rows = "".join(f"{text} {i},1\n" for i, text in enumerate(texts))
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + rows, encoding="utf-8")
+    monkeypatch.setattr(domains, "split_reviews", lambda reviews, config: {"prompts": reviews})
+    places = {"reviews": str(tmp_path / "films.csv"), "book_reviews": str(tmp_path / "books.csv")}
+    study = domains.DomainStudy(
+        domain_config(prompts="reviews", n_prompts=2, prompt_tokens=6, gate_tokens=6, **places)
+    )
+    study.base = tiny_base
+    with pytest.raises(MixDPOError, match=r"\.csv: [01] distinct reviews of more than 6 tokens, n_prompts=2 wanted"):
+        _ = study.items
+    (tmp_path / "books.csv").write_bytes("text,label\nLes Mis\u00e9rables,1\n".encode("latin-1"))
+    with pytest.raises(MixDPOError, match=r"books\.csv: .*UTF-8"):
+        _ = study.items
+
+
 def test_the_split_has_its_shares_and_depends_on_the_seed():
     parts = split_items(180, 0)
     assert [parts.count(name) for name in ("train", "validation", "test")] == [126, 18, 36]

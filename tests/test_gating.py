@@ -298,6 +298,7 @@ def test_a_gate_is_made_anew_from_its_options():
     (lambda: UserGate.from_metadata(METADATA, 2).encode({"age": [1]}), "column 'country' is absent; found \\['age'\\]"),
     (lambda: UserGate.from_metadata(METADATA, 2).encode({"country": ["x"], "age": ["old"]}), "row 0, column 'age'"),
     (lambda: UserGate.from_metadata(METADATA, 2).encode({"country": ["x"], "age": [1, 2]}), "'age' has 2 rows"),
+    (lambda: UserGate.from_metadata(METADATA, 2).encode({"country": ["x"], "age": [math.nan]}), "row 0, column 'age'"),
     (lambda: MixedMembershipGate([ContextGate(2, 3)], 2, ["a"]), r"gates have \[3\] experts; expected 2"),
     (lambda: MixedMembershipGate([], 2, []), "units: found 0"),
     (lambda: MixedMembershipGate([], 2, ["a", "a"]), "units: found 2, 1 of them distinct"),
