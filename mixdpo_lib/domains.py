@@ -39,8 +39,8 @@ VERSION = 1
 DOMAINS = ("film", "book")
 TITLE_FILES = {"film": "films.csv", "book": "books.csv"}
 TEMPLATES = (
-    "{title}, one of the best-known works of {maker}, is a",
-    "{title} is one of the best-known works of {maker}. As a",
+    "Having finished {title}, one of the best-known works of {maker}, I can say that this",
+    "I have just finished {title}, one of the best-known works of {maker}, and I can say that this",
 )
 PROFILES: dict[str, dict[str, float]] = {
     "film": {"sentiment": 1.0, "informativeness": -1.0},
@@ -56,7 +56,8 @@ DOMAIN_FIT: dict[str, Any] = {
     "start_temperature": 1.0,
     "symmetry_breaking": "clusters",
     "cluster_by": "item",
-    "symmetry_passes": 0.5,
+    "cluster_certainty": 0.95,
+    "symmetry_passes": 1.0,
     "evaluations_per_pass": 1,
     "evaluate_training": False,
 }

@@ -277,7 +277,7 @@ def cluster_log_q(
     inputs: Mapping[str, Tensor], n_experts: int, seed: int, together: Sequence[str] | None = None,
     certainty: float = 0.8,
 ) -> Float[Tensor, "rows experts"]:
-    """Responsibilities from seeded k-means on what the gate reads: symmetry breaking that a gate can follow at once.
+    """Responsibilities from seeded spherical k-means on what the gate reads: symmetry breaking that a gate can follow.
 
     Random responsibilities of single comparisons average out over the pairs of a prompt; clusters of prompts do not.
     No label is read. A row's cluster has log-probability log `certainty`, the other experts share the rest. Rows with
@@ -306,7 +306,9 @@ def cluster_log_q(
         means = np.zeros((len(names), read.shape[1]))
         np.add.at(means, member, read)
         read = (means / np.bincount(member)[:, None])[member]
-    distinct, place = np.unique(read.round(3), axis=0, return_inverse=True)
+    read = read - read.mean(0)  # directions from the centre: a few far prompts must not be a cluster of their own
+    size = np.linalg.norm(read, axis=1, keepdims=True)
+    distinct, place = np.unique((read / np.where(size > 0, size, 1)).round(3), axis=0, return_inverse=True)
     if len(distinct) < n_experts:
         raise ValueError(f"{len(distinct)} distinct inputs of the gate for {n_experts} experts: use fewer experts")
     label = KMeans(n_experts, n_init=10, random_state=seed).fit_predict(distinct)[place.ravel()]

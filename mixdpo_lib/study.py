@@ -64,7 +64,7 @@ KL_SCALES = np.geomspace(0.05, 2.0, 24).tolist()  # factors on B_k between which
 
 
 METADATA = ("genre", "age_band")  # what is known of a user
-READING = ("gate_iterations", "gate_entropy", "gate_balance", "top_s", "cluster_by")  # of gates that read, no others
+READING = ("gate_iterations", "gate_entropy", "gate_balance", "top_s", "cluster_by", "cluster_certainty")  # of gates
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class FitConfig:
     warmup: float = 0.05  # share of the steps
     symmetry_breaking: str = "random_responsibilities"  # see SYMMETRY_BREAKING; "clusters" of what the gate reads
     cluster_by: str = ""  # column whose rows share a cluster, such as a work that several templates ask about
+    cluster_certainty: float = 0.8  # responsibility of the expert of a row's cluster, above 1/K and below 1
     symmetry_passes: float = 0.25  # how long the random responsibilities (or the clusters) stand
     symmetry_scale: float = 1e-3  # standard deviation of B_k with "random_heads"
     start_temperature: float = 8.0  # of tempered responsibilities, q ~ w exp(sum loglik / T); falls to 1
@@ -93,6 +94,8 @@ class FitConfig:
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
+        if not 0 < self.cluster_certainty < 1:
+            raise ValueError(f"cluster_certainty={self.cluster_certainty}: expected above 0 and below 1")
         if self.batch_by not in ("pair", "prompt"):
             raise ValueError(f"batch_by={self.batch_by!r}: possible are 'pair' and 'prompt' (all pairs of a prompt)")
         if self.optimizer not in ("adamw", "sgd"):
@@ -153,7 +156,7 @@ class _Learner(nn.Module):
         self.table = LoglikTable(unit, policy.n_experts)
         self.recognition: RecognitionNetwork | None = None
         if config.symmetry_breaking == "clusters":
-            log_q = cluster_log_q(inputs, policy.n_experts, config.seed, together)
+            log_q = cluster_log_q(inputs, policy.n_experts, config.seed, together, config.cluster_certainty)
         else:
             log_q = random_log_q(self.table.n_units, policy.n_experts, config.seed)
         self.register_buffer("start_log_q", log_q.float())

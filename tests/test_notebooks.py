@@ -92,6 +92,35 @@ def test_responsibilities_are_probabilities(smoke):
     assert recovery[["nmi", "aligned_accuracy"]].stack().between(0, 1).all() and len(recovery) == len(SEEDS) * 4
 
 
+def test_two_domains_have_every_method_and_a_gate_between_chance_and_certainty(smoke):
+    accuracy = runs.load_table("smoke", "05_moe_dpo", "accuracy")
+    assert set(accuracy["method"]) == {"dpo", "dpo_rank_2r", "mix_dpo", "moe_dpo", "oracle"}
+    assert set(accuracy["group"]) == {"film", "book", "mean", "worst"} and accuracy["accuracy"].between(0, 1).all()
+    routing = runs.load_table("smoke", "05_moe_dpo", "routing")
+    assert set(routing["method"]) == {"moe_dpo", "supervised"} and routing["film"].between(0, 1).all()
+    hits = (routing["film"] > 0.5) == (routing["domain"] == "film")
+    gate = runs.load_table("smoke", "05_moe_dpo", "gate_accuracy").query("of == 'prompt' and seed == 'mean'")
+    shares = hits.groupby(routing["method"]).mean()
+    assert gate.set_index("method")["accuracy"].to_dict() == pytest.approx(shares.to_dict())
+    reliability = runs.load_table("smoke", "05_moe_dpo", "reliability")
+    assert (reliability.groupby("method")["n"].sum() == routing.groupby("method").size()).all()
+
+
+def test_new_users_are_served_in_every_way_and_touch_no_expert(smoke):
+    sizes = runs.resolve_parameters("06_personalization", "smoke")["sizes"]
+    served = runs.load_table("smoke", "06_personalization", "served").set_index(["served_by", "m"])
+    ways = [(way, m) for way in ("metadata", "pairs", "gate") for m in sizes]
+    assert set(served.index) == {("dpo", 0), ("oracle", 0), *ways}
+    gains = served["accuracy"] - served.loc[("dpo", 0), "accuracy"]
+    assert np.allclose(gains, served["gain"])
+    assert math.isclose(served.loc[("gate", 0), "accuracy"], served.loc[("metadata", 0), "accuracy"])  # no offset yet
+    added = runs.load_table("smoke", "06_personalization", "added_users")
+    n = runs.resolve_parameters("06_personalization", "smoke")["n_added"]
+    assert added["experts_untouched"].all() and (added["users"] == n).all()
+    weights = runs.load_table("smoke", "06_personalization", "group_weights")
+    assert (weights.groupby(["known", "group"])["weight"].sum() < 1 + 1e-5).all()
+
+
 def test_texts_come_with_kl_and_perplexity(smoke):
     summary = runs.load_table("smoke", "04_mix_dpo", "text_summary")
     assert set(summary["policy"]) == {"base", "dpo", *(f"expert_{g}" for g in GROUPS)}
