@@ -252,7 +252,8 @@ def accuracy_by_domain(accuracy: pd.DataFrame, ax: Axes) -> Axes:
         optionally ``n_pairs``; rows whose seed is "mean" give the large marker and its interval.
     """
     need(accuracy, ["method", "seed", "group", "accuracy", "low", "high"], "accuracy_by_domain")
-    return _by_group(accuracy.reset_index(drop=True), ax, "method", "domain of the prompt")
+    shown = accuracy.assign(method=accuracy["method"].replace({"mix_dpo": "mix_dpo_pair"}))  # nobody has a user here
+    return _by_group(shown.reset_index(drop=True), ax, "method", "domain of the prompt")
 
 
 def _by_group(shown: pd.DataFrame, ax: Axes, series: str, x_label: str) -> Axes:
