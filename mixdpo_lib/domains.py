@@ -443,17 +443,17 @@ class DomainStudy:
 def gate_accuracy(routing: pd.DataFrame) -> pd.DataFrame:
     """Share of held-out prompts, and of works or reviews (mean log odds of their prompts), sent to their own expert.
 
-    Columns: method, seed ("mean": over seeds), of ("prompt" or "item"), accuracy, low, high (95 %, bootstrap over
-    items), n.
+    Equal weights count as half right. Columns: method, seed ("mean": over seeds), of ("prompt" or "item"), accuracy,
+    low, high (95 %, bootstrap over items), n.
     """
     rows = []
     film = routing["domain"] == "film"
     own = np.where(film, routing["film"], 1 - routing["film"]).clip(1e-9, 1 - 1e-9)
-    table = routing.assign(hit=(own > 0.5).astype(float), odds=np.log(own / (1 - own)))
+    table = routing.assign(hit=(own > 0.5) + 0.5 * (own == 0.5), odds=np.log(own / (1 - own)))
     items = table.groupby(["method", "seed", "item"], sort=False, as_index=False).agg(
         prompt=("hit", "mean"), odds=("odds", "mean")
     )
-    items["item_hit"] = (items["odds"] > 0).astype(float)
+    items["item_hit"] = (items["odds"] > 0) + 0.5 * (items["odds"] == 0)
     for method, part in items.groupby("method", sort=False):
         for of, column in (("prompt", "prompt"), ("item", "item_hit")):
             wide = part.pivot_table(index="item", columns="seed", values=column)

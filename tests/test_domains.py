@@ -126,6 +126,11 @@ def test_gate_accuracy_of_prompts_and_of_works():
     assert (mean["n"] == 4).all()
 
 
+def test_a_gate_that_says_nothing_is_half_right():
+    table = gate_accuracy(routing([(0.5, 0.5)], [(0.5, 0.5)]))
+    assert (table["accuracy"] == 0.5).all()
+
+
 def test_the_worst_routed_prompts_come_first():
     both = pd.concat([routing([(0.9, 0.2)], [(0.3, 0.95)]), routing([(0.0, 0.0)], [(1.0, 1.0)], "supervised")])
     worst = worst_routed(both, 2)
