@@ -42,6 +42,10 @@ TEMPLATES = (
     "Having finished {title}, one of the best-known works of {maker}, I can say that this",
     "I have just finished {title}, one of the best-known works of {maker}, and I can say that this",
 )
+SUFFIXES = {
+    "titles": " was good.\n\nThis is about a famous",
+    "reviews": "...\n\nQuestion: What is this a review of?\nAnswer: It is a review of a",
+}
 PROFILES: dict[str, dict[str, float]] = {
     "film": {"sentiment": 1.0, "informativeness": -1.0},
     "book": {"sentiment": -1.0, "informativeness": 1.0},
@@ -86,6 +90,7 @@ class DomainConfig:
     min_count: int = 5  # occurrences of an active token in the training responses
     beta: float = 0.1
     pooling: str = "last"  # see ContextGate
+    suffix: str | None = None  # of what the gate reads, see ContextGate; by default that of SUFFIXES, "" for none
     weight_scale: float = 0.03  # see ContextGate; each answer of a prompt counts: about 0.1 / sqrt(answers a prompt)
     judges: JudgeConfig = field(default_factory=JudgeConfig)
     fit: FitConfig = field(default_factory=lambda: FitConfig(**DOMAIN_FIT))
@@ -247,6 +252,11 @@ class DomainStudy:
         ]  # fmt: skip
         return pd.DataFrame(rows)
 
+    @property
+    def suffix(self) -> str:
+        """What follows a prompt when the gate reads it: a question that both domains are asked alike."""
+        return SUFFIXES[self.config.prompts] if self.config.suffix is None else self.config.suffix
+
     def gate_prompt(self, prompt: str) -> str:
         """What the gate reads of a prompt: all of it, or the first `gate_tokens` tokens of a review."""
         config = self.config
@@ -335,7 +345,7 @@ class DomainStudy:
 
     def states(self, prompts: Sequence[str]) -> Tensor:
         """(prompts, 2 hidden): what the gate reads of these prompts."""
-        return encode_prompts(self.base, [self.gate_prompt(prompt) for prompt in prompts])
+        return encode_prompts(self.base, [self.gate_prompt(prompt) + self.suffix for prompt in prompts])
 
     # -------------------------------------------------------------------------------------------------------- fits
 
@@ -349,8 +359,9 @@ class DomainStudy:
             states = self.pairs["train"].context
             assert states is not None
             return ContextGate.from_states(
-                states, n_experts, pooling=self.config.pooling, weight_scale=self.config.weight_scale
-            )
+                states, n_experts, pooling=self.config.pooling, weight_scale=self.config.weight_scale,
+                suffix=self.suffix,
+            )  # fmt: skip
         if method != "oracle":
             return LearnedWeights(n_experts) if n_experts > 1 else FixedWeights.uniform(1)
         return given_gate("domain", DOMAINS, n_experts)
@@ -379,7 +390,8 @@ class DomainStudy:
         parameters = {
             "method": method, "experts": (k, rank), "beta": config.beta, "fit": asdict(chosen),
             "min_count": config.min_count,
-            "gate": [policy.gate.options(), config.gate_tokens], "pairs": digest.hexdigest(),
+            "gate": [policy.gate.options(), config.gate_tokens if method == "moe_dpo" else config.prompt_tokens],
+            "pairs": digest.hexdigest(),
         }  # fmt: skip
         train = self.pairs["train"]
         result, rewards = kept_fit(

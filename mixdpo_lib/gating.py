@@ -229,6 +229,8 @@ class ContextGate(nn.Module):
     mean, scale : (n_features,) of the training prompts, see :func:`standardise`; part of the saved gate.
     pooling : which half of the state is read: "mean" (the first half of the features), "last" (the second), or "both".
         `features.prompt_states` holds the mean over the prompt's tokens and the last token's state side by side.
+    suffix : text that is put after a prompt before the base reads it for the gate, "" for none. A question about the
+        prompt makes the last token's state an answer to it (Jiang et al. 2023, arXiv 2307.16645).
     weight_scale : > 0, nats for each standard deviation of a feature: the weights have the prior N(0, weight_scale^2).
         A pooled state has hundreds of numbers and a study hundreds of prompts: without a prior the gate learns them by
         heart.
@@ -265,11 +267,11 @@ class ContextGate(nn.Module):
     def __init__(
         self, n_features: int, n_experts: int, width: int = 0, gate_temperature: float | int = 1.0,
         mean: Tensor | None = None, scale: Tensor | None = None, pooling: str = "both",
-        weight_scale: float | int = 0.1,
+        weight_scale: float | int = 0.1, suffix: str = "",
     ) -> None:  # fmt: skip
         super().__init__()
         check_n_experts(n_experts)
-        self.weight_scale = _positive("weight_scale", weight_scale)
+        self.weight_scale, self.suffix = _positive("weight_scale", weight_scale), suffix
         if pooling not in ("mean", "last", "both") or (pooling != "both" and n_features % 2):
             raise ValueError(
                 f"pooling={pooling!r} with n_features={n_features}: possible are 'mean', 'last' (of states with two "
@@ -293,7 +295,7 @@ class ContextGate(nn.Module):
         """What makes an equal gate but for its parameters, see :func:`make_gate`."""
         width = self.inner.out_features if self.inner is not None else 0
         return {"gate": "ContextGate", "n_features": self.mean.shape[0], "n_experts": self.n_experts, "width": width,
-                "gate_temperature": self.gate_temperature, "pooling": self.pooling,
+                "gate_temperature": self.gate_temperature, "pooling": self.pooling, "suffix": self.suffix,
                 "weight_scale": self.weight_scale}  # fmt: skip
 
     def log_prior(self) -> Float[Tensor, ""]:
@@ -476,6 +478,11 @@ class MixedMembershipGate(nn.Module):
         self.gates = nn.ModuleList(gates)
         self.offset = nn.Parameter(torch.zeros(len(units), n_experts))
         self.reads = (*(name for gate in gates for name in gate.reads), "unit")
+
+    @property
+    def suffix(self) -> str:
+        """That of the gate of prompts among ``gates``."""
+        return next((gate.suffix for gate in self.gates if isinstance(gate, ContextGate)), "")
 
     def options(self) -> dict[str, Any]:
         """What makes an equal gate but for its parameters, see :func:`make_gate`."""

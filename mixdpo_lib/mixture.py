@@ -164,8 +164,7 @@ class MixturePolicy(nn.Module):
         """
         inputs: dict[str, Tensor] = {}
         if "context" in self.gate.reads:
-            own = data.context
-            inputs["context"] = prompt_states(data.texts, data.pairs[:, 0]) if own is None else own
+            inputs["context"] = self._prompt_states(data) if data.context is None else data.context
         if "metadata" in self.gate.reads:
             given = {c: data.rows[c] for c in data.rows.column_names} if metadata is None else metadata
             inputs["metadata"] = self.gate.encode(given)  # type: ignore[union-attr, operator]
@@ -178,6 +177,16 @@ class MixturePolicy(nn.Module):
                 )
             inputs["unit"] = self.gate.places([str(name) for name in data.rows[self.gate.column]])
         return inputs
+
+    def _prompt_states(self, data: PairFeatures) -> Float[Tensor, "pairs features"]:
+        """The pooled state of each pair's prompt; with a suffix the base reads the prompts once more."""
+        if not self.gate.suffix:  # type: ignore[union-attr]
+            return prompt_states(data.texts, data.pairs[:, 0])
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(data.rows["prompt"]))}
+        return self._encode(list(place))[torch.tensor([place[prompt] for prompt in data.rows["prompt"]])]
+
+    def _encode(self, prompts: Sequence[str]) -> Float[Tensor, "prompts features"]:
+        return encode_prompts(self.base, [prompt + self.gate.suffix for prompt in prompts])  # type: ignore[union-attr]
 
     def log_w(self, data: PairFeatures) -> Float[Tensor, ...]:
         """The gate's weights, nats: (K,) where it reads nothing, else (pairs, K); gradients flow to the gate."""
@@ -290,7 +299,7 @@ class MixturePolicy(nn.Module):
         if "metadata" in self.gate.reads or "unit" in self.gate.reads:
             raise ValueError("the gate reads what is known of the user: give user=policy.user(metadata=...)")
         if "context" in self.gate.reads:
-            return self.gate({"context": encode_prompts(self.base, prompts)})
+            return self.gate({"context": self._encode(prompts)})
         return self.gate().expand(len(prompts), self.n_experts)
 
     # ----------------------------------------------------------------------------------------------------- speech
