@@ -10,6 +10,7 @@ _HOME = {
     "load_base": "sources", "load_reviews": "sources", "Base": "sources",
     "FixedWeights": "gating", "LearnedWeights": "gating", "ContextGate": "gating", "UserGate": "gating",
     "MixedMembershipGate": "gating", "HeadExperts": "experts", "TabularExperts": "experts",
+    "AdapterExperts": "model_experts", "IndependentExperts": "model_experts",
     "GumbelSchedule": "em", "MixturePolicy": "mixture",
     "load_preferences": "preferences", "simulate_preferences": "preferences", "CandidateConfig": "preferences",
     "DesignConfig": "preferences", "GROUPS": "preferences", "REWARDS": "rewards", "score_texts": "rewards",

@@ -302,7 +302,7 @@ def prefix_kl(
     The prefixes come from the reference, so this is not the KL of the policy's own samples; it rises with it and costs
     no sampling. `scales` multiply B_k, see `HeadExperts.scale`.
     """
-    experts = policy.experts
+    experts = policy.heads
     constants = policy.constants(texts)
     head = experts._require_active()
     total = np.zeros((len(scales), policy.n_experts))

@@ -11,8 +11,11 @@ position and every expert is exactly normalised over the whole vocabulary.
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +27,45 @@ from .elbo import check_log_w
 from .features import PairFeatures, TextFeatures, gather_positions
 from .gating import check_n_experts
 from .sources import Base
-from .store import cached, progress
+from .store import MixDPOError, cached, progress
 
 VERSION = 1
+
+
+def logit_map(config: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a model does to its head's output: a factor (Cohere, Granite), then soft-capping (Gemma); None: nothing.
+
+    c tanh(z / c) keeps every logit between -c and c (Gemma 2, arXiv 2408.00118).
+    """
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if factor == 1.0 and cap is None:
+        return None
+    return lambda z: factor * z if cap is None else cap * torch.tanh(factor * z / cap)
+
+
+def head_logits(base: Base, hidden: Float[Tensor, "rows hidden"], model: Any = None) -> Float[Tensor, "rows tokens"]:
+    """Logits of last hidden states by the head of `model` (that of the base by default), float32; gradients flow."""
+    logits = (base.model if model is None else model).get_output_embeddings()(hidden).float()
+    mapped = logit_map(base.model.config.get_text_config())
+    return logits if mapped is None else mapped(logits)
+
+
+@torch.no_grad()
+def check_head(base: Base) -> None:
+    """Refuse a model whose logits are not its head on the last hidden state, scaled and capped as `logit_map` knows.
+
+    Raises
+    ------
+    MixDPOError : the largest difference is named.
+    """
+    ids = torch.arange(4, device=base.device)[None] % base.vocab_size
+    out = base.model(input_ids=ids, use_cache=False)
+    hidden = base.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    error = float((out.logits[0].float() - head_logits(base, hidden[0])).abs().max())
+    if not error <= 1e-3 * max(1.0, float(out.logits.abs().max())):
+        raise MixDPOError(f"base {base.name}: its logits differ by {error:.3g} from its head on the last hidden state: "
+                          "this architecture does more there; use IndependentExperts")  # fmt: skip
 
 
 class _LowRankTokenLogps(torch.autograd.Function):
@@ -145,11 +184,166 @@ def chosen_texts(
     return counts.index_add_(0, pairs.flatten(), chosen.long().repeat_interleave(2, 0)) > 0
 
 
+def reference_constants(base: Base, texts: TextFeatures, active: np.ndarray, block: int = 2048) -> HeadConstants:
+    """The frozen head's constants for every position of `texts`, for this set of active tokens, from the cache.
+
+    What an empty set gives is all that the reference needs: `lse_inactive` is then not filled (-inf).
+    """
+    digest = hashlib.sha256(active.tobytes()).hexdigest()
+    rows = base.model.get_output_embeddings().weight.shape[0]
+    inactive = np.setdiff1d(np.arange(rows), active) if len(active) else active
+
+    def build(folder: Path) -> None:
+        n = len(texts.tokens)
+        out = np.empty((3, n), dtype=np.float32)
+        inactive_ids = torch.from_numpy(inactive)
+        for start in range(0, n, block):
+            stop = min(start + block, n)
+            hidden = torch.from_numpy(np.array(texts.hidden[start:stop])).to(base.device, base.model.dtype)
+            with torch.inference_mode():
+                logits = head_logits(base, hidden).cpu()
+                tokens = torch.from_numpy(texts.tokens[start:stop])
+                out[0, start:stop] = logits.gather(1, tokens[:, None]).squeeze(1)
+                out[1, start:stop] = logits.logsumexp(1)
+                out[2, start:stop] = logits.index_select(1, inactive_ids).logsumexp(1) if len(inactive) else -np.inf
+            progress("head constants", stop, n, "positions")
+        np.save(folder / "constants.npy", out, allow_pickle=False)
+
+    folder = cached("head", VERSION, {"active": digest}, build, inputs=[texts.key])
+    return HeadConstants(*np.load(folder / "constants.npy", allow_pickle=False))
+
+
+def reference_logps(base: Base, texts: TextFeatures) -> np.ndarray:
+    """log pi_ref of every text under the frozen base, nats, (texts,) float32."""
+    constants = reference_constants(base, texts, np.zeros(0, dtype=np.int64))
+    sums = np.concatenate([[0.0], np.cumsum((constants.token_logit - constants.lse).astype(np.float64))])
+    return (sums[texts.offsets[1:]] - sums[texts.offsets[:-1]]).astype(np.float32)
+
+
+class Voices:
+    """Next-token logits of several experts at once; keeps its own cache."""
+
+    @abstractmethod
+    def reorder(self, source: Int[Tensor, "rows"]) -> None:
+        """Row i goes on from what row source[i] has read; both chose the same experts."""
+
+    @abstractmethod
+    def __call__(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
+        """Logits of the reference (rows, V), and for each expert that speaks: its number, its rows, their logits."""
+
+
+class Experts(nn.Module):
+    """What every family of experts gives: log-probabilities of responses, of their reference, and next-token logits.
+
+    base : [the frozen model that features and gates read], in a list, so that it is neither a parameter nor part of a
+        checkpoint. n_experts : K.
+    """
+
+    def __init__(self, base: Base, n_experts: int) -> None:
+        super().__init__()
+        check_n_experts(n_experts)
+        self.base, self.n_experts = [base], n_experts
+
+    @property
+    def _base(self) -> Base:
+        return self.base[0]
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """What makes equal experts but for their parameters, as JSON."""
+
+    def start(self, data: PairFeatures) -> None:
+        """What the training responses decide before the first step; nothing by default."""
+
+    @abstractmethod
+    def perturb(self, scale: float, generator: torch.Generator) -> None:
+        """Symmetry breaking "random_heads": small random numbers of each expert's own."""
+
+    def constants_key(self) -> str:
+        """Changes whenever `constants` of the same texts would."""
+        return ""
+
+    @abstractmethod
+    def constants(self, texts: TextFeatures) -> Any:
+        """What is computed once for a set of texts, whatever the experts are."""
+
+    @abstractmethod
+    def batch(self, texts: TextFeatures, constants: Any, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
+        """Everything `logps` reads for these pairs; each distinct text is held, and later computed, once.
+
+        "place" (pairs, 2) says which of the distinct texts each answer is, "text_ref_logps" (texts, 1 or K) their
+        log-probabilities under the reference, nats.
+        """
+
+    @abstractmethod
+    def text_logps(
+        self, batch: dict[str, Tensor], chosen: Bool[Tensor, "texts experts"] | None = None
+    ) -> Float[Tensor, "texts experts"]:
+        """log pi_k of the distinct texts of a batch, nats, summed over response tokens. Gradients flow.
+
+        Parameters
+        ----------
+        chosen : which experts are computed for each text; None: all of them. Each chosen (text, expert) is computed
+            once, by expert, and the others cost nothing: they are -inf, no log-probability of a text, and carry no
+            gradient. Where every entry is chosen the result is that of None, to the last bit.
+
+        Raises
+        ------
+        ValueError : `chosen` of another shape or type.
+        """
+
+    @abstractmethod
+    def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
+        """Next-token logits of the experts that each row chose; None: of the reference alone."""
+
+    def logps(
+        self, batch: dict[str, Tensor], chosen: Bool[Tensor, "pairs experts"] | None = None
+    ) -> Float[Tensor, "pairs 2 experts"]:
+        """log pi_k(y given x), nats, summed over response tokens; index 0 chosen, 1 rejected. Gradients flow.
+
+        With `chosen`, which experts are computed for each pair, both of its texts are computed for them (a text that
+        pairs share, for all of theirs, once); what a pair did not choose is -inf. See `text_logps`.
+        """
+        if chosen is None:
+            return self.text_logps(batch)[batch["place"]]
+        _check_chosen(chosen, len(batch["place"]), self.n_experts)
+        by_text = chosen_texts(chosen, batch["place"], len(batch["text_ref_logps"]))
+        return self.text_logps(batch, by_text)[batch["place"]].masked_fill(~chosen[:, None], -torch.inf)
+
+    def ref_logps(self, batch: dict[str, Tensor]) -> Float[Tensor, "pairs 2 references"]:
+        """log pi_ref(y given x), nats: one column where the experts share a reference, else one an expert."""
+        return batch["text_ref_logps"][batch["place"]]
+
+    @torch.no_grad()
+    def all_text_logps(
+        self, texts: TextFeatures, constants: Any, ids: Int[Tensor, "texts"] | None = None, block: int = 64,
+        chosen: Bool[Tensor, "texts experts"] | None = None,
+    ) -> tuple[Float[Tensor, "texts experts"], Float[Tensor, "texts references"]]:  # fmt: skip
+        """log pi_k and log pi_ref of the texts `ids` (all by default), nats, in blocks of `block` texts.
+
+        `chosen` : which experts are computed for each of the ids; the others are -inf (see `text_logps`).
+        """
+        ids = torch.arange(len(texts)) if ids is None else ids
+        if chosen is not None:
+            _check_chosen(chosen, len(ids), self.n_experts)
+        device, logps, refs = next(self.parameters()).device, [], []
+        for at in torch.arange(len(ids)).split(block):
+            batch = self.batch(texts, constants, torch.stack([ids[at], ids[at]], 1))
+            batch = {name: value.to(device) for name, value in batch.items()}
+            logps.append(self.logps(batch, None if chosen is None else chosen[at].to(device))[:, 0].float().cpu())
+            refs.append(batch["text_ref_logps"][batch["place"][:, 0]].cpu())
+        return torch.cat(logps), torch.cat(refs)
+
+    def next_token(self, expert: Int[Tensor, "rows"] | None = None) -> NextToken:
+        """A next-token function where row i speaks as expert[i]; None: every row as the reference."""
+        return NextToken(self._base, None if expert is None else self, expert)
+
+
 def _forget_head_rows(experts: HeadExperts, _: object) -> None:
     experts._head_rows = None  # the active tokens that were loaded may be others
 
 
-class HeadExperts(nn.Module):
+class HeadExperts(Experts):
     """K low-rank heads on one frozen base.
 
     Parameters
@@ -173,20 +367,16 @@ class HeadExperts(nn.Module):
     def __init__(
         self, base: Base, n_experts: int = 3, rank: int = 8, active: str = "responses", min_count: int = 1
     ) -> None:
-        super().__init__()
-        check_n_experts(n_experts)
+        super().__init__(base, n_experts)
         if rank < 1:
             raise ValueError(f"rank={rank}: each head needs a rank of at least 1")
         if active not in ("responses", "all"):
             raise ValueError(
                 f"active={active!r}: possible are 'responses' (tokens of the training responses) and 'all'"
             )
-        for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            value = getattr(base.model.config, option, None)
-            if value not in (None, 1, 1.0):
-                raise ValueError(f"base {base.name} has {option}={value}: low-rank heads need plain linear logits")
-        self.base = [base]  # in a list: the frozen base is neither a parameter nor part of a checkpoint
-        self.n_experts, self.rank, self.active, self.min_count = n_experts, rank, active, min_count
+        check_head(base)
+        self.rank, self.active, self.min_count = rank, active, min_count
+        self._map = logit_map(base.model.config.get_text_config())
         generator = torch.Generator().manual_seed(0)
         down = torch.randn(1, rank, base.hidden_size, generator=generator) / base.hidden_size**0.5
         self.down = nn.Parameter(down.repeat(n_experts, 1, 1))
@@ -198,9 +388,20 @@ class HeadExperts(nn.Module):
         if active == "all":
             self.activate(torch.arange(self._head.shape[0]))
 
-    @property
-    def _base(self) -> Base:
-        return self.base[0]
+    def options(self) -> dict[str, Any]:
+        """What makes equal experts but for their parameters."""
+        return {"family": "HeadExperts", "n_experts": self.n_experts, "rank": self.rank, "active": self.active,
+                "min_count": self.min_count}  # fmt: skip
+
+    def start(self, data: PairFeatures) -> None:
+        """Choose the active tokens and A by these training responses, unless it was done (`activate_responses`)."""
+        fresh = self.active == "all" and not bool(self.up.any())
+        if len(self.active_ids) == 0 or fresh:
+            self.activate_responses(data)
+
+    def constants_key(self) -> str:
+        """Of the active tokens."""
+        return str(hash(self.active_ids.cpu().numpy().tobytes()))
 
     @property
     def _head(self) -> Tensor:
@@ -213,7 +414,7 @@ class HeadExperts(nn.Module):
     def activate(self, token_ids: Int[Tensor, "tokens"]) -> None:
         """Set the tokens whose logits the experts may change (sorted, distinct; part of the saved mixture)."""
         self.active_ids = torch.unique(token_ids)
-        self._head_rows = self._head[self.active_ids].float().contiguous()
+        self._head_rows = self._head[self.active_ids.to(self._head.device)].float().contiguous()
 
     def activate_responses(self, data: PairFeatures) -> None:
         """Start from these training responses: A reads their hidden states, and with active="responses" the active
@@ -240,7 +441,7 @@ class HeadExperts(nn.Module):
         if self._head_rows is None or len(self._head_rows) != len(self.active_ids):
             if len(self.active_ids) == 0:
                 raise ValueError("the experts have no active tokens yet: call fit, or activate_responses, first")
-            self._head_rows = self._head[self.active_ids].float().contiguous()
+            self._head_rows = self._head[self.active_ids.to(self._head.device)].float().contiguous()
         return self._head_rows
 
     def perturb(self, scale: float, generator: torch.Generator) -> None:
@@ -253,36 +454,10 @@ class HeadExperts(nn.Module):
         """Multiply every B_k, in place: pi_k proportional to pi_ref exp(factor x shift), as another beta would give."""
         self.up.mul_(factor)
 
-    def constants(self, texts: TextFeatures, block: int = 2048) -> HeadConstants:
+    def constants(self, texts: TextFeatures) -> HeadConstants:
         """The frozen head's constants for every position of `texts` (see `HeadConstants`), from the cache if there."""
         self._require_active()
-        active = self.active_ids.numpy()
-        digest = hashlib.sha256(active.tobytes()).hexdigest()
-        inactive = np.setdiff1d(np.arange(self._head.shape[0]), active)
-
-        def build(folder: Path) -> None:
-            n = len(texts.tokens)
-            out = np.empty((3, n), dtype=np.float32)
-            inactive_ids = torch.from_numpy(inactive)
-            for start in range(0, n, block):
-                stop = min(start + block, n)
-                hidden = torch.from_numpy(np.array(texts.hidden[start:stop]))
-                with torch.inference_mode():
-                    logits = hidden @ self._head.T.float()
-                    if self._bias is not None:
-                        logits += self._bias
-                    tokens = torch.from_numpy(texts.tokens[start:stop])
-                    out[0, start:stop] = logits.gather(1, tokens[:, None]).squeeze(1)
-                    out[1, start:stop] = logits.logsumexp(1)
-                    if len(inactive):
-                        out[2, start:stop] = logits.index_select(1, inactive_ids).logsumexp(1)
-                    else:
-                        out[2, start:stop] = -np.inf
-                progress("head constants", stop, n, "positions")
-            np.save(folder / "constants.npy", out, allow_pickle=False)
-
-        folder = cached("head", VERSION, {"active": digest}, build, inputs=[texts.key])
-        return HeadConstants(*np.load(folder / "constants.npy", allow_pickle=False))
+        return reference_constants(self._base, texts, self.active_ids.cpu().numpy())
 
     def batch(self, texts: TextFeatures, constants: HeadConstants, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
         """Everything `logps` reads for these pairs; each distinct text is held, and later computed, once."""
@@ -290,8 +465,9 @@ class HeadExperts(nn.Module):
         ids, place = torch.unique(pairs, return_inverse=True)
         hidden, positions, segment = gather_positions(texts, ids)
         tokens = torch.from_numpy(texts.tokens)[positions]
-        slot = torch.searchsorted(self.active_ids, tokens).clamp(max=len(self.active_ids) - 1)
-        target = torch.where(self.active_ids[slot] == tokens, slot, torch.full_like(slot, -1))
+        active_ids = self.active_ids.cpu()
+        slot = torch.searchsorted(active_ids, tokens).clamp(max=len(active_ids) - 1)
+        target = torch.where(active_ids[slot] == tokens, slot, torch.full_like(slot, -1))
         token_logit = torch.from_numpy(constants.token_logit)[positions]
         ref = torch.zeros(len(ids)).index_add_(0, segment, token_logit - torch.from_numpy(constants.lse)[positions])
         return {
@@ -301,26 +477,15 @@ class HeadExperts(nn.Module):
             "lse_inactive": torch.from_numpy(constants.lse_inactive)[positions],
             "segment": segment,
             "place": place,
-            "text_ref_logps": ref,
+            "text_ref_logps": ref[:, None],
         }
 
     def text_logps(
         self, batch: dict[str, Tensor], chosen: Bool[Tensor, "texts experts"] | None = None
     ) -> Float[Tensor, "texts experts"]:
-        """log pi_k of the distinct texts of a batch, nats, summed over response tokens. Gradients flow.
-
-        Parameters
-        ----------
-        chosen : which experts are computed for each text; None: all of them. Each chosen (text, expert) is computed
-            once, by expert, and the others cost nothing: they are -inf, no log-probability of a text, and carry no
-            gradient. Where every entry is chosen the result is that of None, to the last bit.
-
-        Raises
-        ------
-        ValueError : `chosen` of another shape or type.
-        """
+        """See `Experts.text_logps`."""
         head = self._require_active().to(self.up.device)
-        bias = None if self._bias is None else self._bias[self.active_ids]
+        bias = None if self._bias is None else self._bias[self.active_ids.to(self._bias.device)].to(self.up.device)
         inputs = {name: batch[name] for name in ("hidden", "target", "token_logit", "lse_inactive", "segment")}
         n_texts = len(batch["text_ref_logps"])
         if chosen is not None:
@@ -340,51 +505,73 @@ class HeadExperts(nn.Module):
         self, inputs: dict[str, Tensor], down: Tensor, up: Tensor, head: Tensor, bias: Tensor | None,
         groups: list[Tensor] | None,
     ) -> Tensor:  # fmt: skip
+        if self._map is not None:
+            return self._mapped_token_logps(inputs, down, up, head, bias, groups)
         return _LowRankTokenLogps.apply(
             inputs["hidden"], down, up, head, bias, inputs["target"], inputs["token_logit"], inputs["lse_inactive"],
             groups, self._workspace,
         )  # fmt: skip
 
-    def logps(
-        self, batch: dict[str, Tensor], chosen: Bool[Tensor, "pairs experts"] | None = None
-    ) -> Float[Tensor, "pairs 2 experts"]:
-        """log pi_k(y given x), nats, summed over response tokens; index 0 chosen, 1 rejected. Gradients flow.
+    def _mapped_token_logps(
+        self, inputs: dict[str, Tensor], down: Tensor, up: Tensor, head: Tensor, bias: Tensor | None,
+        groups: list[Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        """The same for a head whose output is scaled or soft-capped: by plain operations, slower and larger."""
+        assert self._map is not None
+        plain = inputs["hidden"] @ head.T + (0 if bias is None else bias)
+        every = torch.arange(len(plain), device=plain.device)
+        columns = []
+        for k in range(len(down)):
+            at = every if groups is None else groups[k]
+            z = self._map(plain[at] + (inputs["hidden"][at] @ down[k].T) @ up[k].T)
+            target = inputs["target"][at]
+            own = z.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+            token = torch.where(target >= 0, own, inputs["token_logit"][at])
+            lse = torch.logaddexp(z.logsumexp(1), inputs["lse_inactive"][at])
+            columns.append(plain.new_zeros(len(plain)).index_copy(0, at, token - lse))
+        return torch.stack(columns, 1)
 
-        With `chosen`, which experts are computed for each pair, both of its texts are computed for them (a text that
-        pairs share, for all of theirs, once); what a pair did not choose is -inf. See `text_logps`.
-        """
-        if chosen is None:
-            return self.text_logps(batch)[batch["place"]]
-        _check_chosen(chosen, len(batch["place"]), self.n_experts)
-        by_text = chosen_texts(chosen, batch["place"], len(batch["text_ref_logps"]))
-        return self.text_logps(batch, by_text)[batch["place"]].masked_fill(~chosen[:, None], -torch.inf)
+    def head_correction(self, k: int) -> tuple[Float[Tensor, "rank hidden"], Float[Tensor, "tokens rank"]]:
+        """A_k, and W B_k with zero rows for tokens that are not active: logits_k = W h + (W B_k) A_k h."""
+        head = self._require_active().to(self.up.device)
+        up = torch.zeros(self._head.shape[0], self.rank, device=self.up.device)
+        up[self.active_ids.to(up.device)] = (head @ self.up[k]).detach()
+        return self.down[k].detach(), up
 
-    def ref_logps(self, batch: dict[str, Tensor]) -> Float[Tensor, "pairs 2 1"]:
-        """log pi_ref(y given x) of the shared reference, nats."""
-        return batch["text_ref_logps"][batch["place"]].unsqueeze(-1)
+    def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
+        """See `Experts.voices`: the base reads every row once, whatever experts it chose."""
+        return _HeadVoices(self._base, self, chosen)
 
-    @torch.no_grad()
-    def all_text_logps(
-        self, texts: TextFeatures, constants: HeadConstants, ids: Int[Tensor, "texts"] | None = None, block: int = 64,
-        chosen: Bool[Tensor, "texts experts"] | None = None,
-    ) -> tuple[Float[Tensor, "texts experts"], Float[Tensor, "texts"]]:  # fmt: skip
-        """log pi_k and log pi_ref of the texts `ids` (all by default), nats, in blocks of `block` texts.
 
-        `chosen` : which experts are computed for each of the ids; the others are -inf (see `text_logps`).
-        """
-        ids = torch.arange(len(texts)) if ids is None else ids
-        if chosen is not None:
-            _check_chosen(chosen, len(ids), self.n_experts)
-        logps, refs = [], []
-        for at in torch.arange(len(ids)).split(block):
-            batch = self.batch(texts, constants, torch.stack([ids[at], ids[at]], 1))
-            logps.append(self.logps(batch, None if chosen is None else chosen[at])[:, 0])
-            refs.append(batch["text_ref_logps"][batch["place"][:, 0]])
-        return torch.cat(logps), torch.cat(refs)
+class _HeadVoices(Voices):
+    """One pass of the base and, for each expert that some row chose, the correction of its logits."""
 
-    def next_token(self, expert: Int[Tensor, "rows"] | None = None) -> NextToken:
-        """A next-token function where row i speaks as expert[i]; None: every row as the reference."""
-        return NextToken(self._base, None if expert is None else self, expert)
+    def __init__(
+        self, base: Base, experts: HeadExperts | None = None, chosen: Bool[Tensor, "rows experts"] | None = None
+    ) -> None:
+        self._base = base
+        self._cache: Any = None
+        self._map = logit_map(base.model.config.get_text_config())
+        self._groups = [] if experts is None or chosen is None else _groups(experts, chosen)
+
+    def reorder(self, source: Int[Tensor, "rows"]) -> None:
+        """See `Voices.reorder`."""
+        if self._cache is not None:
+            self._cache.reorder_cache(source)
+
+    def __call__(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
+        model = self._base.model
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        out = model.base_model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True,
+            past_key_values=self._cache,
+        )  # fmt: skip
+        self._cache = out.past_key_values
+        hidden = out.last_hidden_state[:, -1]
+        plain = model.get_output_embeddings()(hidden).float()
+        mapped = self._map or (lambda z: z)
+        said = [(g.expert, g.rows, mapped(g.logits(hidden.float(), plain))) for g in self._groups]
+        return mapped(plain), said
 
 
 class NextToken:
@@ -396,36 +583,27 @@ class NextToken:
     """
 
     def __init__(
-        self, base: Base, experts: HeadExperts | None = None, expert: Int[Tensor, "rows"] | None = None
+        self, base: Base, experts: Experts | None = None, expert: Int[Tensor, "rows"] | None = None
     ) -> None:
-        self._base, self._cache, self._expert = base, None, expert
-        self._groups: list[_Group] = []
+        self._expert, self._voices = expert, None if experts is None else experts.voices(None)
         if experts is not None and expert is not None:
-            self._groups = _groups(experts, nn.functional.one_hot(expert, experts.n_experts) > 0)
+            self._voices = experts.voices(nn.functional.one_hot(expert, experts.n_experts) > 0)
+        if self._voices is None:
+            self._voices = _HeadVoices(base)
+        self._spoken = False
         self._logits: Tensor | None = None
         self._ref_logits: Tensor | None = None
         self._seen: list[tuple[Tensor, Tensor]] = []
 
-    def _read(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The base's last hidden state and logits of each row, float32."""
-        model = self._base.model
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        out = model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=True,
-            past_key_values=self._cache,
-        )  # fmt: skip
-        self._cache = out.past_key_values
-        hidden = out.last_hidden_state[:, -1]
-        self._ref_logits = model.get_output_embeddings()(hidden).float()
-        return hidden.float(), self._ref_logits
-
     @torch.inference_mode()
     def __call__(self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]) -> Tensor:
-        hidden, logits = self._read(input_ids, attention_mask)
-        if self._groups:
+        assert self._voices is not None
+        logits, said = self._voices(input_ids, attention_mask)
+        self._ref_logits, self._spoken = logits, bool(said)
+        if said:
             logits = logits.clone()
-            for group in self._groups:
-                logits[group.rows] = group.logits(hidden, logits)
+            for _, rows, own in said:
+                logits[rows] = own
         self._logits = logits
         return logits
 
@@ -435,7 +613,7 @@ class NextToken:
         assert self._logits is not None and self._ref_logits is not None
         ref = self._ref_logits.gather(1, tokens[:, None]).squeeze(1) - self._ref_logits.logsumexp(1)
         own = ref
-        if self._groups:
+        if self._spoken:
             own = self._logits.gather(1, tokens[:, None]).squeeze(1) - self._logits.logsumexp(1)
         self._seen.append((own - ref, ref))
 
@@ -472,27 +650,28 @@ class MixtureNextToken(NextToken):
     """
 
     def __init__(
-        self, experts: HeadExperts, log_w: Float[Tensor, "rows experts"], temperature: float | int = 1.0,
+        self, experts: Experts, log_w: Float[Tensor, "rows experts"], temperature: float | int = 1.0,
         top_k: int | None = None, top_p: float | int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(experts.base[0])
         log_w = log_w.detach()
         check_log_w(log_w)
-        self._groups = _groups(experts, log_w > -torch.inf)
+        self._voices = experts.voices(log_w > -torch.inf)
+        self._spoken = True
         self._log_q = [log_w.log_softmax(-1)]
         self._options = (temperature, top_k, top_p)
-        self._log_p: list[Tensor] = []
+        self._log_p: list[tuple[int, Tensor, Tensor]] = []
 
     @torch.inference_mode()
     def __call__(self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]) -> Tensor:
         """log p(v given y_<t), nats, (rows, vocabulary)."""
-        hidden, ref = self._read(input_ids, attention_mask)
-        self._log_p = [truncated_log_probs(group.logits(hidden, ref), *self._options) for group in self._groups]
+        assert self._voices is not None
+        ref, said = self._voices(input_ids, attention_mask)
+        self._log_p = [(k, rows, truncated_log_probs(own, *self._options)) for k, rows, own in said]
         mixed = torch.full_like(ref, -torch.inf)
-        for group, log_p in zip(self._groups, self._log_p, strict=True):
-            log_q = self._log_q[-1][group.rows, group.expert, None]
-            mixed[group.rows] = torch.logaddexp(mixed[group.rows], log_q + log_p)
-        self._logits = mixed
+        for k, rows, log_p in self._log_p:
+            mixed[rows] = torch.logaddexp(mixed[rows], self._log_q[-1][rows, k, None] + log_p)
+        self._logits, self._ref_logits = mixed, ref
         return mixed
 
     @torch.inference_mode()
@@ -504,14 +683,25 @@ class MixtureNextToken(NextToken):
         ValueError : a token that no expert of its row can say (the row is named).
         """
         log_q = self._log_q[-1].clone()
-        for group, log_p in zip(self._groups, self._log_p, strict=True):
-            log_q[group.rows, group.expert] += log_p.gather(1, tokens[group.rows, None]).squeeze(1)
+        for k, rows, log_p in self._log_p:
+            log_q[rows, k] += log_p.gather(1, tokens[rows, None]).squeeze(1)
         impossible = (log_q == -torch.inf).all(1)
         if bool(impossible.any()):
             row = int(impossible.nonzero()[0])
             raise ValueError(f"row {row}: token {int(tokens[row])} has probability 0 under every expert; take another")
         super().observe(tokens)
         self._log_q.append(log_q.log_softmax(-1))
+
+    def reorder(self, source: Int[Tensor, "rows"]) -> None:
+        """Row i goes on from row source[i], whose weights are the same (beams)."""
+        assert self._voices is not None and self._logits is not None and self._ref_logits is not None
+        self._voices.reorder(source)
+        self._log_q = [log_q[source] for log_q in self._log_q]
+        self._logits, self._ref_logits = self._logits[source], self._ref_logits[source]
+        self._seen = [(ratio[source], ref[source]) for ratio, ref in self._seen]
+        for i, (k, rows, log_p) in enumerate(self._log_p):
+            place = torch.full((len(source),), -1).index_copy(0, rows, torch.arange(len(rows)))
+            self._log_p[i] = (k, rows, log_p[place[source[rows]]])
 
     def log_q(self) -> Float[Tensor, "rows steps experts"]:
         """Posterior of the experts, nats: at step t given the first t tokens observed; step 0 is the prior."""

@@ -40,7 +40,7 @@ def tokenise(base: Base, text: Text) -> tuple[list[int], list[int]]:
     ------
     ValueError : an empty prompt or response; a text longer than the context of the base.
     """
-    prompt = base.tokenizer(text.prompt, add_special_tokens=False)["input_ids"]
+    prompt = base.prompt_ids(text.prompt)
     response = base.tokenizer(text.response, add_special_tokens=False)["input_ids"]
     if not prompt or not response:
         what = "prompt" if not prompt else "response"
@@ -66,6 +66,7 @@ class TextFeatures:
     hidden : (positions, hidden) float32, memory-mapped: the base's last hidden state that predicts each token.
     prompt_hidden : (texts, hidden) float32, mean last hidden state over the prompt's tokens.
     key : identity of this set of texts under this base.
+    texts : the texts themselves, in order.
     """
 
     tokens: np.ndarray
@@ -73,6 +74,7 @@ class TextFeatures:
     hidden: np.ndarray
     prompt_hidden: np.ndarray
     key: str
+    texts: tuple[Text, ...]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -132,6 +134,7 @@ def text_features(base: Base, texts: Sequence[Text], batch_size: int = 48) -> Te
         hidden=np.load(folder / "hidden.npy", mmap_mode="r", allow_pickle=False),
         prompt_hidden=np.load(folder / "prompt_hidden.npy", allow_pickle=False),
         key=folder.name,
+        texts=tuple(texts),
     )
 
 
@@ -200,7 +203,7 @@ def encode_prompts(base: Base, prompts: Sequence[str], batch_size: int = 48) -> 
     ------
     ValueError : a prompt without tokens.
     """
-    ids = [base.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    ids = [base.prompt_ids(p) for p in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
             raise ValueError(f"prompt {prompt!r} has no tokens: give at least a word")

@@ -18,10 +18,12 @@ from jaxtyping import Bool, Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .causal_lm import MixtureForCausalLM
 from .decoding import sample
 from .elbo import log_responsibilities, margins
 from .em import gate_em, predictive_probability
-from .experts import HeadConstants, HeadExperts, MixtureNextToken, NextToken, chosen_texts
+from .experts import Experts, HeadExperts, MixtureNextToken, NextToken, chosen_texts
+from .export import export_adapter, merge, merged_model, whole_folder
 from .features import (
     PairFeatures,
     Text,
@@ -33,8 +35,9 @@ from .features import (
 )
 from .gating import Gate, MixedMembershipGate, make_gate
 from .gating import top_s as keep_top_s
+from .model_experts import AdapterExperts, IndependentExperts
 from .sources import Base, load_base
-from .store import progress, read_json
+from .store import MixDPOError, progress, read_json
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,14 @@ class MixturePolicy(nn.Module):
     beta : > 0, default 0.1 (DPO's usual value): large keeps close to the reference.
     """
 
-    def __init__(self, experts: HeadExperts, gate: Gate, beta: float = 0.1) -> None:
+    def __init__(self, experts: Experts, gate: Gate, beta: float = 0.1) -> None:
         super().__init__()
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(f"beta={beta}: the strength of the KL term is a positive number; 0.1 is the usual value")
         if gate.n_experts != experts.n_experts:
             raise ValueError(f"the gate has {gate.n_experts} weights for {experts.n_experts} experts: make them equal")
         self.experts, self.gate, self.beta = experts, gate, float(beta)
-        self._constants: dict[str, HeadConstants] = {}
+        self._constants: dict[str, Any] = {}
 
     @property
     def n_experts(self) -> int:
@@ -87,15 +90,22 @@ class MixturePolicy(nn.Module):
         """The frozen base model."""
         return self.experts.base[0]
 
+    @property
+    def heads(self) -> HeadExperts:
+        """The experts, where they are `HeadExperts`; an error where they are not."""
+        if not isinstance(self.experts, HeadExperts):
+            raise ValueError(f"{type(self.experts).__name__}: this is there for HeadExperts alone")
+        return self.experts
+
     # ------------------------------------------------------------------------------------------------ likelihoods
 
     def prepare(self, data: Dataset | PairFeatures) -> PairFeatures:
         """Features of a preference set (from the cache where they are there)."""
         return data if isinstance(data, PairFeatures) else pair_features(self.base, data)
 
-    def constants(self, texts: TextFeatures) -> HeadConstants:
-        """The frozen head's constants of these texts, kept while the active tokens stay the same."""
-        key = f"{texts.key}-{hash(self.experts.active_ids.numpy().tobytes())}"
+    def constants(self, texts: TextFeatures) -> Any:
+        """What the experts compute once for these texts, kept while it stays the same (see `Experts.constants`)."""
+        key = f"{texts.key}-{self.experts.constants_key()}"
         if key not in self._constants:
             self._constants = {**dict(list(self._constants.items())[-3:]), key: self.experts.constants(texts)}
         return self._constants[key]
@@ -125,7 +135,7 @@ class MixturePolicy(nn.Module):
         """
         ids = torch.arange(len(texts)) if ids is None else ids
         logps, refs = self.experts.all_text_logps(texts, self.constants(texts), ids, chosen=chosen)
-        found = self.beta * (logps - refs[:, None])
+        found = self.beta * (logps - refs)
         rewards = torch.full((len(texts), self.n_experts), torch.nan)
         rewards[ids] = found if chosen is None else found.masked_fill(~chosen, torch.nan)
         return rewards
@@ -180,13 +190,13 @@ class MixturePolicy(nn.Module):
 
     def _prompt_states(self, data: PairFeatures) -> Float[Tensor, "pairs features"]:
         """The pooled state of each pair's prompt; with a suffix the base reads the prompts once more."""
-        if not self.gate.suffix:  # type: ignore[union-attr]
+        if not self.gate.suffix:
             return prompt_states(data.texts, data.pairs[:, 0])
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(data.rows["prompt"]))}
         return self._encode(list(place))[torch.tensor([place[prompt] for prompt in data.rows["prompt"]])]
 
     def _encode(self, prompts: Sequence[str]) -> Float[Tensor, "prompts features"]:
-        return encode_prompts(self.base, [prompt + self.gate.suffix for prompt in prompts])  # type: ignore[union-attr]
+        return encode_prompts(self.base, [prompt + str(self.gate.suffix) for prompt in prompts])
 
     def log_w(self, data: PairFeatures) -> Float[Tensor, ...]:
         """The gate's weights, nats: (K,) where it reads nothing, else (pairs, K); gradients flow to the gate."""
@@ -350,7 +360,7 @@ class MixturePolicy(nn.Module):
                 f"from 0 to {self.n_experts - 1}"
             )
         tokenizer = self.base.tokenizer
-        ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+        ids = [self.base.prompt_ids(p) for p in prompts]
         for p, tokens in zip(prompts, ids, strict=True):
             if not tokens or len(tokens) + max_new_tokens > self.base.context:
                 raise ValueError(
@@ -384,33 +394,126 @@ class MixturePolicy(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- life
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write mixture.safetensors and config.json (base, family, sizes, beta)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().contiguous().clone() for k, v in self.state_dict().items()}
-        save_file(state, folder / "mixture.safetensors")
+    def save_pretrained(self, folder: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write mixture.safetensors, config.json (base, family, sizes, gate, beta) and a model card, all or nothing.
+
+        Parameters
+        ----------
+        provenance : what the card says of where the mixture comes from: data, run, seed, results; one line each.
+
+        Raises
+        ------
+        MixDPOError : the folder cannot be written; nothing half-done is left.
+        """
         config = {
-            "base": self.base.name, "base_fingerprint": self.base.fingerprint, "experts": "HeadExperts",
-            "n_experts": self.n_experts, "rank": self.experts.rank, "active": self.experts.active, "beta": self.beta,
-            "min_count": self.experts.min_count, "gate": self.gate.options(),
+            "format": 1, "base": self.base.name, "base_fingerprint": self.base.fingerprint, "chat": self.base.chat,
+            "experts": self.experts.options(), "gate": self.gate.options(), "beta": self.beta,
         }  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        with whole_folder(folder) as place:
+            state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+            save_file(state, place / "mixture.safetensors")
+            (place / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            (place / "README.md").write_text(_card(config, provenance or {}))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, base: Base | None = None) -> MixturePolicy:
-        """Read a mixture back; its base is loaded by name unless given, and must be the one it was trained on."""
-        config: dict[str, Any] = read_json(Path(folder) / "config.json")
-        base = base or load_base(config["base"])
-        if base.fingerprint != config["base_fingerprint"]:
-            raise ValueError(
-                f"{folder}: trained on a base with fingerprint {config['base_fingerprint']}, found {base.fingerprint} "
-                f"({base.name}): give the base that it was trained on"
-            )
-        sizes = (config["n_experts"], config["rank"], config["active"], config["min_count"])
-        experts = HeadExperts(base, *sizes)
+    def from_pretrained(
+        cls, folder: str | Path, base: Base | None = None, bases: Sequence[Base] | None = None
+    ) -> MixturePolicy:
+        """Read a mixture back; its base is loaded by name unless given, and must be the one it was trained on.
+
+        `bases` : of `IndependentExperts`, one an expert, instead of loading them by name.
+
+        Raises
+        ------
+        MixDPOError : a file is missing or damaged, or its tensors are not those of config.json.
+        ValueError : another base than the one that the mixture was trained on.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "mixture.safetensors"):
+            if not (folder / name).is_file():
+                raise MixDPOError(
+                    f"{folder / name}: not found; expected a folder written by MixturePolicy.save_pretrained"
+                )
+        config: dict[str, Any] = read_json(folder / "config.json")
+        if config.get("format") != 1:
+            raise MixDPOError(f"{folder}/config.json: format {config.get('format')!r}, expected 1: it was written by "
+                              "another version, or is no mixture")  # fmt: skip
+        try:
+            state = load_file(folder / "mixture.safetensors")
+        except Exception as error:
+            raise MixDPOError(f"{folder}/mixture.safetensors: not readable ({error}); copy the folder again") from error
+        own = dict(config["experts"])
+        family = own.pop("family")
+        experts: Experts
+        if family == "IndependentExperts":
+            found = list(bases) if bases is not None else [load_base(name) for name in own["bases"]]
+            for one, wanted in zip(found, own["fingerprints"], strict=True):
+                _check_base(folder, one, wanted)
+            experts = IndependentExperts(found, own["encoder"])
+        else:
+            base = base or load_base(config["base"], chat=config["chat"])
+            _check_base(folder, base, config["base_fingerprint"])
+            families: dict[str, Any] = {"HeadExperts": HeadExperts, "AdapterExperts": AdapterExperts}
+            experts = families[family](base, **own)
         policy = cls(experts, make_gate(config["gate"]), config["beta"])
-        state = load_file(Path(folder) / "mixture.safetensors")
-        experts.activate(state["experts.active_ids"])
-        policy.load_state_dict(state)
+        if isinstance(experts, HeadExperts):
+            experts.activate(state["experts.active_ids"])
+        try:
+            policy.load_state_dict(state)
+        except RuntimeError as error:
+            said = str(error).splitlines()[-1].strip()
+            raise MixDPOError(f"{folder}/mixture.safetensors: not the tensors of config.json ({said}); copy the folder "
+                              "again") from error  # fmt: skip
         return policy
+
+    def export_adapter(self, k: int, folder: str | Path) -> None:
+        """Write expert k as a PEFT adapter of the plain base, see `export.export_adapter`."""
+        export_adapter(self.experts, k, folder)
+
+    def merge(self, k: int, folder: str | Path) -> None:
+        """Write expert k as a plain transformers checkpoint, see `export.merge`."""
+        merge(self.experts, k, folder)
+
+    def export_model(self, k: int) -> Any:
+        """Expert k as a plain transformers model in memory, see `export.merged_model`."""
+        return merged_model(self.experts, k)
+
+    def as_causal_lm(
+        self, user: Float[Tensor, ...] | None = None, prompts: Sequence[str] | None = None
+    ) -> MixtureForCausalLM:
+        """The mixture as a transformers model: `generate` with sampling, greedy, beams, streamers.
+
+        Parameters
+        ----------
+        user : log_w (K,) of one user, or (prompts, K); the gate's weights by default.
+        prompts : what a gate of prompts reads: the prompts that will be continued, in their order.
+        """
+        if user is None:
+            if prompts is None and self.gate.reads:
+                raise ValueError(f"the gate reads {', '.join(self.gate.reads)}: give prompts=[...], or user=")
+            log_w = self._speech_weights([""] if prompts is None else prompts)
+        else:
+            log_w = user.reshape(-1, self.n_experts)
+        return MixtureForCausalLM(self.experts, log_w.detach())
+
+
+def _check_base(folder: Path, base: Base, wanted: str) -> None:
+    if base.fingerprint != wanted:
+        raise ValueError(
+            f"{folder}: trained on a base with fingerprint {wanted}, found {base.fingerprint} "
+            f"({base.name}): give the base that it was trained on"
+        )
+
+
+def _card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    experts, gate = config["experts"], config["gate"]
+    lines = [
+        "---", f"base_model: {config['base']}", "library_name: mixdpo", "tags: [mix-dpo, moe-dpo, preference, mixture]",
+        "---", "", f"# A mixture of {experts['n_experts']} experts on {config['base']}", "",
+        "Trained by mixture preference optimisation (arXiv 2510.08256). `mixdpo_lib.MixturePolicy.from_pretrained` "
+        "reads this folder.", "",
+        f"- family: {experts['family']}", f"- gate: {gate['gate']}", f"- beta: {config['beta']}",
+        f"- fingerprint of the base: {config['base_fingerprint']}", "", "## Provenance", "",
+        *([f"- {name}: {value}" for name, value in provenance.items()] or ["Not given."]), "",
+    ]  # fmt: skip
+    return "\n".join(lines)

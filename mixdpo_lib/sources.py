@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -249,13 +250,31 @@ def _tidy(rows: Iterable[Mapping[str, Any]], place: str, text_column: str, label
 # ------------------------------------------------------------------------------------------------------- weights
 @dataclass(frozen=True)
 class Base:
-    """A frozen causal language model with its tokenizer (float32, evaluation mode, no gradients)."""
+    """A frozen causal language model with its tokenizer (evaluation mode, no gradients)."""
 
     name: str
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     folder: str | None
     fingerprint: str            # 64 hex digits over configuration, tokenizer and weights
+    chat: bool = False          # prompts are put into the chat template
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, in the chat template where the base was loaded so."""
+        if self.chat:
+            prompt = str(self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True))
+        return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.device
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """64 hex digits over the vocabulary: equal for models that share their token ids."""
+        return hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
 
     @property
     def hidden_size(self) -> int:
@@ -278,16 +297,40 @@ class Base:
         return int(self.tokenizer.eos_token_id)
 
 
-def load_base(name: str | os.PathLike[str] = "smollm2-135m", *, revision: str | None = None) -> Base:
+def need_memory(size: int, what: str, device: torch.device) -> None:
+    """Refuse what will not fit before it is started.
+
+    Raises
+    ------
+    MixDPOError : `what`, how much it needs and how much is free.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if size > free:
+        raise MixDPOError(f"{what} need about {size / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: "
+                          "take fewer or smaller ones, or AdapterExperts or HeadExperts, which share one model")
+
+
+def load_base(name: str | os.PathLike[str] = "smollm2-135m", *, revision: str | None = None, dtype: str = "float32",
+              device: str = "cpu", chat: bool = False) -> Base:
     """A base model: a packaged name, a local folder, or a hub id; all end in a local folder and load by one path.
 
     The packaged 4-bit file is converted to float32 safetensors once (538 MB in the cache, under a minute). No code from
     a folder or the hub is run, and only safetensors weights are read.
 
+    Parameters
+    ----------
+    revision : of a hub id.
+    dtype : "float32" or "bfloat16", of weights and blocks; log-probabilities are float32 in any case.
+    device : "cpu", "cuda", "mps", ...
+    chat : put every prompt into the tokenizer's chat template, as one message of the user, with the start of an answer.
+
     Raises
     ------
-    MixDPOError : folder without configuration, tokenizer, weights or a shard; weights that do not fit; no end token.
+    MixDPOError : folder without configuration, tokenizer, weights or a shard; weights that do not fit; no end token; a
+        chat template that is asked for and not there; a device that is absent.
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: possible are 'float32' and 'bfloat16'")
     label = os.fspath(name)
     hashes: dict[str, str] = {}
     if label in packaged("base"):
@@ -305,7 +348,8 @@ def load_base(name: str | os.PathLike[str] = "smollm2-135m", *, revision: str | 
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             loader: Any = AutoModelForCausalLM
             model, report = loader.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+                folder, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True,
+                output_loading_info=True)
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MixDPOError(f"{folder}: not a causal language model that can be loaded ({said}); expected config.json, "
@@ -317,11 +361,20 @@ def load_base(name: str | os.PathLike[str] = "smollm2-135m", *, revision: str | 
     if tokenizer.eos_token_id is None:
         raise MixDPOError(f"{folder}: the tokenizer has no end token; set eos_token in tokenizer_config.json: it marks "
                           "the end of a response")
-    model.eval().requires_grad_(False)
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise MixDPOError(f"{folder}: chat=True, and the tokenizer has no chat template; leave chat out: prompts are "
+                          "then read as they stand")
+    try:
+        model.to(device).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise MixDPOError(f"device={device!r}: not usable here ({said}); 'cpu' always is") from error
     digest = hashlib.sha256()
     for file in ["config.json", *[n for n in ("tokenizer.json",) if (folder / n).exists()], *weights]:
         digest.update(f"{file} {hashes.get(file) or store.sha256_of(folder / file)}\n".encode())
-    return Base(label, model, tokenizer, str(folder), digest.hexdigest())
+    if chat or dtype != "float32":
+        digest.update(f"chat={chat} dtype={dtype}".encode())
+    return Base(label, model, tokenizer, str(folder), digest.hexdigest(), chat)
 
 
 def _snapshot(name: str, revision: str | None) -> Path:

@@ -165,7 +165,7 @@ def kept_fit(
     The policy is left at its best validation step. `parameters` and the texts are the identity of the fit.
     """
     inputs = [texts.key]
-    policy.experts.activate_responses(train)
+    policy.heads.activate_responses(train)
 
     def build(folder: Path) -> None:
         checkpoints = cache_folder() / "checkpoints" / artefact_key("fit", VERSION, parameters, inputs)
@@ -466,12 +466,12 @@ class Study:
         part = self.candidates.iloc[rows]
         ids = torch.tensor([self.texts.index[self._text(int(i))] for i in rows])
         policy = self.new_policy("dpo")
-        policy.experts.activate_responses(self.pairs(next(iter(self._designs)))["train"])  # constants are there
+        policy.heads.activate_responses(self.pairs(next(iter(self._designs)))["train"])  # constants are there
         _, refs = policy.experts.all_text_logps(self.texts.features, policy.constants(self.texts.features))
         offsets = self.texts.features.offsets
         generated = Generated(
             text=part["response"].tolist(), expert=[0] * len(part), log_ratio=[0.0] * len(part),
-            ref_logp=refs[ids].tolist(), n_tokens=(offsets[ids + 1] - offsets[ids]).tolist(),
+            ref_logp=refs[ids, 0].tolist(), n_tokens=(offsets[ids + 1] - offsets[ids]).tolist(),
             ended=part["ended"].tolist(),
         )  # fmt: skip
         scores = score_texts(self._whole(part["prompt"], part["response"]), self.judges.evaluation)
@@ -486,9 +486,9 @@ class Study:
         """Texts of one expert, B_k times `scale`, on these prompts; kept in the cache."""
         prompts = [self.prompts[i] for i in prompt_ids]
         policy = self.new_policy(fitted.method)
-        policy.experts.activate(fitted.policy.experts.active_ids)
+        policy.heads.activate(fitted.policy.heads.active_ids)
         policy.load_state_dict(fitted.policy.state_dict())
-        policy.experts.scale(scale)
+        policy.heads.scale(scale)
         state = hashlib.sha256(b"".join(v.contiguous().numpy().tobytes() for v in policy.state_dict().values()))
         length = self.config.candidates.response_tokens
         seed = hash_seed(fitted.seed, "texts", name)

@@ -531,9 +531,7 @@ def fit(
     if config.latent == "unit":
         train.units(config.unit)
     valid = None if validation is None else policy.prepare(validation)
-    fresh = policy.experts.active == "all" and not bool(policy.experts.up.any())
-    if len(policy.experts.active_ids) == 0 or fresh:
-        policy.experts.activate_responses(train)
+    policy.experts.start(train)
     if config.symmetry_breaking == "random_heads":
         policy.experts.perturb(config.symmetry_scale, torch.Generator().manual_seed(config.seed))
     resume = folder is not None and any(Path(folder).glob("checkpoint-*"))

@@ -396,7 +396,7 @@ def test_saved_and_read_back(tiny_base, tiny_folder, data, tmp_path, learned, ac
         gate.update(torch.tensor(WEIGHTS), n_units=10)
     policy = MixturePolicy(experts, gate, beta=0.25)
     policy.save_pretrained(tmp_path / "mixture")
-    assert {p.name for p in (tmp_path / "mixture").iterdir()} == {"mixture.safetensors", "config.json"}
+    assert {p.name for p in (tmp_path / "mixture").iterdir()} == {"mixture.safetensors", "config.json", "README.md"}
     for back in (MixturePolicy.from_pretrained(tmp_path / "mixture"),  # the base is found by its name
                  MixturePolicy.from_pretrained(str(tmp_path / "mixture"), tiny_base)):  # fmt: skip
         assert back.beta == 0.25 and type(back.gate) is type(gate) and back.experts.active == active

@@ -16,7 +16,8 @@ ROOT = store.project_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))
-ORDER = ["elbo", "store", "gating", "em", "sources", "features", "decoding", "experts", "mixture", "probes", "nets",
+ORDER = ["elbo", "store", "gating", "em", "sources", "features", "decoding", "experts", "model_experts", "export",
+         "causal_lm", "mixture", "probes", "nets",
          "rewards", "preferences", "trainer", "evaluation", "study", "domains",
          "personalization", "figures", "runs", "cli"]
 

@@ -5,8 +5,8 @@ from functools import cache
 import datasets
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = (
     "the a this that film plot story actor scene music was is seems feels looks good bad dull bright slow long short "
@@ -29,6 +29,42 @@ def save_tiny_base(folder, seed=0, context=48):
     )  # fmt: skip
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+KINDS = {  # architecture, tied head, pad token
+    "gpt2": ("gpt2", True, False), "llama": ("llama", False, True), "qwen": ("qwen2", True, True),
+    "gemma": ("gemma2", True, False), "phi": ("phi", False, False),
+}  # fmt: skip
+
+
+def save_tiny_kind(folder, kind, seed=0, context=48):
+    """A tiny random model of another architecture: GPT-2, Llama, Qwen, Gemma (soft-capping), Phi (bias on the head)."""
+    model_type, tied, pad = KINDS[kind]
+    save_tiny_base(folder)  # the tokenizer
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    if kind == "qwen":  # its class splits into bytes whatever the file says
+        pieces = Tokenizer(models.BPE(unk_token="<unk>"))
+        pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "</s>"], initial_alphabet=alphabet)
+        pieces.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>", eos_token="</s>")
+    if pad:
+        tokenizer.pad_token = "<unk>"
+    tokenizer.save_pretrained(folder)
+    sizes = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "max_position_embeddings": context, "tie_word_embeddings": tied, "initializer_range": 0.25, "eos_token_id": 1,
+        "bos_token_id": None, "pad_token_id": 0 if pad else None, "intermediate_size": 48, "num_key_value_heads": 2,
+    }  # fmt: skip
+    if model_type == "gpt2":
+        for name in ("intermediate_size", "num_key_value_heads"):
+            sizes.pop(name)
+    if model_type == "gemma2":
+        sizes |= {"head_dim": 8, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "sliding_window": 4}
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes)).save_pretrained(folder)
     return folder
 
 

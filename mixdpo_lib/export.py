@@ -1,0 +1,134 @@
+"""How does an expert leave the mixture? As a PEFT adapter of the plain base, or as a plain transformers model."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .experts import Experts, HeadExperts
+from .model_experts import AdapterExperts, IndependentExperts, lora_config, shared_copy
+from .store import MixDPOError
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into; it takes its place when everything is there, and is removed otherwise.
+
+    Raises
+    ------
+    MixDPOError : the place is taken by a file, or cannot be written (disk full, no permission).
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise MixDPOError(f"{folder}: found a file, expected a folder or nothing; give another name")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            place = Path(scratch) / "whole"
+            place.mkdir()
+            yield place
+            if folder.exists():
+                folder.rename(Path(scratch) / "before")
+            place.rename(folder)
+    except OSError as error:
+        raise MixDPOError(f"{folder}: not written ({error}); nothing was left there half-done") from error
+
+
+def _check_number(experts: Experts, k: int) -> None:
+    if not 0 <= k < experts.n_experts:
+        raise ValueError(f"k={k}: expected an expert from 0 to {experts.n_experts - 1}")
+
+
+def _head_name(model: Any) -> str:
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+@torch.no_grad()
+def export_adapter(experts: Experts, k: int, folder: str | Path) -> None:
+    """Write expert k as an adapter that `peft.PeftModel.from_pretrained(base, folder)` reads; the same logits.
+
+    A head `W h + 1[v active] W B A h` is LoRA on the output head, with lora_A = A and lora_B = W B where v is active
+    and 0 elsewhere (exact, float32).
+
+    Raises
+    ------
+    ValueError : no expert k; `IndependentExperts` (whole models: use `merge`).
+    """
+    _check_number(experts, k)
+    if isinstance(experts, IndependentExperts):
+        raise ValueError("IndependentExperts are whole models, no adapters: use merge(k, folder)")
+    from peft import LoraConfig, get_peft_model
+
+    base = experts.base[0]
+    assert isinstance(experts, (AdapterExperts, HeadExperts))
+    if isinstance(experts, AdapterExperts):
+        config = lora_config(base, experts.rank, experts.blocks, experts.target_modules)
+    else:
+        config = LoraConfig(
+            r=experts.rank, lora_alpha=experts.rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+            target_modules=[_head_name(base.model)], base_model_name_or_path=base.name,
+        )  # fmt: skip
+    model = get_peft_model(shared_copy(base.model), config)
+    if isinstance(experts, AdapterExperts):
+        own = experts.tensors(k)
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(own[name.replace(".default.", ".")])
+    else:
+        down, up = experts.head_correction(k)
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(down if "lora_A" in name else up)
+    with whole_folder(folder) as place:
+        model.save_pretrained(str(place), save_embedding_layers=False)
+
+
+@torch.no_grad()
+def merged_model(experts: Experts, k: int) -> Any:
+    """Expert k as a plain transformers model with weights of its own; a tied head that was changed is untied."""
+    _check_number(experts, k)
+    base = experts.base[0]
+    if isinstance(experts, IndependentExperts):
+        return copy.deepcopy(experts.model(k)).requires_grad_(False)
+    model = copy.deepcopy(base.model)
+    if isinstance(experts, AdapterExperts):
+        from peft import get_peft_model
+
+        wrapped = get_peft_model(model, lora_config(base, experts.rank, experts.blocks, experts.target_modules))
+        own = experts.tensors(k)
+        for name, p in wrapped.named_parameters():
+            if "lora_" in name:
+                p.copy_(own[name.replace(".default.", ".")])
+        return wrapped.merge_and_unload()
+    assert isinstance(experts, HeadExperts)
+    down, up = experts.head_correction(k)
+    head = model.get_output_embeddings()
+    new = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, dtype=head.weight.dtype)
+    new.weight.copy_(head.weight + (up @ down).to(head.weight.dtype))
+    if head.bias is not None:
+        new.bias.copy_(head.bias)
+    model.set_output_embeddings(new.requires_grad_(False))
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    model._tied_weights_keys = {}
+    model.all_tied_weights_keys = {}
+    return model
+
+
+def merge(experts: Experts, k: int, folder: str | Path) -> None:
+    """Write expert k as a plain checkpoint (safetensors, configuration, tokenizer) that transformers loads alone."""
+    model = merged_model(experts, k)
+    tokenizer = (experts.bases[k] if isinstance(experts, IndependentExperts) else experts.base[0]).tokenizer
+    with whole_folder(folder) as place:
+        model.save_pretrained(str(place))
+        tokenizer.save_pretrained(str(place))
+
+
