@@ -483,7 +483,11 @@ class HeadExperts(Experts):
     def text_logps(
         self, batch: dict[str, Tensor], chosen: Bool[Tensor, "texts experts"] | None = None
     ) -> Float[Tensor, "texts experts"]:
-        """See `Experts.text_logps`."""
+        """See `Experts.text_logps`. float32 whatever the blocks of a model are computed in."""
+        with torch.autocast(self.up.device.type, enabled=False):
+            return self._text_logps(batch, chosen)
+
+    def _text_logps(self, batch: dict[str, Tensor], chosen: Tensor | None) -> Tensor:
         head = self._require_active().to(self.up.device)
         bias = None if self._bias is None else self._bias[self.active_ids.to(self._bias.device)].to(self.up.device)
         inputs = {name: batch[name] for name in ("hidden", "target", "token_logit", "lse_inactive", "segment")}

@@ -74,7 +74,7 @@ def export_adapter(experts: Experts, k: int, folder: str | Path) -> None:
     else:
         config = LoraConfig(
             r=experts.rank, lora_alpha=experts.rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-            target_modules=[_head_name(base.model)], base_model_name_or_path=base.name,
+            target_modules=[_head_name(base.model)],
         )  # fmt: skip
     model = get_peft_model(shared_copy(base.model), config)
     if isinstance(experts, AdapterExperts):
@@ -87,6 +87,7 @@ def export_adapter(experts: Experts, k: int, folder: str | Path) -> None:
         for name, p in model.named_parameters():
             if "lora_" in name:
                 p.copy_(down if "lora_A" in name else up)
+    model.peft_config["default"].base_model_name_or_path = base.name
     with whole_folder(folder) as place:
         model.save_pretrained(str(place), save_embedding_layers=False)
 

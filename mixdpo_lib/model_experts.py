@@ -61,7 +61,7 @@ def lora_config(base: Base, rank: int, blocks: Sequence[int], modules: Sequence[
     return LoraConfig(
         r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", target_modules=list(modules),
         layers_to_transform=list(blocks), layers_pattern=where,
-        fan_in_fan_out=base.model.config.model_type == "gpt2", base_model_name_or_path=base.name,
+        fan_in_fan_out=base.model.config.model_type == "gpt2",
     )  # fmt: skip
 
 

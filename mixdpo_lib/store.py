@@ -281,6 +281,8 @@ def progress(stage: str, done: int, total: int, text: str = "") -> None:
 
     Cheap enough to be called in every step.
     """
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
+        return
     now = time.monotonic()
     before, before_done = _last_line.get(stage, (-1e9, -1))
     if now - before < _HEARTBEAT_S and before_done <= done < total:    # a smaller `done`: the stage began anew

@@ -6,6 +6,7 @@ import copy
 import math
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -50,7 +52,9 @@ class FitConfig:
     unit: str = "user"  # the column that says which pairs share a latent
     learning_rate: float = 1e-3
     passes: float = 3.0  # over the training pairs
-    batch_size: int = 32  # pairs, or prompts with batch_by="prompt"
+    batch_size: int = 32  # pairs, or prompts with batch_by="prompt"; all processes together
+    accumulate: int = 1  # batches a step; each is computed alone, so that memory holds one of them
+    bf16: bool = False  # blocks under bfloat16 autocast; heads and log-probabilities stay float32
     batch_by: str = "pair"  # "prompt": all pairs of a prompt in one batch, so that texts they share are computed once
     weight_decay: float = 0.0
     optimizer: str = "adamw"  # or "sgd": momentum 0.9, no scaling by coordinate
@@ -89,7 +93,7 @@ class FitConfig:
         if self.symmetry_breaking not in SYMMETRY_BREAKING:
             raise ValueError(f"symmetry_breaking={self.symmetry_breaking!r}: possible are {SYMMETRY_BREAKING}")
         for name in (
-            "learning_rate", "passes", "batch_size", "restarts", "evaluations_per_pass", "n_samples",
+            "learning_rate", "passes", "batch_size", "accumulate", "restarts", "evaluations_per_pass", "n_samples",
             "recognition_rate", "gate_iterations",
         ):  # fmt: skip
             if not getattr(self, name) > 0:
@@ -121,13 +125,17 @@ class FitConfig:
 
 @dataclass
 class FitResult:
-    """What a fit leaves: one row a evaluation, why it stopped, every restart, and the experts at each evaluation."""
+    """What a fit leaves: one row a evaluation, why it stopped, every restart, and the experts at each evaluation.
+
+    losses : of each step since the start or the last resumption, nats per pair.
+    """
 
     history: pd.DataFrame
     stop_reason: str
     best_step: int
     restarts: pd.DataFrame
     snapshots: dict[int, dict[str, Tensor]] = field(repr=False, default_factory=dict)
+    losses: list[float] = field(repr=False, default_factory=list)
 
 
 def _describe_pairs(texts: TextFeatures, pairs: Tensor) -> Tensor:
@@ -137,6 +145,16 @@ def _describe_pairs(texts: TextFeatures, pairs: Tensor) -> Tensor:
     total = torch.zeros(len(ids), hidden.shape[1]).index_add_(0, segment, hidden)
     mean = (total / torch.bincount(segment)[:, None])[place]
     return torch.cat([torch.from_numpy(texts.prompt_hidden)[pairs[:, 0]], mean[:, 0] - mean[:, 1]], 1)
+
+
+def _from_all(row: Tensor, loglik: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that all processes have just computed; of one process: its own."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return row, loglik
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (row.cpu(), loglik.cpu()))
+    rows, logliks = zip(*found, strict=True)
+    return torch.cat(rows).to(row.device), torch.cat(logliks).to(loglik.device)
 
 
 class _Learner(nn.Module):
@@ -204,29 +222,38 @@ class _Learner(nn.Module):
             return None
         return keep_top_s(log_w[self.table.unit[row]], self.options.top_s) > -math.inf
 
-    def forward(self, row: Tensor, described: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
-        """loss = - mean_n sum_k q_nk log sigma(D_nk), nats per pair; q detached. See `_relaxed` for the other kinds."""
+    def forward(
+        self, row: Tensor, described: Tensor | None = None, scale: float = 1.0, part: str = "whole", **batch: Tensor
+    ) -> dict[str, Tensor]:
+        """loss = - mean_n sum_k q_nk log sigma(D_nk), nats per pair; q detached. See `_relaxed` for the other kinds.
+
+        A step in several parts: each is looked at ("look": the table is brought up to date and nothing else), then
+        learned from ("learn", and "last", which closes the step), its loss times `scale`, its share of the step.
+        """
         config, several = self.options, self.policy.n_experts > 1
         log_w = self.log_w()
         chosen = self.chosen(row, log_w)
         loglik = self.policy.batch_loglik(batch, chosen)
-        if self.training:
-            self.table.update(row, loglik)
+        last = part in ("whole", "last")
+        if self.training and part in ("whole", "look"):
+            self.table.update(*_from_all(row, loglik.detach()))
+        if part == "look":
+            return {}
         penalty = loglik.new_zeros(())
         if self.starting():
             q = self.start_log_q[self.table.unit[row]].exp()
-            if self.training and config.symmetry_breaking == "clusters" and not self.steps:
+            if self.training and last and config.symmetry_breaking == "clusters" and not self.steps:
                 gate_m_step(self.policy.gate, self.inputs, self.start_log_q, max_iter=30)  # clusters of what it reads
         elif config.inference == "exact" or not several:
             kept = log_w if chosen is None else keep_top_s(log_w, config.top_s)  # type: ignore[arg-type]
             q = self.table.batch_log_q(row, kept, self.temperature()).exp()
         else:
             q, penalty = self._relaxed(row, described)
-        if self.training and several and not self.starting() and self.temperature() == 1:
+        if self.training and last and several and not self.starting() and self.temperature() == 1:
             self._m_step_of_gate(log_w)  # tempered responsibilities say little of the weights: a start could kill
-        if self.training:
+        if self.training and last:
             self.steps += 1
-        return {"loss": penalty - (q * loglik.masked_fill(q == 0, 0.0)).sum(1).mean()}
+        return {"loss": scale * (penalty - (q * loglik.masked_fill(q == 0, 0.0)).sum(1).mean())}
 
     def _m_step_of_gate(self, log_w: Tensor) -> None:
         """The weights move towards the responsibilities of the whole table."""
@@ -337,7 +364,9 @@ class MixDPOTrainer(Trainer):
         )
         self.policy, self.data, self.config, self.folder = policy, data, config, folder
         self.groups = _groups(data, config.batch_by)
-        self.steps_per_pass = steps_per_pass = math.ceil(len(self.groups) / config.batch_size)
+        per_step = config.batch_size * config.accumulate
+        self.steps_per_pass = steps_per_pass = math.ceil(len(self.groups) / per_step)
+        self.losses: list[float] = []
         self.validation = validation
         if validation is not None and config.latent == "unit":
             place = {name: i for i, name in enumerate(self.names)}
@@ -352,13 +381,13 @@ class MixDPOTrainer(Trainer):
         # an expert owns about 1/K of the pairs, and so 1/K of the gradient; AdamW makes up for that by itself
         rate = config.learning_rate * (policy.n_experts if config.optimizer == "sgd" else 1)
         arguments = TrainingArguments(
-            output_dir=str(folder), per_device_train_batch_size=config.batch_size, learning_rate=rate,
+            output_dir=str(folder), per_device_train_batch_size=per_step, learning_rate=rate,
             max_steps=max(1, round(config.passes * steps_per_pass)), weight_decay=config.weight_decay,
             warmup_steps=max(0, round(config.warmup * config.passes * steps_per_pass)), lr_scheduler_type="linear",
             seed=config.seed, data_seed=config.seed, report_to=[], disable_tqdm=True, logging_strategy="no",
             save_strategy="steps" if save_steps else "no", save_steps=save_steps or 500, remove_unused_columns=False,
             dataloader_pin_memory=False, max_grad_norm=1.0, use_cpu=policy.base.model.device.type == "cpu",
-            label_names=[],
+            label_names=[], bf16=config.bf16, ddp_find_unused_parameters=True, ddp_broadcast_buffers=False,
         )  # fmt: skip
         inputs = _gate_inputs(policy, data, config, unit)
         together = _cluster_names(data, config, unit) if config.symmetry_breaking == "clusters" else None
@@ -374,16 +403,61 @@ class MixDPOTrainer(Trainer):
         )  # fmt: skip
         constants = policy.constants(data.texts)
 
-        def collate(groups: list[list[int]]) -> dict[str, Tensor]:
-            row = torch.tensor([row for group in groups for row in group])
-            batch = {"row": row, **policy.experts.batch(data.texts, constants, data.pairs[row])}
-            return batch | ({"described": _describe_pairs(data.texts, data.pairs[row])} if recognises else {})
+        here, processes = arguments.process_index, arguments.world_size
+        n_parts = processes * config.accumulate
+        if recognises and n_parts > 1:
+            raise ValueError(f"inference='recognition' with accumulate={config.accumulate} and {processes} processes: "
+                             "expected one of each, or inference='exact'")  # fmt: skip
+
+        def collate(groups: list[list[int]]) -> dict[str, Any]:
+            """Of a step's groups the parts of this process: part i has every n-th group from i."""
+            total, parts = sum(map(len, groups)), []
+            for i in range(here, n_parts, processes):
+                own = groups[i::n_parts] or groups[:1]  # processes keep step: one without a group has a share of 0
+                row = torch.tensor([row for group in own for row in group])
+                share = len(row) / total if i < len(groups) else 0.0
+                part = {"row": row, "scale": share * processes,
+                        **policy.experts.batch(data.texts, constants, data.pairs[row])}  # fmt: skip
+                parts.append(part | ({"described": _describe_pairs(data.texts, data.pairs[row])} if recognises else {}))
+            return {"parts": parts}
 
         super().__init__(
             model=learner, args=arguments, train_dataset=self.groups, data_collator=collate,
             callbacks=[_Watch(self)], optimizers=(optimizer, None),
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> Any:
+        """Every process is given the same steps, in the order of a single one, and takes its part of each."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        groups: Any = self.groups
+        loader = torch.utils.data.DataLoader(
+            groups, batch_size=self.args.per_device_train_batch_size, collate_fn=self.data_collator,
+            sampler=self._get_train_sampler(),
+        )  # fmt: skip
+        return prepare_data_loader(
+            loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=self.args.data_seed
+        )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One step: E-step for all its pairs, then the gradient, a part at a time."""
+        model.train()
+        parts = self._prepare_inputs(inputs)["parts"]
+        names = ["learn"] * (len(parts) - 1) + ["last"] if len(parts) > 1 else ["whole"]
+        if len(parts) > 1:
+            for part in parts:
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    model(**part, part="look")
+        total = torch.zeros((), device=self.args.device)
+        for part, name in zip(parts, names, strict=True):
+            with nullcontext() if name != "learn" else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = model(**part, part=name)["loss"]
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.losses.append(float(self.accelerator.reduce(total.clone(), "mean")))
+        return total
 
     def measure(self) -> dict[str, Any]:
         """The bound by term, accuracy and the validation likelihood.
@@ -447,7 +521,7 @@ class _Watch(TrainerCallback):
         row["responsibility_temperature"] = learner.temperature()
         state.log_history.append(row)
         self.snapshots[step] = {k: v.detach().clone() for k, v in trainer.policy.state_dict().items()}
-        if trainer.args.save_strategy != "no":
+        if trainer.args.save_strategy != "no" and trainer.args.should_save:
             save_file(self.snapshots[step], trainer.folder / f"snapshot-{step}.safetensors")
         self.judge(row)
 
@@ -538,13 +612,14 @@ def fit(
     restarts, start = _restarts(policy, train, replace(config, restarts=1) if resume else config, valid)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(folder) if folder else Path(scratch)
-        twice_a_pass = max(1, math.ceil(len(_groups(train, config.batch_by)) / config.batch_size) // 2)
+        per_step = config.batch_size * config.accumulate
+        twice_a_pass = max(1, math.ceil(len(_groups(train, config.batch_by)) / per_step) // 2)
         trainer = MixDPOTrainer(policy, train, config, place, valid, save_steps=twice_a_pass if folder else None)
         if start is not None:  # the best restart goes on: its experts, gate, table, and where it was in the tempering
             trainer.accelerator.unwrap_model(trainer.model).load_state_dict(start)
         if folder and resume:
             restarts = pd.read_csv(place / "restarts.csv")
-        elif folder:
+        elif folder and trainer.args.should_save:
             restarts.to_csv(place / "restarts.csv", index=False)
         watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _Watch))
         trainer.train(resume_from_checkpoint=resume or None)
@@ -554,7 +629,7 @@ def fit(
     return FitResult(
         history=history, stop_reason=watch.stop_reason or "max_iter",
         best_step=int(history["step"].iloc[max(watch.monitor.best_step, 0)]), restarts=restarts,
-        snapshots=watch.snapshots,
+        snapshots=watch.snapshots, losses=trainer.losses,
     )  # fmt: skip
 
 
@@ -617,7 +692,7 @@ def gradient_error(
         trainer = MixDPOTrainer(policy, policy.prepare(train), config, Path(scratch))
         learner: _Learner = trainer.accelerator.unwrap_model(trainer.model)
         trainer.measure()
-        batch = next(iter(trainer.get_train_dataloader()))
+        batch = next(iter(trainer.get_train_dataloader()))["parts"][0]
         learner.eval()
 
         def gradient(inference: str, step: int) -> Tensor:

@@ -68,16 +68,10 @@ def plain_margins(base, policy, rows):
 def test_one_expert_is_dpo(tiny_base, data, tmp_path):
     policy = make(tiny_base, data, 1)
     trainer = MixDPOTrainer(policy, data, CONFIG, tmp_path)
-    order, losses, collate = [], [], trainer.data_collator
+    order, collate = [], trainer.data_collator
     trainer.data_collator = lambda groups: (order.append(sum(groups, [])), collate(groups))[1]
-    compute = trainer.compute_loss
-
-    def keep(*args, **options):
-        losses.append(compute(*args, **options))
-        return losses[-1]
-
-    trainer.compute_loss = keep
     trainer.train()
+    losses = trainer.losses
     assert len(order) == len(losses) == 20 and sorted(sum(order[:4], [])) == list(range(24))
 
     # the same by hand: the loss of Rafailov et al. (2023), AdamW, warm-up and linear decay, gradients of norm 1 at most
@@ -90,12 +84,12 @@ def test_one_expert_is_dpo(tiny_base, data, tmp_path):
             share = step / warmup if step < warmup else (total - step) / (total - warmup)
             group["lr"] = CONFIG.learning_rate * share
         loss = -F.logsigmoid(plain_margins(tiny_base, own, data.rows.select(rows))).mean()
-        assert float(losses[step].detach()) == pytest.approx(float(loss.detach()), rel=1e-5), step
+        assert losses[step] == pytest.approx(float(loss.detach()), rel=1e-5), step
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-    assert float(losses[-1].detach()) < 0.6  # it did learn
+    assert losses[-1] < 0.6  # it did learn
     for mine, theirs in zip([policy.experts.down, policy.experts.up], parameters, strict=True):
         assert float((mine - theirs).detach().norm()) < 1e-4 * float(theirs.detach().norm())
     torch.testing.assert_close(policy.loglik(data), F.logsigmoid(plain_margins(tiny_base, own, data.rows)).detach(),
@@ -191,7 +185,7 @@ def test_a_batch_with_all_data_is_full_batch_em(tiny_base, data, tmp_path, laten
     trainer = MixDPOTrainer(policy, data, options, tmp_path)
     learner = trainer.model.train()
     before = policy.gate().clone()
-    loss = learner(**trainer.data_collator([[row] for row in range(24)]))["loss"]
+    loss = learner(**trainer.data_collator([[row] for row in range(24)])["parts"][0])["loss"]
     mine = torch.autograd.grad(loss, [policy.experts.down, policy.experts.up])
 
     loglik = F.logsigmoid(plain_margins(tiny_base, policy, data.rows))
@@ -303,7 +297,7 @@ def test_cold_relaxed_draws_are_unbiased_for_the_exact_loss(tiny_base, data, tmp
         config = replace(options, inference=inference, n_samples=n_samples, gumbel_temperature=0.02)
         trainer, learner = learner_of(tiny_base, data, config, tmp_path)
         trainer.measure()
-        batch = trainer.data_collator([[row] for row in rows])
+        batch = trainer.data_collator([[row] for row in rows])["parts"][0]
         losses[inference] = []
         for step in range(400 if inference == "relaxed" else 1):
             learner.steps.fill_(step)  # each step has draws of its own
@@ -333,7 +327,7 @@ def test_gradients_reach_the_network_through_the_draws_alone_where_they_should(t
     config = replace(CONFIG, inference="recognition", symmetry_breaking="none")
     trainer, learner = learner_of(tiny_base, data, config, tmp_path)
     learner.train()
-    learner(**trainer.data_collator([[row] for row in range(8)]))["loss"].backward()
+    learner(**trainer.data_collator([[row] for row in range(8)])["parts"][0])["loss"].backward()
     assert float(learner.recognition.outer.weight.grad.abs().max()) > 0
     assert float(learner.policy.experts.up.grad.abs().max()) > 0
 
