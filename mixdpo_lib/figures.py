@@ -256,6 +256,29 @@ def accuracy_by_domain(accuracy: pd.DataFrame, ax: Axes) -> Axes:
     return _by_group(shown.reset_index(drop=True), ax, "method", "domain of the prompt")
 
 
+def accuracy_by_capacity(accuracy: pd.DataFrame, ax: Axes) -> Axes:
+    """Test accuracy (mean of the groups) against what may be changed of the base, methods side by side.
+
+    Parameters
+    ----------
+    accuracy : columns ``base``, ``capacity``, ``method``, ``seed``, ``group``, ``accuracy``, ``low``, ``high`` (share
+        of pairs); rows of group "mean" are drawn, those whose seed is "mean" as the large marker with its interval.
+    """
+    need(accuracy, ["base", "capacity", "method", "seed", "group", "accuracy", "low", "high"], "accuracy_by_capacity")
+    shown = accuracy[accuracy["group"] == "mean"]
+    need(shown, [], "accuracy_by_capacity, group 'mean'")
+    several = shown["base"].nunique() > 1
+    place = shown["base"] + "\n" + shown["capacity"] if several else shown["capacity"]
+    shown = shown.assign(place=place.str.replace(", ", "\n")).reset_index(drop=True)
+    places = list(dict.fromkeys(shown["place"]))
+    _dodged(shown, ax, "place", places, "method", "accuracy")
+    ax.set_xticks(range(len(places)), places)
+    _accuracy_axis(ax)
+    ax.set_xlabel("what of the base an expert may change")
+    legend_above(ax, 3)
+    return ax
+
+
 def _by_group(shown: pd.DataFrame, ax: Axes, series: str, x_label: str) -> Axes:
     groups = _ordered(set(shown["group"]))
     if "mean" in groups and "all" in groups:

@@ -64,7 +64,8 @@ KL_SCALES = np.geomspace(0.05, 2.0, 24).tolist()  # factors on B_k between which
 
 
 METADATA = ("genre", "age_band")  # what is known of a user
-READING = ("gate_iterations", "gate_entropy", "gate_balance", "top_s", "cluster_by", "cluster_certainty")  # of gates
+READING = ("gate_iterations", "gate_entropy", "gate_balance", "top_s", "cluster_by", "cluster_certainty",
+           "accumulate", "bf16")  # of gates; and how a step is computed, which changes no result of heads
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,17 @@ def test_accuracy_by_domain_draws_every_method_of_every_domain(ax):
         figures.accuracy_by_domain(pd.DataFrame(rows).drop(columns="group"), ax)
 
 
+def test_accuracy_by_capacity_draws_every_method_of_every_capacity(ax):
+    rows = [{"base": "a", "capacity": c, "method": m, "seed": s, "group": g, "accuracy": 0.6, "low": 0.5, "high": 0.8}
+            for c in ("head, rank 1", "adapters, 2 blocks, rank 8") for m in ("dpo", "mix_dpo") for s in ("0", "mean")
+            for g in ("sentiment", "mean")]  # fmt: skip
+    figures.accuracy_by_capacity(pd.DataFrame(rows), ax)
+    assert tick_labels(ax.xaxis) == ["head\nrank 1", "adapters\n2 blocks\nrank 8"]
+    assert len(ax.get_legend().get_texts()) == 2
+    with pytest.raises(ValueError, match=r"accuracy_by_capacity: the table lacks \['capacity'\]"):
+        figures.accuracy_by_capacity(pd.DataFrame(rows).drop(columns="capacity"), ax)
+
+
 def test_a_table_of_two_designs_is_refused(ax, accuracy):
     both = pd.concat([accuracy, accuracy.assign(design="clean")])
     with pytest.raises(ValueError, match=r"accuracy_by_group: column 'design' holds \['default', 'clean'\]; filter"):

@@ -19,7 +19,7 @@ PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))
 ORDER = ["elbo", "store", "gating", "em", "sources", "features", "decoding", "experts", "model_experts", "export",
          "causal_lm", "mixture", "probes", "nets",
          "rewards", "preferences", "trainer", "evaluation", "study", "domains",
-         "personalization", "figures", "runs", "cli"]
+         "personalization", "sizes", "figures", "runs", "cli"]
 
 
 def pins(lines):
