@@ -220,6 +220,27 @@ def reference_logps(base: Base, texts: TextFeatures) -> np.ndarray:
     return (sums[texts.offsets[1:]] - sums[texts.offsets[:-1]]).astype(np.float32)
 
 
+def place_of(rows: Int[Tensor, "chosen"], n: int) -> Int[Tensor, "rows"]:
+    """Where each of the rows 0 ... n-1 stands in `rows`; -1 where it does not.
+
+    >>> place_of(torch.tensor([2, 0]), 4)
+    tensor([ 1, -1,  0, -1])
+    """
+    return torch.full((n,), -1, device=rows.device).index_copy(0, rows, torch.arange(len(rows), device=rows.device))
+
+
+def read_on(model: Any, input_ids: Tensor, mask: Tensor, cache: Any) -> tuple[Float[Tensor, "rows hidden"], Any]:
+    """The last hidden state of each row after these further tokens, and the cache that remembers them.
+
+    mask : (rows, total), 0 where left padding stands, over all tokens so far; positions are counted without it.
+    """
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    out = model.base_model(
+        input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, past_key_values=cache
+    )
+    return out.last_hidden_state[:, -1], out.past_key_values
+
+
 class Voices:
     """Next-token logits of several experts at once; keeps its own cache."""
 
@@ -565,13 +586,7 @@ class _HeadVoices(Voices):
 
     def __call__(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
         model = self._base.model
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        out = model.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True,
-            past_key_values=self._cache,
-        )  # fmt: skip
-        self._cache = out.past_key_values
-        hidden = out.last_hidden_state[:, -1]
+        hidden, self._cache = read_on(model, input_ids, mask, self._cache)
         plain = model.get_output_embeddings()(hidden).float()
         mapped = self._map or (lambda z: z)
         said = [(g.expert, g.rows, mapped(g.logits(hidden.float(), plain))) for g in self._groups]
@@ -589,11 +604,11 @@ class NextToken:
     def __init__(
         self, base: Base, experts: Experts | None = None, expert: Int[Tensor, "rows"] | None = None
     ) -> None:
-        self._expert, self._voices = expert, None if experts is None else experts.voices(None)
-        if experts is not None and expert is not None:
-            self._voices = experts.voices(nn.functional.one_hot(expert, experts.n_experts) > 0)
-        if self._voices is None:
-            self._voices = _HeadVoices(base)
+        self._expert = expert
+        self._voices: Voices = _HeadVoices(base)
+        if experts is not None:
+            chosen = None if expert is None else nn.functional.one_hot(expert, experts.n_experts) > 0
+            self._voices = experts.voices(chosen)
         self._spoken = False
         self._logits: Tensor | None = None
         self._ref_logits: Tensor | None = None
@@ -601,7 +616,6 @@ class NextToken:
 
     @torch.inference_mode()
     def __call__(self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]) -> Tensor:
-        assert self._voices is not None
         logits, said = self._voices(input_ids, attention_mask)
         self._ref_logits, self._spoken = logits, bool(said)
         if said:
@@ -669,7 +683,6 @@ class MixtureNextToken(NextToken):
     @torch.inference_mode()
     def __call__(self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]) -> Tensor:
         """log p(v given y_<t), nats, (rows, vocabulary)."""
-        assert self._voices is not None
         ref, said = self._voices(input_ids, attention_mask)
         self._log_p = [(k, rows, truncated_log_probs(own, *self._options)) for k, rows, own in said]
         mixed = torch.full_like(ref, -torch.inf)
@@ -698,14 +711,13 @@ class MixtureNextToken(NextToken):
 
     def reorder(self, source: Int[Tensor, "rows"]) -> None:
         """Row i goes on from row source[i], whose weights are the same (beams)."""
-        assert self._voices is not None and self._logits is not None and self._ref_logits is not None
+        assert self._logits is not None and self._ref_logits is not None
         self._voices.reorder(source)
         self._log_q = [log_q[source] for log_q in self._log_q]
         self._logits, self._ref_logits = self._logits[source], self._ref_logits[source]
         self._seen = [(ratio[source], ref[source]) for ratio, ref in self._seen]
         for i, (k, rows, log_p) in enumerate(self._log_p):
-            place = torch.full((len(source),), -1).index_copy(0, rows, torch.arange(len(rows)))
-            self._log_p[i] = (k, rows, log_p[place[source[rows]]])
+            self._log_p[i] = (k, rows, log_p[place_of(rows, len(source))[source[rows]]])
 
     def log_q(self) -> Float[Tensor, "rows steps experts"]:
         """Posterior of the experts, nats: at step t given the first t tokens observed; step 0 is the prior."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .experts import Experts, HeadExperts
-from .model_experts import AdapterExperts, IndependentExperts, lora_config, shared_copy
+from .model_experts import AdapterExperts, IndependentExperts, adapter_tensors, lora_config, shared_copy
 from .store import MixDPOError
 
 
@@ -51,6 +51,32 @@ def _head_name(model: Any) -> str:
     return next(name for name, module in model.named_modules() if module is head)
 
 
+def _with_adapter(experts: AdapterExperts, k: int, model: Any) -> Any:
+    """`model`, which is the base or a copy of it, wrapped by peft with the adapter of expert k."""
+    from peft import get_peft_model
+
+    base = experts.base[0]
+    wrapped = get_peft_model(model, lora_config(base, experts.rank, experts.blocks, experts.target_modules))
+    for name, p in adapter_tensors(wrapped, "default").items():
+        p.copy_(experts.tensors(k)[name])
+    return wrapped
+
+
+def _with_head(experts: HeadExperts, k: int, model: Any) -> Any:
+    """`model`, which is the base or a copy of it, wrapped by peft with the head of expert k as an adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=experts.rank, lora_alpha=experts.rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        target_modules=[_head_name(model)],
+    )  # fmt: skip
+    wrapped = get_peft_model(model, config)
+    down, up = experts.head_correction(k)
+    for name, p in adapter_tensors(wrapped, "default").items():
+        p.copy_(down if "lora_A" in name else up)
+    return wrapped
+
+
 @torch.no_grad()
 def export_adapter(experts: Experts, k: int, folder: str | Path) -> None:
     """Write expert k as an adapter that `peft.PeftModel.from_pretrained(base, folder)` reads; the same logits.
@@ -65,28 +91,10 @@ def export_adapter(experts: Experts, k: int, folder: str | Path) -> None:
     _check_number(experts, k)
     if isinstance(experts, IndependentExperts):
         raise ValueError("IndependentExperts are whole models, no adapters: use merge(k, folder)")
-    from peft import LoraConfig, get_peft_model
-
-    base = experts.base[0]
     assert isinstance(experts, (AdapterExperts, HeadExperts))
-    if isinstance(experts, AdapterExperts):
-        config = lora_config(base, experts.rank, experts.blocks, experts.target_modules)
-    else:
-        config = LoraConfig(
-            r=experts.rank, lora_alpha=experts.rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-            target_modules=[_head_name(base.model)],
-        )  # fmt: skip
-    model = get_peft_model(shared_copy(base.model), config)
-    if isinstance(experts, AdapterExperts):
-        own = experts.tensors(k)
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(own[name.replace(".default.", ".")])
-    else:
-        down, up = experts.head_correction(k)
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(down if "lora_A" in name else up)
+    base = experts.base[0]
+    plain = shared_copy(base.model)
+    model = _with_adapter(experts, k, plain) if isinstance(experts, AdapterExperts) else _with_head(experts, k, plain)
     model.peft_config["default"].base_model_name_or_path = base.name
     with whole_folder(folder) as place:
         model.save_pretrained(str(place), save_embedding_layers=False)
@@ -101,14 +109,7 @@ def merged_model(experts: Experts, k: int) -> Any:
         return copy.deepcopy(experts.model(k)).requires_grad_(False)
     model = copy.deepcopy(base.model)
     if isinstance(experts, AdapterExperts):
-        from peft import get_peft_model
-
-        wrapped = get_peft_model(model, lora_config(base, experts.rank, experts.blocks, experts.target_modules))
-        own = experts.tensors(k)
-        for name, p in wrapped.named_parameters():
-            if "lora_" in name:
-                p.copy_(own[name.replace(".default.", ".")])
-        return wrapped.merge_and_unload()
+        return _with_adapter(experts, k, model).merge_and_unload()
     assert isinstance(experts, HeadExperts)
     down, up = experts.head_correction(k)
     head = model.get_output_embeddings()
@@ -131,5 +132,3 @@ def merge(experts: Experts, k: int, folder: str | Path) -> None:
     with whole_folder(folder) as place:
         model.save_pretrained(str(place))
         tokenizer.save_pretrained(str(place))
-
-

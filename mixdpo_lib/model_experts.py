@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .experts import Experts, Voices, head_logits, reference_logps
+from .experts import Experts, Voices, head_logits, place_of, read_on, reference_logps
 from .features import TextFeatures, tokenise
 from .sources import Base, need_memory
 from .store import MixDPOError, cached, progress
@@ -93,8 +93,7 @@ def _response_logps(
     input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
     column, target, segment = inputs["column"], inputs["target"], inputs["segment"]
     if rows is not None:
-        new = torch.arange(len(rows), device=rows.device)
-        place = torch.full((n_texts,), -1, device=rows.device).index_copy(0, rows, new)
+        place = place_of(rows, n_texts)
         own = (place[segment] >= 0).nonzero().squeeze(1)
         input_ids, mask = input_ids[rows], mask[rows]
         column, target, segment = column[own], target[own], place[segment[own]]
@@ -104,12 +103,15 @@ def _response_logps(
     return logps.new_zeros(len(input_ids)).index_add(0, segment, logps)
 
 
-class _Parameters:
-    """Parameters of modules that are not submodules, registered by name, so that a checkpoint holds these alone."""
+def _registered(named: dict[str, nn.Parameter]) -> nn.ParameterDict:
+    """Parameters of modules that are not submodules, by name, so that a checkpoint holds these alone."""
+    return nn.ParameterDict({name.replace(".", "/"): p for name, p in named.items()})
 
-    @staticmethod
-    def of(named: dict[str, nn.Parameter]) -> nn.ParameterDict:
-        return nn.ParameterDict({name.replace(".", "/"): p for name, p in named.items()})
+
+def _kinds(bases: Sequence[Base]) -> list[int]:
+    """For each base, the first of the list that equals it: their tokens and references are the same."""
+    prints = [base.fingerprint for base in bases]
+    return [prints.index(one) for one in prints]
 
 
 class _Enough(Exception):
@@ -190,10 +192,9 @@ class AdapterExperts(Experts):
             for other in tensors[1:]:
                 for key, value in other.items():
                     value.copy_(tensors[0][key])
-        self._start = {key: value.detach().clone() for key, value in tensors[0].items()}
         self._peft = [model.eval()]  # in a list: of the modules only the adapters belong to a checkpoint
         self._layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "set_adapter")]
-        self.adapters = _Parameters.of({f"{k}.{key}": p for k, own in enumerate(tensors) for key, p in own.items()})
+        self.adapters = _registered({f"{k}.{key}": p for k, own in enumerate(tensors) for key, p in own.items()})
         self._kept: Tensor | None = None
         for block in block_list(self._model)[1][: chosen[0]]:
             block.forward = self._unless_kept(block.forward)
@@ -360,10 +361,10 @@ class IndependentExperts(Experts):
         size = sum(p.numel() for base in bases for p in base.model.parameters())
         what = f"{len(bases)} models of {size / 1e6:.0f} M parameters together, with gradients and AdamW,"
         need_memory(16 * size, what, bases[0].device)
-        self.bases, self.encoder = list(bases), encoder
+        self.bases, self.encoder, self._kinds = list(bases), encoder, _kinds(bases)
         self._models = [copy.deepcopy(base.model).requires_grad_(True).eval() for base in bases]
         named = {f"{k}.{n}": p for k, model in enumerate(self._models) for n, p in model.named_parameters()}
-        self.models = _Parameters.of(named)
+        self.models = _registered(named)
 
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters."""
@@ -381,12 +382,6 @@ class IndependentExperts(Experts):
             for model in self._models:
                 last = [p for p in model.base_model.parameters() if p.dim() == 1][-1]
                 last.add_(torch.randn(last.shape, generator=generator) * scale)
-
-    @property
-    def _kinds(self) -> list[int]:
-        """For each expert, the first expert with the same base: their tokens and references are the same."""
-        prints = [base.fingerprint for base in self.bases]
-        return [prints.index(one) for one in prints]
 
     def constants(self, texts: TextFeatures) -> tuple[list[list[tuple[list[int], list[int]]]], np.ndarray]:
         """For each expert the token ids of every text; (texts, K) the log-probabilities of its reference, nats."""
@@ -461,45 +456,35 @@ class ModelVoices(Voices):
         self, bases: Sequence[Base], models: Sequence[Callable[[], Any]], chosen: Bool[Tensor, "rows experts"] | None
     ) -> None:
         self._bases, self._models = bases, models
-        self._rows = [] if chosen is None else [chosen[:, k].nonzero().squeeze(1) for k in range(len(bases))]
-        self._first = None if chosen is None else chosen.int().argmax(1).cpu()
+        self._rows: dict[tuple[str, int], Tensor] = {}  # of each that speaks: ("reference" or "expert", its number)
+        if chosen is not None:
+            kind = torch.tensor(_kinds(bases), device=chosen.device)[chosen.int().argmax(1)]
+            self._rows = {("reference", k): (kind == k).nonzero().squeeze(1) for k in kind.unique().tolist()}
+            experts = {("expert", k): chosen[:, k].nonzero().squeeze(1) for k in range(len(bases))}
+            self._rows |= {name: rows for name, rows in experts.items() if len(rows)}
         self._caches: dict[tuple[str, int], Any] = {}
-
-    def _read(self, name: tuple[str, int], base: Base, model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        out = model.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True,
-            past_key_values=self._caches.get(name),
-        )  # fmt: skip
-        self._caches[name] = out.past_key_values
-        return head_logits(base, out.last_hidden_state[:, -1], model)
 
     def reorder(self, source: Int[Tensor, "rows"]) -> None:
         """See `Voices.reorder`."""
-        kind = None if self._first is None else self._kinds()
-        for (what, k), cache in self._caches.items():
-            rows = torch.arange(len(source)) if kind is None else self._rows[k]
-            if what == "reference" and kind is not None:
-                rows = (kind == k).nonzero().squeeze(1)
-            place = torch.full((len(source),), -1).index_copy(0, rows, torch.arange(len(rows)))
-            cache.reorder_cache(place[source[rows]])
-
-    def _kinds(self) -> Int[Tensor, "rows"]:
-        prints = [base.fingerprint for base in self._bases]
-        return torch.tensor([prints.index(one) for one in prints])[self._first]
+        for name, cache in self._caches.items():
+            rows = self._rows[name]
+            cache.reorder_cache(place_of(rows, len(source))[source[rows]])
 
     def __call__(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
-        if self._first is None:
-            return self._read(("reference", 0), self._bases[0], self._bases[0].model, input_ids, mask), []
+        if not self._rows:
+            self._rows = {("reference", 0): torch.arange(len(input_ids), device=input_ids.device)}
         refs: Tensor | None = None
-        kind = self._kinds()
-        for k in kind.unique().tolist():
-            rows = (kind == k).nonzero().squeeze(1)
+        said = []
+        for name, rows in self._rows.items():
+            what, k = name
             base = self._bases[k]
-            own = self._read(("reference", k), base, base.model, input_ids[rows], mask[rows])
-            refs = own.new_empty(len(input_ids), own.shape[1]) if refs is None else refs
-            refs[rows] = own
+            model = base.model if what == "reference" else self._models[k]()
+            hidden, self._caches[name] = read_on(model, input_ids[rows], mask[rows], self._caches.get(name))
+            logits = head_logits(base, hidden, model)
+            if what == "expert":
+                said.append((k, rows, logits))
+            else:
+                refs = logits.new_empty(len(input_ids), logits.shape[1]) if refs is None else refs
+                refs[rows] = logits
         assert refs is not None
-        said = [(k, rows, self._read(("expert", k), self._bases[k], self._models[k](), input_ids[rows], mask[rows]))
-                for k, rows in enumerate(self._rows) if len(rows)]  # fmt: skip
         return refs, said
