@@ -9,7 +9,7 @@ from typing import Any
 _HOME = {
     "load_base": "sources", "load_reviews": "sources", "Base": "sources",
     "FixedWeights": "gating", "LearnedWeights": "gating", "ContextGate": "gating", "UserGate": "gating",
-    "MixedMembershipGate": "gating", "HeadExperts": "experts", "TabularExperts": "experts",
+    "MixedMembershipGate": "gating", "HeadExperts": "experts", "TabularExperts": "tabular",
     "AdapterExperts": "model_experts", "IndependentExperts": "model_experts",
     "GumbelSchedule": "em", "MixturePolicy": "mixture",
     "load_preferences": "preferences", "simulate_preferences": "preferences", "CandidateConfig": "preferences",

@@ -39,13 +39,14 @@ VERSION = 1
 DOMAINS = ("film", "book")
 TITLE_FILES = {"film": "films.csv", "book": "books.csv"}
 TEMPLATES = (
-    "Having finished {title}, one of the best-known works of {maker}, I can say that this",
-    "I have just finished {title}, one of the best-known works of {maker}, and I can say that this",
+    "{title}, one of the best-known works of {maker}. Having finished it, I can say that this",
+    "{title}, one of the best-known works of {maker}. I have just finished it, and I can say that this",
 )
 SUFFIXES = {
     "titles": " was good.\n\nThis is about a famous",
     "reviews": "...\n\nQuestion: What is this a review of?\nAnswer: It is a review of a",
 }
+LAYER = 28  # of the packaged model's 30; chosen by cross-validation on works that are not held out, see docs/log.md
 PROFILES: dict[str, dict[str, float]] = {
     "film": {"sentiment": 1.0, "informativeness": -1.0},
     "book": {"sentiment": -1.0, "informativeness": 1.0},
@@ -91,6 +92,7 @@ class DomainConfig:
     beta: float = 0.1
     pooling: str = "last"  # see ContextGate
     suffix: str | None = None  # of what the gate reads, see ContextGate; by default that of SUFFIXES, "" for none
+    layer: int | None = LAYER  # whose state the gate reads, see ContextGate
     weight_scale: float = 0.03  # see ContextGate; each answer of a prompt counts: about 0.1 / sqrt(answers a prompt)
     judges: JudgeConfig = field(default_factory=JudgeConfig)
     fit: FitConfig = field(default_factory=lambda: FitConfig(**DOMAIN_FIT))
@@ -345,7 +347,8 @@ class DomainStudy:
 
     def states(self, prompts: Sequence[str]) -> Tensor:
         """(prompts, 2 hidden): what the gate reads of these prompts."""
-        return encode_prompts(self.base, [self.gate_prompt(prompt) + self.suffix for prompt in prompts])
+        read = [self.gate_prompt(prompt) + self.suffix for prompt in prompts]
+        return encode_prompts(self.base, read, self.config.layer)
 
     # -------------------------------------------------------------------------------------------------------- fits
 
@@ -360,7 +363,7 @@ class DomainStudy:
             assert states is not None
             return ContextGate.from_states(
                 states, n_experts, pooling=self.config.pooling, weight_scale=self.config.weight_scale,
-                suffix=self.suffix,
+                suffix=self.suffix, layer=self.config.layer,
             )  # fmt: skip
         if method != "oracle":
             return LearnedWeights(n_experts) if n_experts > 1 else FixedWeights.uniform(1)

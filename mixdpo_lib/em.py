@@ -59,7 +59,7 @@ class LoglikTable(nn.Module):
     @torch.no_grad()
     def update(self, row: Int[Tensor, "batch"], loglik: Float[Tensor, "batch experts"]) -> None:
         """Replace some rows by what a batch has just computed, nats; -inf (expert not computed) changes nothing."""
-        self.loglik[row] = torch.where(loglik == -math.inf, self.loglik[row], loglik.detach())
+        self.loglik[row] = torch.where(loglik == -math.inf, self.loglik[row], loglik.detach().to(self.loglik.dtype))
 
     @torch.no_grad()
     def log_q(self, log_w: Float[Tensor, ...], temperature: float = 1.0) -> Float[Tensor, "units experts"]:

@@ -257,10 +257,12 @@ class Experts(nn.Module):
     """What every family of experts gives: log-probabilities of responses, of their reference, and next-token logits.
 
     base : [the frozen model that features and gates read], in a list, so that it is neither a parameter nor part of a
-        checkpoint. n_experts : K.
+        checkpoint; [None] for tables without words. n_experts : K.
     """
 
-    def __init__(self, base: Base, n_experts: int) -> None:
+    base: list[Any]
+
+    def __init__(self, base: Base | None, n_experts: int) -> None:
         super().__init__()
         check_n_experts(n_experts)
         self.base, self.n_experts = [base], n_experts
@@ -352,7 +354,7 @@ class Experts(nn.Module):
             batch = self.batch(texts, constants, torch.stack([ids[at], ids[at]], 1))
             batch = {name: value.to(device) for name, value in batch.items()}
             logps.append(self.logps(batch, None if chosen is None else chosen[at].to(device))[:, 0].float().cpu())
-            refs.append(batch["text_ref_logps"][batch["place"][:, 0]].cpu())
+            refs.append(batch["text_ref_logps"][batch["place"][:, 0]].float().cpu())
         return torch.cat(logps), torch.cat(refs)
 
     def next_token(self, expert: Int[Tensor, "rows"] | None = None) -> NextToken:
@@ -758,148 +760,3 @@ def _groups(experts: HeadExperts, chosen: Bool[Tensor, "rows experts"]) -> list[
 def reference_next_token(base: Base) -> NextToken:
     """Next-token function of the plain base."""
     return NextToken(base)
-
-
-class TabularExperts(nn.Module):
-    """K exact policies over a finite set of answers, for teaching and for tests: nothing is approximated.
-
-    Expert k has one reward r_k(a) for every answer a, and the policy pi_k(a) = pi_ref(a) exp(r_k(a) / beta) / Z_k, the
-    optimum of its own objective; its margin on a pair is r_k(chosen) - r_k(rejected). Rewards have the prior
-    N(0, prior_scale^2), without which an answer that always wins has no finite reward.
-
-    Parameters
-    ----------
-    n_answers : at least 2.
-    n_experts : K >= 1; 1 is one Bradley-Terry model.
-    beta : > 0. Scales the policy, not the fit of the rewards.
-    prior_scale : > 0, standard deviation of the prior, in units of reward; 2.0 by default, the spread of a reward that
-        decides most pairs clearly.
-    log_ref : (answers,) float64, nats; uniform by default.
-
-    >>> experts = TabularExperts(n_answers=2, n_experts=1)
-    >>> pairs = torch.tensor([[0, 1]] * 3 + [[1, 0]])                     # answer 0 wins three of four
-    >>> weights = torch.ones(4, 1, dtype=torch.float64)
-    >>> for _ in range(5):
-    ...     _ = experts.m_step(pairs, weights)
-    >>> round(experts.loglik(pairs[:1]).exp().item(), 2)                    # the prior draws 3/4 towards 1/2
-    0.72
-    """
-
-    log_ref: Tensor
-
-    def __init__(
-        self, n_answers: int, n_experts: int, beta: float = 1.0, prior_scale: float = 2.0, log_ref: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        check_n_experts(n_experts)
-        if n_answers < 2:
-            raise ValueError(f"n_answers={n_answers}: a preference needs at least two answers")
-        for name, value in (("beta", beta), ("prior_scale", prior_scale)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value}: expected a positive number")
-        self.n_experts, self.n_answers, self.beta, self.prior_scale = n_experts, n_answers, beta, prior_scale
-        self.rewards = nn.Parameter(torch.zeros(n_experts, n_answers, dtype=torch.float64))
-        self.register_buffer(
-            "log_ref", torch.zeros(n_answers).double().log_softmax(0) if log_ref is None else log_ref.double()
-        )
-
-    def _check(self, pairs: Tensor) -> None:
-        if pairs.dim() != 2 or pairs.shape[1] != 2 or len(pairs) == 0:
-            raise ValueError(f"pairs has shape {tuple(pairs.shape)}; expected (pairs, 2): chosen and rejected answer")
-        if int(pairs.min()) < 0 or int(pairs.max()) >= self.n_answers:
-            row = int(((pairs < 0) | (pairs >= self.n_answers)).any(1).nonzero()[0])
-            raise ValueError(
-                f"pairs[{row}] = {pairs[row].tolist()}; expected answers 0 ... {self.n_answers - 1}: renumber them"
-            )
-
-    @torch.no_grad()
-    def perturb(self, scale: float, generator: torch.Generator) -> None:
-        """Draw the rewards from N(0, scale^2): symmetry breaking, or known experts for generated data."""
-        self.rewards.copy_(torch.randn(self.rewards.shape, generator=generator, dtype=torch.float64) * scale)
-
-    @torch.no_grad()
-    def sample_pairs(
-        self, expert: Int[Tensor, "units"], pairs_per_unit: int, generator: torch.Generator
-    ) -> tuple[Int[Tensor, "pairs 2"], Int[Tensor, "pairs"]]:
-        """Random pairs of different answers, labelled by the expert of each unit with probability sigma(D_k).
-
-        Returns (pairs, unit): chosen and rejected answer, and 0 ... U-1.
-        """
-        unit = torch.arange(len(expert)).repeat_interleave(pairs_per_unit)
-        first = torch.randint(self.n_answers, (len(unit),), generator=generator)
-        second = (first + torch.randint(1, self.n_answers, (len(unit),), generator=generator)) % self.n_answers
-        rewards, k = self.rewards, expert[unit]
-        wins = torch.rand(len(unit), generator=generator, dtype=torch.float64) < torch.sigmoid(
-            rewards[k, first] - rewards[k, second]
-        )
-        return torch.stack([torch.where(wins, first, second), torch.where(wins, second, first)], 1), unit
-
-    def log_policy(self) -> Float[Tensor, "experts answers"]:
-        """log pi_k(a), nats."""
-        return (self.log_ref + self.rewards / self.beta).log_softmax(1)
-
-    def logps(self, pairs: Int[Tensor, "pairs 2"]) -> Float[Tensor, "pairs 2 experts"]:
-        """log pi_k of the chosen (0) and the rejected (1) answer, nats. Gradients flow to the rewards."""
-        self._check(pairs)
-        return self.log_policy().T[pairs]
-
-    def ref_logps(self, pairs: Int[Tensor, "pairs 2"]) -> Float[Tensor, "pairs 2 1"]:
-        """log pi_ref of the chosen (0) and the rejected (1) answer, nats."""
-        self._check(pairs)
-        return self.log_ref[pairs].unsqueeze(-1)
-
-    def loglik(self, pairs: Int[Tensor, "pairs 2"]) -> Float[Tensor, "pairs experts"]:
-        """log sigma(D_k) of every pair, nats. Gradients flow to the rewards."""
-        self._check(pairs)
-        return nn.functional.logsigmoid((self.rewards[:, pairs[:, 0]] - self.rewards[:, pairs[:, 1]]).T)
-
-    def log_prior(self) -> Float[Tensor, ""]:
-        """Log density of all rewards under their prior, without its constant; nats."""
-        return -(self.rewards**2).sum() / (2 * self.prior_scale**2)
-
-    @torch.no_grad()
-    def m_step(self, pairs: Int[Tensor, "pairs 2"], weight: Float[Tensor, "pairs experts"], steps: int = 2) -> int:
-        """Raise sum_n weight_nk log sigma(D_nk) + log prior of every expert by damped Newton steps, in place.
-
-        A step that does not raise an expert's objective is halved until it does (generalised EM: the bound never
-        falls). Weighted Bradley-Terry has no closed form; its Hessian, with the prior, is positive definite.
-
-        Parameters
-        ----------
-        weight : responsibilities, >= 0, float64. steps : Newton steps at most; two leave little to the next M-step.
-
-        Returns
-        -------
-        How many (expert, step) updates were made; 0 means that every expert is at its optimum up to rounding.
-        """
-        self._check(pairs)
-        n, k = self.n_answers, self.n_experts
-        cell = pairs[:, 0] * n + pairs[:, 1]  # experts see a table of counts, whatever the number of pairs
-        count = weight.new_zeros(n * n, k).index_add_(0, cell, weight).T.reshape(k, n, n)
-
-        def objective(rewards: Tensor) -> Tensor:
-            margin = rewards[:, :, None] - rewards[:, None, :]
-            fit = (count * nn.functional.logsigmoid(margin)).sum((1, 2))
-            return fit - (rewards**2).sum(1) / (2 * self.prior_scale**2)
-
-        updates = 0
-        for _ in range(steps):
-            rewards = self.rewards.data
-            p = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])
-            pull = count * (1 - p)
-            gradient = pull.sum(2) - pull.sum(1) - rewards / self.prior_scale**2
-            bend = count * p * (1 - p)
-            bend = bend + bend.transpose(1, 2)
-            hessian = torch.diag_embed(bend.sum(2) + 1 / self.prior_scale**2) - bend
-            direction = torch.linalg.solve(hessian, gradient)
-            before, size = objective(rewards), torch.ones(k, 1, dtype=torch.float64)
-            for _ in range(30):
-                after = objective(rewards + size * direction)
-                worse = after < before
-                if not bool(worse.any()):
-                    break
-                size[worse] /= 2
-            better = (after > before)[:, None]
-            self.rewards.copy_(torch.where(better, rewards + size * direction, rewards))
-            updates += int(better.sum())
-        return updates

@@ -91,7 +91,8 @@ def export_adapter(experts: Experts, k: int, folder: str | Path) -> None:
     _check_number(experts, k)
     if isinstance(experts, IndependentExperts):
         raise ValueError("IndependentExperts are whole models, no adapters: use merge(k, folder)")
-    assert isinstance(experts, (AdapterExperts, HeadExperts))
+    if not isinstance(experts, (AdapterExperts, HeadExperts)):
+        raise ValueError(f"{type(experts).__name__} change no model: they have no adapter")
     base = experts.base[0]
     plain = shared_copy(base.model)
     model = _with_adapter(experts, k, plain) if isinstance(experts, AdapterExperts) else _with_head(experts, k, plain)
@@ -110,7 +111,8 @@ def merged_model(experts: Experts, k: int) -> Any:
     model = copy.deepcopy(base.model)
     if isinstance(experts, AdapterExperts):
         return _with_adapter(experts, k, model).merge_and_unload()
-    assert isinstance(experts, HeadExperts)
+    if not isinstance(experts, HeadExperts):
+        raise ValueError(f"{type(experts).__name__} change no model: there is nothing to merge")
     down, up = experts.head_correction(k)
     head = model.get_output_embeddings()
     new = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, dtype=head.weight.dtype)

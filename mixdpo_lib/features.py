@@ -80,8 +80,11 @@ class TextFeatures:
         return len(self.offsets) - 1
 
 
-def _last_hidden(base: Base, sequences: Sequence[list[int]]) -> np.ndarray:
-    """Last hidden states of token sequences, padded on the right: (rows, longest, hidden) float32."""
+def _hidden(base: Base, sequences: Sequence[list[int]], layer: int | None = None) -> np.ndarray:
+    """Hidden states of token sequences, padded on the right: (rows, longest, hidden) float32.
+
+    layer : after so many blocks; None: the last hidden state, which the head reads.
+    """
     width = max(map(len, sequences))
     input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.long)
@@ -91,9 +94,10 @@ def _last_hidden(base: Base, sequences: Sequence[list[int]]) -> np.ndarray:
     device = base.model.device
     with torch.inference_mode():
         out = base.model.base_model(
-            input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False
+            input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False,
+            output_hidden_states=layer is not None,
         )  # fmt: skip
-    return out.last_hidden_state.float().cpu().numpy()
+    return (out.last_hidden_state if layer is None else out.hidden_states[layer]).float().cpu().numpy()
 
 
 def text_features(base: Base, texts: Sequence[Text], batch_size: int = 48) -> TextFeatures:
@@ -113,7 +117,7 @@ def text_features(base: Base, texts: Sequence[Text], batch_size: int = 48) -> Te
         done = 0
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            states = _last_hidden(base, [ids[i][0] + ids[i][1] for i in rows])
+            states = _hidden(base, [ids[i][0] + ids[i][1] for i in rows])
             for j, i in enumerate(rows):
                 n_prompt, n = len(ids[i][0]), len(ids[i][1])
                 hidden[offsets[i] : offsets[i + 1]] = states[j, n_prompt - 1 : n_prompt - 1 + n]
@@ -196,23 +200,32 @@ def prompt_states(features: TextFeatures, text_ids: Int[Tensor, "texts"]) -> Flo
     return torch.from_numpy(np.concatenate([features.prompt_hidden[ids], last], 1))
 
 
-def encode_prompts(base: Base, prompts: Sequence[str], batch_size: int = 48) -> Float[Tensor, "prompts context"]:
+def encode_prompts(
+    base: Base, prompts: Sequence[str], layer: int | None = None, batch_size: int = 48
+) -> Float[Tensor, "prompts context"]:
     """The same pooled states (see `prompt_states`) for prompts without a response.
+
+    layer : read after so many of the base's blocks, 1 or more; None, the default: the last hidden state.
 
     Raises
     ------
-    ValueError : a prompt without tokens.
+    ValueError : a prompt without tokens; a layer that the base has not.
     """
+    n_blocks = int(base.model.config.get_text_config().num_hidden_layers)
+    if layer is not None and not 1 <= layer <= n_blocks:
+        raise ValueError(f"layer={layer}: {base.name} has {n_blocks} blocks; expected 1 ... {n_blocks}, or None")
     ids = [base.prompt_ids(p) for p in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
             raise ValueError(f"prompt {prompt!r} has no tokens: give at least a word")
-    out: list[np.ndarray] = []
+    out = np.empty((len(ids), 2 * base.hidden_size), np.float32)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(ids), batch_size):
-        rows = ids[start : start + batch_size]
-        for state, row in zip(_last_hidden(base, rows), rows, strict=True):
-            out.append(np.concatenate([state[: len(row)].mean(0), state[len(row) - 1]]))
-    return torch.from_numpy(np.stack(out))
+        rows = order[start : start + batch_size]
+        for i, state in zip(rows, _hidden(base, [ids[i] for i in rows], layer), strict=True):
+            own = state[: len(ids[i])]
+            out[i] = np.concatenate([own.mean(0), own[-1]])
+    return torch.from_numpy(out)
 
 
 def check_preferences(data: Dataset, place: str, columns: Sequence[str] = ()) -> Dataset:

@@ -231,6 +231,8 @@ class ContextGate(nn.Module):
         `features.prompt_states` holds the mean over the prompt's tokens and the last token's state side by side.
     suffix : text that is put after a prompt before the base reads it for the gate, "" for none. A question about the
         prompt makes the last token's state an answer to it (Jiang et al. 2023, arXiv 2307.16645).
+    layer : the state after so many of the base's blocks is read; None, the default: the last hidden state. The last
+        blocks turn what a prompt is about into its next token, so that a state a few blocks below may say more.
     weight_scale : > 0, nats for each standard deviation of a feature: the weights have the prior N(0, weight_scale^2).
         A pooled state has hundreds of numbers and a study hundreds of prompts: without a prior the gate learns them by
         heart.
@@ -267,11 +269,11 @@ class ContextGate(nn.Module):
     def __init__(
         self, n_features: int, n_experts: int, width: int = 0, gate_temperature: float | int = 1.0,
         mean: Tensor | None = None, scale: Tensor | None = None, pooling: str = "both",
-        weight_scale: float | int = 0.1, suffix: str = "",
+        weight_scale: float | int = 0.1, suffix: str = "", layer: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         check_n_experts(n_experts)
-        self.weight_scale, self.suffix = _positive("weight_scale", weight_scale), suffix
+        self.weight_scale, self.suffix, self.layer = _positive("weight_scale", weight_scale), suffix, layer
         if pooling not in ("mean", "last", "both") or (pooling != "both" and n_features % 2):
             raise ValueError(
                 f"pooling={pooling!r} with n_features={n_features}: possible are 'mean', 'last' (of states with two "
@@ -296,7 +298,7 @@ class ContextGate(nn.Module):
         width = self.inner.out_features if self.inner is not None else 0
         return {"gate": "ContextGate", "n_features": self.mean.shape[0], "n_experts": self.n_experts, "width": width,
                 "gate_temperature": self.gate_temperature, "pooling": self.pooling, "suffix": self.suffix,
-                "weight_scale": self.weight_scale}  # fmt: skip
+                "layer": self.layer, "weight_scale": self.weight_scale}  # fmt: skip
 
     def log_prior(self) -> Float[Tensor, ""]:
         """Log density of the weights under their prior, without its constant and without the biases; nats."""
@@ -483,6 +485,11 @@ class MixedMembershipGate(nn.Module):
     def suffix(self) -> str:
         """That of the gate of prompts among ``gates``."""
         return next((gate.suffix for gate in self.gates if isinstance(gate, ContextGate)), "")
+
+    @property
+    def layer(self) -> int | None:
+        """That of the gate of prompts among ``gates``."""
+        return next((gate.layer for gate in self.gates if isinstance(gate, ContextGate)), None)
 
     def options(self) -> dict[str, Any]:
         """What makes an equal gate but for its parameters, see :func:`make_gate`."""

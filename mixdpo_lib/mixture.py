@@ -38,6 +38,7 @@ from .gating import top_s as keep_top_s
 from .model_experts import AdapterExperts, IndependentExperts
 from .sources import Base, load_base
 from .store import MixDPOError, progress, read_json
+from .tabular import TabularExperts
 
 
 @dataclass(frozen=True)
@@ -189,14 +190,15 @@ class MixturePolicy(nn.Module):
         return inputs
 
     def _prompt_states(self, data: PairFeatures) -> Float[Tensor, "pairs features"]:
-        """The pooled state of each pair's prompt; with a suffix the base reads the prompts once more."""
-        if not self.gate.suffix:
+        """The pooled state of each pair's prompt; with a suffix or a layer the base reads the prompts once more."""
+        if not self.gate.suffix and self.gate.layer is None:
             return prompt_states(data.texts, data.pairs[:, 0])
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(data.rows["prompt"]))}
         return self._encode(list(place))[torch.tensor([place[prompt] for prompt in data.rows["prompt"]])]
 
     def _encode(self, prompts: Sequence[str]) -> Float[Tensor, "prompts features"]:
-        return encode_prompts(self.base, [prompt + str(self.gate.suffix) for prompt in prompts])
+        gate: Any = self.gate
+        return encode_prompts(self.base, [prompt + gate.suffix for prompt in prompts], gate.layer)
 
     def log_w(self, data: PairFeatures) -> Float[Tensor, ...]:
         """The gate's weights, nats: (K,) where it reads nothing, else (pairs, K); gradients flow to the gate."""
@@ -453,8 +455,11 @@ class MixturePolicy(nn.Module):
         else:
             base = base or load_base(config["base"], chat=config["chat"])
             _check_base(folder, base, config["base_fingerprint"])
-            families: dict[str, Any] = {"HeadExperts": HeadExperts, "AdapterExperts": AdapterExperts}
-            experts = families[family](base, **own)
+            if family == "TabularExperts":
+                experts = TabularExperts(**own | {"answers": [Text(*answer) for answer in own["answers"]]}, base=base)
+            else:
+                families: dict[str, Any] = {"HeadExperts": HeadExperts, "AdapterExperts": AdapterExperts}
+                experts = families[family](base, **own)
         policy = cls(experts, make_gate(config["gate"]), config["beta"])
         if isinstance(experts, HeadExperts):
             experts.activate(state["experts.active_ids"])

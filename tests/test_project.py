@@ -16,9 +16,9 @@ ROOT = store.project_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))
-ORDER = ["elbo", "store", "gating", "em", "sources", "features", "decoding", "experts", "model_experts", "export",
-         "causal_lm", "mixture", "probes", "nets",
-         "rewards", "preferences", "trainer", "evaluation", "study", "domains",
+ORDER = ["elbo", "store", "gating", "em", "sources", "features", "decoding", "experts", "tabular", "model_experts",
+         "export", "causal_lm", "mixture", "probes", "nets", "rewards", "preferences", "trainer",
+         "evaluation", "study", "domains",
          "personalization", "sizes", "figures", "runs", "cli"]
 
 

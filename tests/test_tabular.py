@@ -12,8 +12,8 @@ from scipy.optimize import minimize
 from mixdpo_lib.elbo import log_responsibilities, margins, mixture_log_likelihood
 from mixdpo_lib.em import full_batch_em, random_log_q
 from mixdpo_lib.evaluation import choose_n_experts, recovery
-from mixdpo_lib.experts import TabularExperts
 from mixdpo_lib.gating import FixedWeights, LearnedWeights
+from mixdpo_lib.tabular import TabularExperts
 
 
 def generator(seed):
