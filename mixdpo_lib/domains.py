@@ -24,9 +24,9 @@ from torch import Tensor
 
 from .elbo import log_responsibilities
 from .evaluation import align, bootstrap_means, interval, prompt_accuracy
-from .experts import HeadExperts
+from .experts import HeadExperts, reference_logps
 from .features import PairFeatures, Text, TextStore, encode_prompts, pair_features, text_store
-from .gating import ContextGate, FixedWeights, Gate, LearnedWeights, given_gate, standardise
+from .gating import ContextGate, FixedWeights, Gate, LearnedWeights, given_gate, standardise, top_s
 from .mixture import MixturePolicy
 from .preferences import CandidateConfig, hash_seed, label_temperature, sample_candidates, usable
 from .rewards import JudgeConfig, Judges, judges, score_texts, split_reviews
@@ -39,8 +39,8 @@ VERSION = 1
 DOMAINS = ("film", "book")
 TITLE_FILES = {"film": "films.csv", "book": "books.csv"}
 TEMPLATES = (
-    "{title}, one of the best-known works of {maker}. Having finished it, I can say that this",
-    "{title}, one of the best-known works of {maker}. I have just finished it, and I can say that this",
+    "Having finished {title}, one of the best-known works of {maker}, I can say that this",
+    "I have just finished {title}, one of the best-known works of {maker}, and I can say that this",
 )
 SUFFIXES = {
     "titles": " was good.\n\nThis is about a famous",
@@ -57,7 +57,7 @@ DOMAIN_FIT: dict[str, Any] = {
     "batch_size": 16,
     "optimizer": "sgd",
     "learning_rate": 0.03,
-    "passes": 5.0,
+    "passes": 4.0,
     "start_temperature": 1.0,
     "symmetry_breaking": "clusters",
     "cluster_by": "item",
@@ -77,7 +77,7 @@ class DomainConfig:
     reviews: str = "imdb-packaged"  # reviews of films; the judges are fitted on others of them
     book_reviews: str = ""  # file, folder or hub id with reviews of books; for "reviews" only
     titles: str = ""  # folder with films.csv and books.csv; the project's own by default
-    n_titles: int = 180  # of each domain
+    n_titles: int = 150  # of each domain: those that the base knows best, see `familiarity`
     templates: tuple[str, ...] = TEMPLATES  # with {title} and {maker}; the same for both domains, every title in each
     n_prompts: int = 180  # of each domain, for "reviews"
     prompt_tokens: int = 32  # of a review
@@ -134,7 +134,7 @@ def domain_config(**values: Any) -> DomainConfig:
 
 
 def load_titles(folder: str | Path, n_titles: int) -> pd.DataFrame:
-    """The first `n_titles` works of each domain: domain, title, maker.
+    """All works of both domains, at least `n_titles` of each: domain, title, maker.
 
     Raises
     ------
@@ -162,8 +162,19 @@ def load_titles(folder: str | Path, n_titles: int) -> pd.DataFrame:
         if not 0 < n_titles <= len(table):
             raise MixDPOError(f"{path}: {len(table)} rows, n_titles={n_titles} wanted: give more {domain}s, or ask for "
                               "fewer")  # fmt: skip
-        parts.append(table.head(n_titles)[["title", "maker"]].assign(domain=domain))
+        parts.append(table[["title", "maker"]].assign(domain=domain))
     return pd.concat(parts, ignore_index=True)
+
+
+def familiarity(base: Base, works: pd.DataFrame) -> np.ndarray:
+    """How well the base knows each work: log p(maker given "title, one of the best-known works of"), nats, (works,).
+
+    No domain is read. A gate cannot tell what its base does not know.
+    """
+    texts = [Text(f"{work.title}, one of the best-known works of", f" {work.maker}", False)
+             for work in works.itertuples()]  # fmt: skip
+    store = text_store(base, texts)
+    return reference_logps(base, store.features)[[store.index[text] for text in texts]]
 
 
 def split_items(n_items: int, seed: int) -> list[str]:
@@ -213,12 +224,23 @@ class DomainStudy:
     # ------------------------------------------------------------------------------------------------------ prompts
 
     @cached_property
+    def works(self) -> pd.DataFrame:
+        """All works: title, maker, domain, `familiarity` to the base (nats) and its rank in the domain from 0."""
+        config = self.config
+        table = load_titles(config.titles or project_root() / "data" / "titles", config.n_titles)
+        table["familiarity"] = familiarity(self.base, table)
+        ranks = table.groupby("domain")["familiarity"].rank(method="first", ascending=False)
+        return table.assign(rank=ranks.astype(int) - 1)
+
+    @cached_property
     def items(self) -> pd.DataFrame:
-        """Works or reviews: domain, part (train, validation, test), and title and maker, or the text's beginning."""
+        """The works that the base knows best, or reviews.
+
+        Columns: domain, part (train, validation, test), and title and maker, or the text's beginning.
+        """
         config = self.config
         if config.prompts == "titles":
-            folder = config.titles or project_root() / "data" / "titles"
-            table = load_titles(folder, config.n_titles)
+            table = self.works[self.works["rank"] < config.n_titles].reset_index(drop=True)
         else:
             films = split_reviews(load_reviews(config.reviews), config=config.judges)["prompts"]["text"]
             books = load_reviews(config.book_reviews)["text"]
@@ -247,12 +269,21 @@ class DomainStudy:
         """One row a prompt with candidates: item, domain, part, prompt."""
         if self.config.prompts == "reviews":
             return self.items.rename(columns={"text": "prompt"}).assign(item=lambda t: t.index)
-        rows = [
+        return self._in_templates(self.items)
+
+    def _in_templates(self, works: pd.DataFrame) -> pd.DataFrame:
+        return pd.DataFrame([
             {"item": item, "domain": work.domain, "part": work.part,
              "prompt": template.format(title=work.title, maker=work.maker)}
-            for item, work in enumerate(self.items.itertuples()) for template in self.config.templates
-        ]  # fmt: skip
-        return pd.DataFrame(rows)
+            for item, work in enumerate(works.itertuples()) for template in self.config.templates
+        ])  # fmt: skip
+
+    @cached_property
+    def less_known(self) -> pd.DataFrame:
+        """Prompts about works left out, at most n_titles / 5 of each domain: those that the base knows least."""
+        least = self.works.sort_values("rank", ascending=False).groupby("domain").head(self.config.n_titles // 5)
+        least = least[least["rank"] >= self.config.n_titles].sort_index()
+        return self._in_templates(least.assign(part="less known"))
 
     @property
     def suffix(self) -> str:
@@ -339,15 +370,18 @@ class DomainStudy:
     def pairs(self) -> dict[str, PairFeatures]:
         """The preference sets with their features, and what the gate reads of their prompts."""
         out = {part: pair_features(self.base, rows, self.texts) for part, rows in self.preferences.items()}
-        states = self.states(self.prompts["prompt"].tolist())
         return {
-            part: PairFeatures(data.rows, data.texts, data.pairs, states[torch.tensor(data.rows["prompt_id"])])
+            part: PairFeatures(data.rows, data.texts, data.pairs, self.states[torch.tensor(data.rows["prompt_id"])])
             for part, data in out.items()
         }
 
-    def states(self, prompts: Sequence[str]) -> Tensor:
-        """(prompts, 2 hidden): what the gate reads of these prompts."""
-        read = [self.gate_prompt(prompt) + self.suffix for prompt in prompts]
+    @cached_property
+    def states(self) -> Tensor:
+        """(prompts, 2 hidden): what the gate reads of each of the prompts."""
+        return self._read(self.prompts)
+
+    def _read(self, prompts: pd.DataFrame) -> Tensor:
+        read = [self.gate_prompt(prompt) + self.suffix for prompt in prompts["prompt"]]
         return encode_prompts(self.base, read, self.config.layer)
 
     # -------------------------------------------------------------------------------------------------------- fits
@@ -412,28 +446,40 @@ class DomainStudy:
     # -------------------------------------------------------------------------------------------------- evaluation
 
     def accuracy_by_prompt(self, fits: Sequence[DomainFit]) -> pd.DataFrame:
-        """Test accuracy by domain (`group`) and prompt: sum_k w_k(x) sigma(D_k) > 0.5 by each policy's own gate."""
+        """Test accuracy by domain (`group`) and prompt: sum_k w_k(x) sigma(D_k) > 0.5 by each policy's own gate.
+
+        `moe_dpo_top_1` : the same fit, where each prompt is answered by the expert of largest weight alone.
+        """
         test, parts = self.pairs["test"], []
+        one = {domain: torch.zeros(1, 1) for domain in DOMAINS}
         for f in fits:
             loglik, log_w = f.policy.loglik(test, f.rewards), f.policy.log_w(test).detach()
-            mixed = (loglik + log_w).logsumexp(1, keepdim=True)
-            one = {domain: torch.zeros(1, 1) for domain in DOMAINS}
-            table = prompt_accuracy(f.policy, test, one, mixed)
-            parts.append(table.assign(method=f.method, seed=f.seed))
+            weights = {f.method: log_w}
+            if f.method == "moe_dpo":
+                weights["moe_dpo_top_1"] = top_s(log_w, 1)
+            for name, own in weights.items():
+                table = prompt_accuracy(f.policy, test, one, (loglik + own.log_softmax(-1)).logsumexp(1, keepdim=True))
+                parts.append(table.assign(method=name, seed=f.seed))
         return pd.concat(parts, ignore_index=True)
 
     def history(self, fits: Sequence[DomainFit]) -> pd.DataFrame:
         """Every evaluation of every fit, one row each."""
         return pd.concat([f.result.history.assign(method=f.method, seed=f.seed) for f in fits], ignore_index=True)
 
-    def routing(self, fits: Sequence[DomainFit]) -> pd.DataFrame:
+    def routing(self, fits: Sequence[DomainFit], less_known: bool = False) -> pd.DataFrame:
         """The gate on held-out prompts: one row a fit and prompt with `film`, the weight of the films' expert.
+
+        `less_known` : on those of works that were left out because the base hardly knows them, instead.
 
         `supervised` is a logistic regression that was told the training prompts' domains and reads the same state: an
         upper line. Its penalty is that of the gate's prior, each training prompt counted with all of its answers.
         """
-        held_out = self.prompts.loc[self.prompts["part"] == "test", ["item", "domain", "prompt"]]
-        states = self.states(held_out["prompt"].tolist())
+        if less_known:
+            table, states = self.less_known, self._read(self.less_known)
+        else:
+            test = (self.prompts["part"] == "test").to_numpy()
+            table, states = self.prompts[test], self.states[torch.tensor(test)]
+        held_out = table[["item", "domain", "prompt"]]
         parts = []
         for f in fits:
             with torch.no_grad():
@@ -444,8 +490,8 @@ class DomainStudy:
         return pd.concat(parts, ignore_index=True)
 
     def _supervised(self, states: Tensor) -> np.ndarray:
-        train = self.prompts[self.prompts["part"] == "train"]
-        own = self.states(train["prompt"].tolist())
+        training = (self.prompts["part"] == "train").to_numpy()
+        train, own = self.prompts[training], self.states[torch.tensor(training)]
         mean, scale = standardise(own)
         half = own.shape[1] // 2
         part = {"mean": slice(0, half), "last": slice(half, None), "both": slice(None)}[self.config.pooling]

@@ -15,7 +15,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from .elbo import elbo_terms, entropy, log_responsibilities, mixture_log_likelihood
-from .gating import FixedWeights, Gate, LearnedWeights, gate_loss, standardise
+from .gating import FixedWeights, Gate, LearnedWeights, distinct_rows, gate_loss, standardise
 
 STOP_REASONS = (
     "tolerance", "max_iter", "bound_decreased", "no_improvement", "non_finite", "dead_expert", "interrupted",
@@ -323,6 +323,7 @@ def cluster_log_q(
 def gate_m_step(
     gate: Gate, inputs: Mapping[str, Tensor], log_q: Float[Tensor, "rows experts"], entropy_weight: float = 0.0,
     balance_weight: float = 0.0, max_iter: int = 10, frozen: Sequence[nn.Parameter] = (),
+    place: Int[Tensor, "rows"] | None = None,
 ) -> float:  # fmt: skip
     """Move a gate that reads towards the responsibilities, in place: line-searched L-BFGS on `gating.gate_loss`.
 
@@ -333,6 +334,8 @@ def gate_m_step(
     ----------
     inputs : what the gate reads, one row a latent: a pair, or a unit. log_q : responsibilities of these rows.
     max_iter : >= 1 iterations of L-BFGS. frozen : parameters of the gate that stay as they are.
+    place : which row of the inputs each responsibility belongs to, where the inputs are distinct rows (see
+        `gating.distinct_rows`); the same minimum, and rows that are equal are computed once.
 
     Returns
     -------
@@ -341,11 +344,14 @@ def gate_m_step(
     held = {id(p) for p in frozen}
     parameters = [p for p in gate.parameters() if id(p) not in held]
     optimizer = torch.optim.LBFGS(parameters, lr=1.0, max_iter=max_iter, line_search_fn="strong_wolfe")
-    log_q = log_q.detach()
+    log_q, n, count = log_q.detach(), len(log_q), None
+    if place is not None:
+        count = torch.bincount(place)
+        log_q = (log_q.new_zeros(len(count), log_q.shape[1]).index_add(0, place, log_q.exp()) / count[:, None]).log()
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = gate_loss(gate(inputs), log_q, entropy_weight, balance_weight) - gate.log_prior() / len(log_q)  # type: ignore[union-attr, operator]
+        value = gate_loss(gate(inputs), log_q, entropy_weight, balance_weight, count) - gate.log_prior() / n  # type: ignore[union-attr, operator]
         value.backward()
         return value
 
@@ -379,9 +385,11 @@ def gate_em(
     reason, n = "max_iter", len(loglik)
     total_units = n_units if n_units is not None else (n if unit is None else int(unit.max()) + 1)
     shared: dict[str, Any] = {"unit": unit, "n_units": n_units if unit is not None else None}
-    log_q = torch.empty(0)
+    log_q, place = torch.empty(0), torch.empty(0, dtype=torch.long)
+    if gate.reads:
+        inputs, place = distinct_rows(inputs)
     for iteration in range(max_iter):
-        log_w = gate(inputs) if gate.reads else gate()
+        log_w = gate(inputs)[place] if gate.reads else gate()
         log_q = log_responsibilities(loglik, log_w, **shared)
         total = float(mixture_log_likelihood(loglik, log_w, **shared).sum())
         prior = 0.0 if isinstance(gate, FixedWeights) else float(gate.log_prior())
@@ -401,7 +409,7 @@ def gate_em(
         if isinstance(gate, LearnedWeights):
             gate.update(log_q.exp().mean(0), n_units=total_units)
         else:
-            gate_m_step(gate, inputs, log_q, entropy_weight, balance_weight, max_iter=30, frozen=frozen)
+            gate_m_step(gate, inputs, log_q, entropy_weight, balance_weight, 30, frozen, place)
     return EMResult(pd.DataFrame(rows), reason, pd.DataFrame({"restart": [0], "kept": [True]}), log_q)
 
 

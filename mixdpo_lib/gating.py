@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from mixdpo_lib.elbo import _keep_largest, check_log_w, entropy
 
 __all__ = [
-    "ContextGate", "FixedWeights", "LearnedWeights", "MixedMembershipGate", "UserGate", "gate_loss", "given_gate",
-    "make_gate", "standardise", "top_s",
+    "ContextGate", "FixedWeights", "LearnedWeights", "MixedMembershipGate", "UserGate", "distinct_rows", "gate_loss",
+    "given_gate", "make_gate", "standardise", "top_s",
 ]  # fmt: skip
 
 NORMALISED_TOLERANCE = 1e-5  # how far given weights may be from a total of 1
@@ -585,9 +585,25 @@ def make_gate(options: Mapping[str, Any]) -> Gate:
     return kinds[kind](**own)
 
 
+def distinct_rows(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Int[Tensor, "rows"]]:
+    """The distinct rows of what a gate reads, and which of them each row is: twelve answers to a prompt are read once.
+
+    >>> inputs, place = distinct_rows({"context": torch.tensor([[2.0], [1.0], [2.0]])})
+    >>> inputs["context"].T, place
+    (tensor([[1., 2.]]), tensor([1, 0, 1]))
+    """
+    n = len(next(iter(inputs.values())))
+    whole = torch.cat([inputs[name].reshape(n, -1).double() for name in sorted(inputs)], 1)
+    distinct, place = torch.unique(whole, dim=0, return_inverse=True)
+    first = torch.full((len(distinct),), n, device=place.device).scatter_reduce(
+        0, place, torch.arange(n, device=place.device), "amin"
+    )
+    return {name: value[first] for name, value in inputs.items()}, place
+
+
 def gate_loss(
     log_w: Float[Tensor, "..."], log_q: Float[Tensor, "..."], entropy_weight: float | int = 0.0,
-    balance_weight: float | int = 0.0,
+    balance_weight: float | int = 0.0, count: Int[Tensor, "..."] | None = None,
 ) -> Float[Tensor, ""]:  # fmt: skip
     """What a gate minimises: ``mean_n [- sum_k q_nk log w_nk - a H(w_n)] + b KL(mean_n w_n || uniform)``, nats a row.
 
@@ -600,6 +616,7 @@ def gate_loss(
     log_w : (rows, K), of the gate.
     log_q : (rows, K), responsibilities, normalised; detached here, for the experts are trained by another loss.
     entropy_weight, balance_weight : a, b >= 0.
+    count : (rows,), how many equal rows each stands for, whose mean q is then given; once each by default.
 
     Raises
     ------
@@ -615,11 +632,12 @@ def gate_loss(
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value}: expected 0 or above; 0 leaves the term out")
     q = log_q.detach().exp()
-    loss = -(q * log_w.masked_fill(q == 0, 0)).sum(1).mean()
+    share = torch.full_like(log_w[:, 0], 1 / len(log_w)) if count is None else (count / count.sum()).to(log_w)
+    loss = -share @ (q * log_w.masked_fill(q == 0, 0)).sum(1)
     if entropy_weight:
-        loss = loss - entropy_weight * entropy(log_w).mean()
+        loss = loss - entropy_weight * share @ entropy(log_w)
     if balance_weight:
-        log_mean = log_w.logsumexp(0) - math.log(len(log_w))
+        log_mean = (log_w + share.log()[:, None]).logsumexp(0)
         loss = loss + balance_weight * (math.log(log_w.shape[1]) - entropy(log_mean[None])[0])
     return loss
 

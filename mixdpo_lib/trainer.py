@@ -36,7 +36,7 @@ from .em import (
     random_log_q,
 )
 from .features import PairFeatures, TextFeatures, gather_positions
-from .gating import LearnedWeights, MixedMembershipGate
+from .gating import LearnedWeights, MixedMembershipGate, distinct_rows
 from .gating import top_s as keep_top_s
 from .mixture import MixturePolicy
 from .store import progress
@@ -179,19 +179,22 @@ class _Learner(nn.Module):
             log_q = random_log_q(self.table.n_units, policy.n_experts, config.seed)
         self.register_buffer("start_log_q", log_q.float())
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        for name, value in inputs.items():  # they come from the data, so no checkpoint holds them
+        distinct, place = distinct_rows(inputs) if inputs else ({}, torch.empty(0, dtype=torch.long))
+        for name, value in {**distinct, "place": place}.items():  # from the data, so no checkpoint holds them
             self.register_buffer(f"gate_{name}", value, persistent=False)
+
+    gate_place: Tensor
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What the gate reads, one row a latent: a pair, or a unit."""
+        """What the gate reads, each distinct row once; `gate_place` says which one a latent (pair or unit) has."""
         return {name: getattr(self, f"gate_{name}") for name in self.policy.gate.reads}
 
     @torch.no_grad()
     def log_w(self) -> Tensor:
         """The gate's weights, nats: (K,), or one row a latent where it reads something."""
         gate = self.policy.gate
-        return gate(self.inputs) if gate.reads else gate()
+        return gate(self.inputs)[self.gate_place] if gate.reads else gate()
 
     def recognise(self, described: Tensor) -> RecognitionNetwork:
         """Add a recognition network for pairs of this kind, and the table of its last-seen evidence."""
@@ -243,7 +246,9 @@ class _Learner(nn.Module):
         if self.starting():
             q = self.start_log_q[self.table.unit[row]].exp()
             if self.training and last and config.symmetry_breaking == "clusters" and not self.steps:
-                gate_m_step(self.policy.gate, self.inputs, self.start_log_q, max_iter=30)  # clusters of what it reads
+                gate_m_step(  # clusters of what it reads
+                    self.policy.gate, self.inputs, self.start_log_q, max_iter=30, place=self.gate_place
+                )
         elif config.inference == "exact" or not several:
             kept = log_w if chosen is None else keep_top_s(log_w, config.top_s)  # type: ignore[arg-type]
             q = self.table.batch_log_q(row, kept, self.temperature()).exp()
@@ -265,7 +270,10 @@ class _Learner(nn.Module):
         if isinstance(gate, LearnedWeights):
             gate.update(log_q.exp().mean(0), (float(self.steps) + 1) ** -config.gate_exponent, n_units=len(log_q))
         elif any(p.requires_grad for p in gate.parameters()):  # a frozen gate stays as it was given
-            gate_m_step(gate, self.inputs, log_q, config.gate_entropy, config.gate_balance, config.gate_iterations)
+            gate_m_step(
+                gate, self.inputs, log_q, config.gate_entropy, config.gate_balance, config.gate_iterations,
+                place=self.gate_place,
+            )  # fmt: skip
 
     def _relaxed(self, row: Tensor, described: Tensor | None) -> tuple[Tensor, Tensor]:
         """Gumbel-Softmax draws z~ of the latents of these rows, and what KL(q || w) adds to the loss (nats per pair).

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from mixdpo_lib import domains, store
 from mixdpo_lib.domains import DomainConfig, domain_config, gate_accuracy, load_titles, split_items, worst_routed
@@ -20,7 +21,7 @@ def folder(tmp_path):
 
 def test_the_projects_own_titles():
     table = load_titles(store.project_root() / "data" / "titles", 180)
-    assert table["domain"].value_counts().to_dict() == {"film": 180, "book": 180}
+    assert table["domain"].value_counts().min() >= 180
     for _, part in table.groupby("domain"):
         assert not part.duplicated(["title", "maker"]).any()
 
@@ -36,7 +37,37 @@ def test_no_template_names_a_domain():
 def test_titles_are_read_in_order(folder):
     table = load_titles(folder, 3)
     assert list(table.columns) == ["title", "maker", "domain"]
-    assert table["title"].tolist() == ["film 0", "film 1", "film 2", "book 0", "book 1", "book 2"]
+    assert table["title"].tolist() == [f"{domain} {i}" for domain in ("film", "book") for i in range(4)]
+
+
+def test_works_are_those_that_the_base_knows_best(tiny_base, folder):
+    """log p(maker given the title) by the model's own logits; the domain has no part in it."""
+    for domain, name in domains.TITLE_FILES.items():
+        makers = ["good bad", "dull", "bright slow long", "quite"]
+        rows = "".join(f"the {domain} {word},{maker}\n" for word, maker in zip("abcd", makers, strict=True))
+        (folder / name).write_text("title,maker\n" + rows, encoding="utf-8")
+    study = domains.DomainStudy(domain_config(titles=str(folder), n_titles=3, templates=("{title} by {maker} was",)))
+    study.base = tiny_base
+    for work in study.works.itertuples():
+        begin, end = (tiny_base.tokenizer(text)["input_ids"] for text in (
+            f"{work.title}, one of the best-known works of", f" {work.maker}"))  # fmt: skip
+        logits = tiny_base.model(input_ids=torch.tensor([begin + end])).logits[0].log_softmax(-1)
+        own = logits[len(begin) - 1 : -1].gather(1, torch.tensor(end)[:, None]).sum()
+        assert work.familiarity == pytest.approx(float(own.detach()), abs=1e-3)
+    items = study.items
+    assert items["domain"].value_counts().to_dict() == {"film": 3, "book": 3}
+    for domain, all_works in study.works.groupby("domain"):
+        least = all_works.loc[all_works["familiarity"].idxmin(), "title"]
+        assert least not in items.loc[items["domain"] == domain, "title"].tolist()
+    assert study.less_known.empty  # n_titles / 5 is 0
+
+
+def test_less_known_works_are_none_that_are_fitted():
+    study = domains.DomainStudy(domain_config(n_titles=10, templates=("{title} by {maker}",)))
+    study.works = pd.DataFrame([{"title": f"{domain} {i}", "maker": "m", "domain": domain, "rank": i}
+                                for domain in domains.DOMAINS for i in range(11)])  # fmt: skip
+    assert study.less_known["prompt"].tolist() == ["film 10 by m", "book 10 by m"]
+    assert len(study.items) == 20 and not set(study.less_known["prompt"]) & set(study.prompts["prompt"])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from mixdpo_lib.gating import (
     LearnedWeights,
     MixedMembershipGate,
     UserGate,
+    distinct_rows,
     gate_loss,
     given_gate,
 )
@@ -90,6 +91,19 @@ def test_an_m_step_reaches_the_minimum_and_never_rises(options):
     assert float(gate.outer.weight.grad.norm()) < 1e-3
     gate_m_step(gate, inputs, log_q, max_iter=1)
     assert gate.outer.weight.grad is None  # the experts' optimiser clips by all gradients: none is left behind
+
+
+@pytest.mark.parametrize("options", [{}, {"entropy_weight": 0.1}, {"balance_weight": 0.5}])
+def test_equal_rows_are_computed_once(options):
+    inputs, log_q = random_problem(rows=9)
+    repeated = {"context": inputs["context"][torch.tensor([0, 3, 0, 1, 3, 3, 2, 0, 1])]}
+    distinct, place = distinct_rows(repeated)
+    assert len(distinct["context"]) == 4 and torch.equal(distinct["context"][place], repeated["context"])
+    gates = [ContextGate(5, 3, weight_scale=0.7) for _ in range(2)]
+    whole = gate_m_step(gates[0], repeated, log_q, max_iter=80, **options)
+    once = gate_m_step(gates[1], distinct, log_q, max_iter=80, place=place, **options)
+    assert once == pytest.approx(whole, abs=1e-5)
+    torch.testing.assert_close(gates[1](repeated), gates[0](repeated), atol=2e-3, rtol=2e-3)
 
 
 def test_a_prior_keeps_weights_small():

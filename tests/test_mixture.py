@@ -141,6 +141,21 @@ def test_a_gate_of_prompts_routes_each_prompt(policy, data):
         routed.user()
 
 
+def test_a_gate_may_ask_a_question_and_read_an_inner_layer(policy, data):
+    prompts = list(data.rows["prompt"])
+    ids = policy.base.prompt_ids(prompts[0] + " was the")
+    hidden = policy.base.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0].detach()
+    states = encode_prompts(policy.base, [prompt + " was the" for prompt in prompts], layer=1)
+    torch.testing.assert_close(states[0], torch.cat([hidden.mean(0), hidden[-1]]), atol=1e-5, rtol=1e-4)
+    gate = ContextGate.from_states(states, 3, suffix=" was the", layer=1)
+    with torch.no_grad():
+        gate.outer.weight.copy_(torch.randn(gate.outer.weight.shape, generator=torch.Generator().manual_seed(1)))
+    routed = MixturePolicy(policy.experts, gate, beta=0.1)
+    torch.testing.assert_close(routed.log_w(data), gate({"context": states}), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"layer=3: .* has 2 blocks; expected 1 ... 2, or None"):
+        encode_prompts(policy.base, PROMPTS, layer=3)
+
+
 @pytest.mark.parametrize("kind", ["context", "metadata", "both"])
 def test_a_mixture_is_saved_with_its_gate(policy, tmp_path, kind):
     context, user = ContextGate(32, 3), UserGate.from_metadata({"country": ["x", "y"], "age": [1, 2]}, 3)
