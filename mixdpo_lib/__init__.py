@@ -16,7 +16,7 @@ _HOME = {
     "DesignConfig": "preferences", "GROUPS": "preferences", "REWARDS": "rewards", "score_texts": "rewards",
     "fit": "trainer", "FitConfig": "trainer", "FitResult": "trainer", "MixDPOTrainer": "trainer",
     "fit_gate": "trainer", "DomainStudy": "domains", "DomainConfig": "domains", "domain_config": "domains",
-    "SizeStudy": "sizes", "Capacity": "sizes",
+    "SizeStudy": "sizes", "Capacity": "sizes", "run_families": "sizes",
     "Study": "study", "StudyConfig": "study", "study_config": "study", "start_run": "runs",
     "load_table": "runs", "load_values": "runs",
 }  # fmt: skip

@@ -35,7 +35,6 @@ from .store import MixDPOError, project_root
 from .study import kept_fit
 from .trainer import FitConfig, FitResult
 
-VERSION = 1
 DOMAINS = ("film", "book")
 TITLE_FILES = {"film": "films.csv", "book": "books.csv"}
 TEMPLATES = (

@@ -514,10 +514,10 @@ def reliability(table: pd.DataFrame, ax: Axes, by: str = "method") -> Axes:
     ax.plot([0, 1], [0, 1], color="#8A8A8A", linestyle=":", label="perfect calibration")
     for position, (name, part) in enumerate(table.groupby(by, sort=False)):
         bars = [(part["frequency"] - part["low"]).clip(lower=0), (part["high"] - part["frequency"]).clip(lower=0)]
-        label = METHOD_STYLE[name].label if name in METHOD_STYLE else str(name)
+        look = look_of(str(name), METHOD_STYLE, position)
         ax.errorbar(
-            part["probability"], part["frequency"], yerr=bars, color=_OTHER_COLOURS[1 - position % 2], capsize=2.5,
-            marker=("o", "s")[position % 2], markersize=5, linestyle=("-", "--")[position % 2], label=label,
+            part["probability"], part["frequency"], yerr=bars, color=look.colour, capsize=2.5, marker=look.marker,
+            markersize=6, linestyle=("-", "--")[position % 2], label=look.label,
         )  # fmt: skip
     ax.set_xlabel("weight of the films' expert (probability)")
     ax.set_ylabel("share of prompts about films")

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .experts import Experts, Voices, head_logits, place_of, read_on, reference_logps
+from .experts import Experts, Voices, head_logits, logit_map, place_of, read_on, reference_logps
 from .features import TextFeatures, tokenise
 from .sources import Base, need_memory
 from .store import MixDPOError, cached, progress
@@ -86,6 +86,45 @@ def _padded(ids: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+class _FrozenHeadLogps(torch.autograd.Function):
+    """log p(token) of every position under a frozen head, in blocks of positions; gradients for the hidden states.
+
+    d log p(t) / dh = W_t - sum_v p_v W_v is made on the way, while the block's probabilities are at hand, so that no
+    more than one block of (positions, vocabulary) is ever held.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, block=128):  # type: ignore[override]
+        logps, slope = hidden.new_empty(len(hidden), dtype=torch.float32), None
+        if ctx.needs_input_grad[0]:
+            slope = torch.empty_like(hidden)
+        for at in torch.arange(len(hidden), device=hidden.device).split(block):
+            z = nn.functional.linear(hidden[at], weight, bias).float()
+            token = z.gather(1, target[at, None]).squeeze(1)
+            top = z.amax(1)
+            total = z.sub_(top[:, None]).exp_().sum(1)
+            logps[at] = token - top - total.log()
+            if slope is not None:
+                slope[at] = weight[target[at]] - (z.to(weight.dtype) @ weight) / total[:, None].to(weight.dtype)
+        ctx.save_for_backward(slope)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        (slope,) = ctx.saved_tensors
+        return (grad[:, None] * slope).to(slope.dtype), None, None, None
+
+
+def _token_logps(base: Base, model: Any, hidden: Tensor, target: Tensor) -> Float[Tensor, "positions"]:
+    """log probability of the token at each position, nats, float32; gradients flow."""
+    head = model.get_output_embeddings()
+    plain = type(head) is nn.Linear and logit_map(base.model.config.get_text_config()) is None
+    if plain and not head.weight.requires_grad:
+        return _FrozenHeadLogps.apply(hidden.to(head.weight.dtype), head.weight, head.bias, target)
+    logits = head_logits(base, hidden, model)
+    return logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
 def _response_logps(
     base: Base, model: Any, inputs: dict[str, Tensor], rows: Tensor | None, n_texts: int
 ) -> Float[Tensor, "rows"]:
@@ -98,8 +137,7 @@ def _response_logps(
         input_ids, mask = input_ids[rows], mask[rows]
         column, target, segment = column[own], target[own], place[segment[own]]
     hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-    logits = head_logits(base, hidden[segment, column], model)
-    logps = logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1)
+    logps = _token_logps(base, model, hidden[segment, column], target)
     return logps.new_zeros(len(input_ids)).index_add(0, segment, logps)
 
 
@@ -351,7 +389,8 @@ class IndependentExperts(Experts):
 
     Raises
     ------
-    MixDPOError : less memory than weights, gradients and two moments of K models need (what is needed is named).
+    MixDPOError : less free memory than the weights of K models need (what is needed is named); `fit` asks for what
+        training needs besides.
     """
 
     def __init__(self, bases: Sequence[Base], encoder: int = 0) -> None:
@@ -359,8 +398,8 @@ class IndependentExperts(Experts):
             raise ValueError(f"{len(bases)} bases, encoder={encoder}: expected at least one, and an encoder among them")
         super().__init__(bases[encoder], len(bases))
         size = sum(p.numel() for base in bases for p in base.model.parameters())
-        what = f"{len(bases)} models of {size / 1e6:.0f} M parameters together, with gradients and AdamW,"
-        need_memory(16 * size, what, bases[0].device)
+        what = f"{len(bases)} models of {size / 1e6:.1f} M parameters together"
+        need_memory(4 * size, what, bases[0].device)
         self.bases, self.encoder, self._kinds = list(bases), encoder, _kinds(bases)
         self._models = [copy.deepcopy(base.model).requires_grad_(True).eval() for base in bases]
         named = {f"{k}.{n}": p for k, model in enumerate(self._models) for n, p in model.named_parameters()}

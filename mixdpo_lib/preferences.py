@@ -173,7 +173,10 @@ def _pairs_of(scores: np.ndarray, ids: Sequence[int], clean: bool) -> list[tuple
 class _World:
     """What can be asked and how it is answered: candidate pairs by group and split, and the noise of the labels."""
 
-    def __init__(self, candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig) -> None:
+    def __init__(
+        self, candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig,
+        splits: Mapping[str, range] | None = None,
+    ) -> None:  # fmt: skip
         for group in GROUPS:
             if group not in scores:
                 raise ValueError(f"scores: column {group!r} is missing, found {list(scores.columns)}")
@@ -189,6 +192,8 @@ class _World:
         self.clean = config.name == "clean"
         by_prompt = {i: rows.tolist() for i, rows in candidates.groupby("prompt_id").indices.items()}
         self.splits = split_prompts(int(candidates["prompt_id"].max()) + 1)
+        if splits is not None:
+            self.splits = {name: splits.get(name, range(0)) for name in self.splits}
         self.values: dict[str, np.ndarray] = {g: scores[g].to_numpy(float) for g in GROUPS}
         self.pairs = {
             (g, s): [p for i in self.splits[s] for p in _pairs_of(self.values[g], by_prompt.get(i, []), self.clean)]
@@ -216,7 +221,9 @@ class _World:
         }  # fmt: skip
 
 
-def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig) -> DatasetDict:
+def simulate_preferences(
+    candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig, splits: Mapping[str, range] | None = None
+) -> DatasetDict:
     """Preference sets of simulated users, each of whom follows one hidden reward.
 
     Parameters
@@ -225,6 +232,7 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
     scores : one column a group, one row a candidate (training judges); finite.
     config : the design. A user of the default one meets random untied pairs and answers by Bradley-Terry,
         p(better chosen) = sigma(difference / label_temperature); `flip_rate` sets the temperature of each reward.
+    splits : prompts of train, validation and test, by number; `split_prompts` by default. An absent one is empty.
 
     Returns
     -------
@@ -233,7 +241,7 @@ def simulate_preferences(candidates: pd.DataFrame, scores: pd.DataFrame, config:
     context : pairs of new users on training prompts.
     test : noise-free labels of each group on test prompts, no users: a user is scored on its group's rows.
     """
-    world = _World(candidates, scores, config)
+    world = _World(candidates, scores, config, splits)
     rng = np.random.default_rng(hash_seed(config.seed, "users", config.name))
     pairs, splits = world.pairs, world.splits
 

@@ -1,6 +1,7 @@
 """How much do the base and the experts' capacity matter? The same small study over bases, ranks and adapter depths.
 
 Users, comparisons and texts are those of the movie-review study, cut to fewer prompts; every base reads the same texts.
+`run_families` is a smaller one still, which every family of experts can run, whole models and tables too.
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from .elbo import log_responsibilities
+from .em import correct, predictive_probability
 from .evaluation import accuracy_gain, prompt_accuracy, summarise_accuracy, user_groups
 from .experts import Experts, HeadExperts
 from .features import PairFeatures, pair_features
 from .gating import LearnedWeights
 from .mixture import MixturePolicy
-from .model_experts import AdapterExperts
-from .preferences import GROUPS
+from .model_experts import AdapterExperts, IndependentExperts
+from .preferences import GROUPS, DesignConfig, simulate_preferences
 from .sources import Base, load_base
 from .store import cached, read_json, write_json_atomic
 from .study import Study
+from .tabular import TabularExperts
 from .trainer import FitConfig, fit
 
 VERSION = 1
@@ -154,3 +158,83 @@ def by_capacity(by_prompt: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         pair = [part[part["method"] == method] for method in ("mix_dpo", "dpo")]
         gains.append(accuracy_gain(*pair).assign(**dict(zip(keys, key, strict=True))))
     return accuracy, pd.concat(gains, ignore_index=True)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {  # of FitConfig; rates at which the training bound rises and no expert dies
+    "HeadExperts": {"optimizer": "sgd", "learning_rate": 0.03},
+    "AdapterExperts": {"learning_rate": 0.005},
+    "IndependentExperts": {"learning_rate": 2e-5},
+    "TabularExperts": {"learning_rate": 0.1},
+}
+
+
+def _family(name: str, base: Base, n_experts: int, rank: int, beta: float, everything: Dataset) -> Experts:
+    if name == "HeadExperts":
+        return HeadExperts(base, n_experts, rank)
+    if name == "AdapterExperts":
+        return AdapterExperts(base, n_experts, rank)
+    if name == "IndependentExperts":
+        return IndependentExperts([base] * n_experts)
+    return TabularExperts.of(base, everything, n_experts, beta=beta)
+
+
+def run_families(
+    study: Study, n_prompts: int = 3, n_users: int = 12, pairs_per_user: int = 12, passes: float = 10.0, rank: int = 8,
+    families: Sequence[str] = tuple(FAMILIES), seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """Every family of experts on the same few comparisons: a latent per user, all pairs in each step.
+
+    Users of the study's hidden groups answer without noise. As many new users, whom no fit has seen, are served by
+    their first pairs and scored on their last ones, about the same prompts: a table knows no others.
+
+    Parameters
+    ----------
+    n_prompts, pairs_per_user : the first prompts of the study, and answers about them; of a new user half serve, half
+        score. passes : steps. rank : of heads and adapters.
+
+    Returns
+    -------
+    One row a family: family, parameters_an_expert (trained), steps, elbo and train_accuracy (at the end, nats per pair
+    and share), new_user_accuracy (share), seconds (of the fit).
+    """
+    few = (study.candidates["prompt_id"] < n_prompts).to_numpy()
+    candidates, scores = study.candidates[few].reset_index(drop=True), study.scores[few].reset_index(drop=True)
+    design = DesignConfig(
+        n_users=n_users, n_new_users=n_users, pairs_per_user=pairs_per_user, context_pairs=pairs_per_user,
+        validation_pairs_per_user=0, flip_rate=0.0, seed=seed,
+    )  # fmt: skip
+    world = simulate_preferences(candidates, scores, design, splits={"train": range(n_prompts)})
+    train, new = world["train"], world["context"]
+    turn = pd.Series(new["user"]).groupby(new["user"]).cumcount().to_numpy()
+    half = pairs_per_user // 2
+    first, last = (new.select(np.flatnonzero(mask)) for mask in (turn < half, turn >= half))
+    base, config, rows = study.base, study.config, []
+    digest = hashlib.sha256(repr([train.to_dict(), new.to_dict()]).encode()).hexdigest()
+    for name in families:
+        options = FitConfig(
+            passes=passes, batch_size=len(train), evaluations_per_pass=1 / passes, start_temperature=4.0,
+            tempering_passes=passes / 4, seed=seed, **FAMILIES[name],
+        )  # fmt: skip
+        parameters = {"family": name, "base": base.fingerprint, "rank": rank, "n_experts": config.n_experts,
+                      "beta": config.beta, "fit": asdict(options), "pairs": digest}  # fmt: skip
+
+        def build(folder: Path, name: str = name, options: FitConfig = options) -> None:
+            experts = _family(name, base, config.n_experts, rank, config.beta, concatenate_datasets([train, new]))
+            policy = MixturePolicy(experts, LearnedWeights(config.n_experts), config.beta)
+            start = time.monotonic()
+            result = fit(policy, train, options)
+            seconds = time.monotonic() - start
+            ids, users = (context := policy.prepare(first)).units("user")
+            log_q = log_responsibilities(policy.loglik(context), policy.gate().detach(), ids, n_units=len(users))
+            scored = policy.prepare(last)
+            served = log_q[torch.tensor([users.index(user) for user in scored.rows["user"]])]
+            end = result.history.iloc[-1]
+            write_json_atomic(folder / "facts.json", {
+                "parameters_an_expert": sum(p.numel() for p in experts.parameters()) // config.n_experts,
+                "steps": int(end["step"]), "elbo": float(end["elbo"]), "train_accuracy": float(end["train_accuracy"]),
+                "new_user_accuracy": float(correct(predictive_probability(policy.loglik(scored), served)).mean()),
+                "seconds": seconds,
+            })  # fmt: skip
+
+        rows.append({"family": name, **read_json(cached("families", VERSION, parameters, build) / "facts.json")})
+    return pd.DataFrame(rows)

@@ -44,7 +44,7 @@ from .sources import Base, load_base, load_reviews
 from .store import artefact_key, cache_folder, cached, read_json, write_json_atomic
 from .trainer import FitConfig, FitResult, fit
 
-VERSION = 3
+VERSION = 4
 # Optimiser, rate and passes: chosen on validation pairs of both designs, first seed (docs/log.md has what was tried).
 # Temperature and its length: raised after an expert died.
 STUDY_FIT: dict[str, Any] = {

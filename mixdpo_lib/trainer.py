@@ -39,6 +39,7 @@ from .features import PairFeatures, TextFeatures, gather_positions
 from .gating import LearnedWeights, MixedMembershipGate, distinct_rows
 from .gating import top_s as keep_top_s
 from .mixture import MixturePolicy
+from .sources import need_memory
 from .store import progress
 
 INFERENCE = ("exact", "relaxed", "recognition")
@@ -68,7 +69,7 @@ class FitConfig:
     tempering_passes: float = 1.0  # T reaches 1 here
     restarts: int = 1  # short fits from other seeds; the one with the best training likelihood goes on
     restart_passes: float = 1.0  # length of each of them
-    evaluations_per_pass: int = 2
+    evaluations_per_pass: float | int = 2  # below 1: one in several passes
     evaluate_training: bool = True  # an evaluation computes all training pairs anew; False: as last seen, faster
     patience: int = 0  # evaluations without a better validation likelihood before stopping; 0: never
     min_usage: float = 0.0  # mean responsibility below which an expert ends the fit as dead; 0: reported, never fatal
@@ -125,7 +126,7 @@ class FitConfig:
 
 @dataclass
 class FitResult:
-    """What a fit leaves: one row a evaluation, why it stopped, every restart, and the experts at each evaluation.
+    """What a fit leaves: one row an evaluation, why it stopped, every restart, parameters at the best and last of them.
 
     losses : of each step since the start or the last resumption, nats per pair.
     """
@@ -182,6 +183,9 @@ class _Learner(nn.Module):
         distinct, place = distinct_rows(inputs) if inputs else ({}, torch.empty(0, dtype=torch.long))
         for name, value in {**distinct, "place": place}.items():  # from the data, so no checkpoint holds them
             self.register_buffer(f"gate_{name}", value, persistent=False)
+        learns = policy.n_experts > 1 and any(p.requires_grad for p in policy.gate.parameters())
+        if config.symmetry_breaking == "clusters" and learns:  # the gate starts from them
+            gate_m_step(policy.gate, self.inputs, self.start_log_q, max_iter=30, place=self.gate_place)
 
     gate_place: Tensor
 
@@ -245,10 +249,6 @@ class _Learner(nn.Module):
         penalty = loglik.new_zeros(())
         if self.starting():
             q = self.start_log_q[self.table.unit[row]].exp()
-            if self.training and last and config.symmetry_breaking == "clusters" and not self.steps:
-                gate_m_step(  # clusters of what it reads
-                    self.policy.gate, self.inputs, self.start_log_q, max_iter=30, place=self.gate_place
-                )
         elif config.inference == "exact" or not several:
             kept = log_w if chosen is None else keep_top_s(log_w, config.top_s)  # type: ignore[arg-type]
             q = self.table.batch_log_q(row, kept, self.temperature()).exp()
@@ -532,6 +532,13 @@ class _Watch(TrainerCallback):
         if trainer.args.save_strategy != "no" and trainer.args.should_save:
             save_file(self.snapshots[step], trainer.folder / f"snapshot-{step}.safetensors")
         self.judge(row)
+        for old in set(self.snapshots) - {step, self.best_step(state)}:  # whole models are large
+            del self.snapshots[old]
+
+    def best_step(self, state: TrainerState) -> int:
+        """The step of the best evaluation so far."""
+        rows = [row for row in state.log_history if "elbo" in row]
+        return int(rows[max(self.monitor.best_step, 0)]["step"])
 
     def judge(self, row: dict[str, Any]) -> None:
         """Let the monitor see one row of the history."""
@@ -541,16 +548,17 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args, state: TrainerState, control, **kwargs):  # type: ignore[override]
         for row in state.log_history:
             self.judge(row)
-            step = int(row["step"])
-            self.snapshots[step] = load_file(self.trainer.folder / f"snapshot-{step}.safetensors")
-        if not state.log_history:
+        if state.log_history:
+            for step in {int(state.log_history[-1]["step"]), self.best_step(state)}:
+                self.snapshots[step] = load_file(self.trainer.folder / f"snapshot-{step}.safetensors")
+        else:
             self.look(state)
         control.should_training_stop = bool(self.stop_reason)
 
     def on_step_end(self, args, state: TrainerState, control, **kwargs):  # type: ignore[override]
         config = self.trainer.config
         per_pass = self.trainer.steps_per_pass
-        every = max(1, per_pass // config.evaluations_per_pass)
+        every = max(1, int(per_pass / config.evaluations_per_pass + 1e-9))
         progress(f"fit K={self.trainer.policy.n_experts} {config.latent}", state.global_step, state.max_steps, "steps")
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self.look(state)
@@ -607,8 +615,12 @@ def fit(
     Raises
     ------
     ValueError : bad rows, an absent unit column, an unknown option.
+    MixDPOError : less free memory than gradients, AdamW's two moments and two snapshots need (it is named).
     """
     config = config or FitConfig()
+    size = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    what = f"gradients, moments and snapshots of {size / 1e6:.1f} M trained parameters"
+    need_memory(20 * size, what, next(policy.experts.parameters()).device)
     train = policy.prepare(train)
     if config.latent == "unit":
         train.units(config.unit)
@@ -636,7 +648,7 @@ def fit(
     history = history[first + sorted(set(history) - set(first))]
     return FitResult(
         history=history, stop_reason=watch.stop_reason or "max_iter",
-        best_step=int(history["step"].iloc[max(watch.monitor.best_step, 0)]), restarts=restarts,
+        best_step=watch.best_step(trainer.state), restarts=restarts,
         snapshots=watch.snapshots, losses=trainer.losses,
     )  # fmt: skip
 

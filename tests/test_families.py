@@ -233,7 +233,7 @@ def test_folders_that_are_no_mixture(tiny_base, data, tmp_path):
         policy.save_pretrained(tmp_path / "file")
 
 
-def test_what_a_base_has_not_is_refused(tiny_base, tmp_path, monkeypatch):
+def test_what_a_base_has_not_is_refused(tiny_base, data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"\['c_attn'\] not in the blocks of .*; possible are \['q_proj'"):
         AdapterExperts(tiny_base, 2, target_modules=["c_attn"])
     with pytest.raises(ValueError, match="blocks=3: .* has 2 blocks, 0 ... 1"):
@@ -243,6 +243,9 @@ def test_what_a_base_has_not_is_refused(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(sources.psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())
     with pytest.raises(MixDPOError, match="4 models of .* need about .* GiB on cpu, 0.0 GiB are free"):
         IndependentExperts([tiny_base] * 4)
+    policy = MixturePolicy(AdapterExperts(tiny_base, 2, rank=4, blocks=1), LearnedWeights(2))
+    with pytest.raises(MixDPOError, match="gradients, moments and snapshots of 0.0 M trained parameters need about"):
+        fit(policy, data)
 
 
 def test_a_chat_template_is_used_where_asked_for(tmp_path):

@@ -116,6 +116,15 @@ def test_every_capacity_is_fitted_and_costs_what_it_trains(smoke):
     assert set(accuracy["group"]) == GROUPS | {"mean", "worst"} and accuracy["accuracy"].between(0, 1).all()
 
 
+def test_every_family_learns_the_same_few_answers(smoke):
+    table = runs.load_table("smoke", "10_model_sizes", "families").set_index("family")
+    sizes = {"HeadExperts": 2 * 8 * 576, "AdapterExperts": 162_816, "IndependentExperts": 134_515_008}
+    found = table["parameters_an_expert"].to_dict()
+    assert 4 <= found.pop("TabularExperts") <= 8 and found == sizes
+    assert (table["elbo"] > -np.log(2)).all() and (table["train_accuracy"] > 0.5).all()
+    assert table["new_user_accuracy"].between(0, 1).all() and (table["steps"] == 2).all()
+
+
 def test_new_users_are_served_in_every_way_and_touch_no_expert(smoke):
     sizes = runs.resolve_parameters("06_personalization", "smoke")["sizes"]
     served = runs.load_table("smoke", "06_personalization", "served").set_index(["served_by", "m"])
