@@ -444,17 +444,24 @@ class DomainStudy:
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
-    def accuracy_by_prompt(self, fits: Sequence[DomainFit]) -> pd.DataFrame:
+    def accuracy_by_prompt(self, fits: Sequence[DomainFit], last: bool = False) -> pd.DataFrame:
         """Test accuracy by domain (`group`) and prompt: sum_k w_k(x) sigma(D_k) > 0.5 by each policy's own gate.
 
         `moe_dpo_top_1` : the same fit, where each prompt is answered by the expert of largest weight alone.
+
+        Parameters
+        ----------
+        last : after the last step instead of the best one on validation; methods are then called `..._last_step`.
         """
         test, parts = self.pairs["test"], []
         one = {domain: torch.zeros(1, 1) for domain in DOMAINS}
         for f in fits:
-            loglik, log_w = f.policy.loglik(test, f.rewards), f.policy.log_w(test).detach()
-            weights = {f.method: log_w}
-            if f.method == "moe_dpo":
+            steps = f.result.snapshots
+            f.policy.load_state_dict(steps[max(steps) if last else f.result.best_step], strict=False)
+            loglik, log_w = f.policy.loglik(test, None if last else f.rewards), f.policy.log_w(test).detach()
+            f.policy.load_state_dict(steps[f.result.best_step], strict=False)
+            weights = {f"{f.method}_last_step" if last else f.method: log_w}
+            if f.method == "moe_dpo" and not last:
                 weights["moe_dpo_top_1"] = top_s(log_w, 1)
             for name, own in weights.items():
                 table = prompt_accuracy(f.policy, test, one, (loglik + own.log_softmax(-1)).logsumexp(1, keepdim=True))
