@@ -633,28 +633,36 @@ def reproduce(profile: str = "default", cores: int = 2, extra: Sequence[str] = (
 def update_reference(profile: str = "default") -> Path:
     """Copy figures, tables, values and manifests of a finished profile to `figures/reference`, values merged.
 
-    Files over 1 MB stay out and are named in the copied manifest as `left_out`. Minutes come from `timing.json` of the
-    default and the smoke profile.
+    A notebook without a finished run keeps its earlier record, whose manifest names the library it was made with; so do
+    times that were not measured anew. Files over 1 MB stay out and are named in the copied manifest as `left_out`.
+    Minutes come from `timing.json` of the default and the smoke profile.
     """
     root = store.project_root()
-    names = [name for name in notebook_names() if (root / "runs" / profile / name / "manifest.json").exists()]
-    if missing := sorted(set(notebook_names()) - set(names)):
-        raise MixDPOError(f"profile {profile}: no finished run of {', '.join(missing)}; run `make reproduce-all "
-                          f"PROFILE={profile}` first")
     target = root / "figures" / "reference"
     fresh = target.with_name(f".reference.part-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
-    values: dict[str, Any] = {}
-    for name in names:
+    known = store.read_json(target / "values.json") if (target / "values.json").exists() else {}
+    values: dict[str, Any] = {name: value for name, value in known.items()
+                              if name.startswith(("minutes_", "peak_gb_"))}
+    for name in notebook_names():
         source, copy = root / "runs" / profile / name, fresh / name
-        manifest = verify_manifest(source)
-        manifest["left_out"] = [n for n, e in manifest["outputs"].items()
-                                if e["bytes"] > _LARGE or n.split("/")[0] not in ("tables", "figures", "values.json")]
-        for file in set(manifest["outputs"]) - set(manifest["left_out"]):
-            (copy / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / file, copy / file)
-        store.write_json_atomic(copy / "manifest.json", manifest)
-        for key, value in load_values(profile, name).items():
+        again = (source / "manifest.json").exists()
+        if again:
+            manifest = verify_manifest(source)
+            kept = ("tables", "figures", "values.json")
+            manifest["left_out"] = [n for n, e in manifest["outputs"].items()
+                                    if e["bytes"] > _LARGE or n.split("/")[0] not in kept]
+            for file in set(manifest["outputs"]) - set(manifest["left_out"]):
+                (copy / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source / file, copy / file)
+            store.write_json_atomic(copy / "manifest.json", manifest)
+        elif (target / name / "manifest.json").exists():
+            verify_manifest(target / name)
+            shutil.copytree(target / name, copy)
+        else:
+            raise MixDPOError(f"profile {profile}: no finished run of {name}; run `make reproduce-all "
+                              f"PROFILE={profile}` first")
+        for key, value in load_values(profile if again else "reference", name).items():
             if key in values:
                 raise MixDPOError(f"{name}: value {key} is there twice: also in {values[key]['runs'][0]}; rename one")
             values[key] = value
@@ -708,12 +716,24 @@ def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
                        f"{q('kl_expert_' + reward, 1)} ({q('kl_dpo', 1)}) | "
                        f"{q('perplexity_expert_' + reward, 0)} ({q('perplexity_dpo', 0)}) |")
     results += ["", "Brackets: 95 % intervals over prompts, all seeds together; for NMI the lowest and highest seed."]
+    further = ["| accuracy on test prompts | gain over DPO |", "|---|---|",
+               f"| new users by metadata alone | {q('gain_metadata_0_pairs')} |",
+               f"| new users by 16 comparisons of their own | {q('gain_pairs_16_pairs')} |",
+               *(f"| {domain}s, MoE-DPO by the likelier expert | {q('moe_top_1_gain_over_dpo_' + domain)}; over DPO"
+                 f" after its last step {q('moe_top_1_gain_over_dpo_last_step_' + domain)} |"
+                 for domain in ("book", "film")),
+               "",
+               f"Against experts that were told the domain, MoE-DPO by the likelier expert: "
+               f"{q('moe_top_1_gain_over_oracle_mean')}. Share of held-out prompts that the gate routes right: "
+               f"{q('gate_accuracy_moe_dpo_prompt')}; about works that the base hardly knows: "
+               f"{q('gate_accuracy_moe_dpo_less_known')}."]
     downloads = {"smoke": "packages, 13 + 93 MB of data", "default": "the same"}
     costs = ["| command | minutes on 2 cores | downloads |", "|---|---|---|"]
     costs += [f"| `make reproduce{'' if one == 'default' else ' PROFILE=' + one}` | {q('minutes_' + one, 0)} | "
              f"{downloads[one]} |" for one in ("smoke", "default")]
-    costs.append(f"| `make reproduce-all`: the ablations as well | {q('minutes_further', 0)} more | nothing more |")
-    return {"results": "\n".join(results), "costs": "\n".join(costs)}
+    costs.append(f"| `make reproduce-all`: ablations and further studies as well | {q('minutes_further', 0)} more | "
+                 "nothing more |")
+    return {"results": "\n".join(results), "further": "\n".join(further), "costs": "\n".join(costs)}
 
 
 def with_results(readme: str, values: Mapping[str, Mapping[str, Any]]) -> str:

@@ -161,7 +161,7 @@ def by_capacity(by_prompt: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 FAMILIES: dict[str, dict[str, Any]] = {  # of FitConfig; rates at which the training bound rises and no expert dies
-    "HeadExperts": {"optimizer": "sgd", "learning_rate": 0.03},
+    "HeadExperts": {"optimizer": "sgd", "learning_rate": 0.1},
     "AdapterExperts": {"learning_rate": 0.005},
     "IndependentExperts": {"learning_rate": 2e-5},
     "TabularExperts": {"learning_rate": 0.1},
@@ -205,7 +205,7 @@ def run_families(
     )  # fmt: skip
     world = simulate_preferences(candidates, scores, design, splits={"train": range(n_prompts)})
     train, new = world["train"], world["context"]
-    turn = pd.Series(new["user"]).groupby(new["user"]).cumcount().to_numpy()
+    turn = new.to_pandas().groupby("user").cumcount().to_numpy()
     half = pairs_per_user // 2
     first, last = (new.select(np.flatnonzero(mask)) for mask in (turn < half, turn >= half))
     base, config, rows = study.base, study.config, []

@@ -278,6 +278,13 @@ def test_reproduce_and_reference(write_notebook, project, capfd):
     assert len(runs.load_table("reference", "01_reviews_and_rewards", "experts")) == 3
     assert runs.load_values("reference")["gain"]["value"] == 0.25
 
+    earlier = (target / "07_ablation_temperature/manifest.json").read_bytes()
+    shutil.rmtree(project / "runs/default/07_ablation_temperature")
+    (project / "runs/default/timing.json").unlink()
+    runs.update_reference("default")  # what was not run again keeps its record
+    assert (target / "07_ablation_temperature/manifest.json").read_bytes() == earlier
+    assert store.read_json(target / "values.json") == values
+
     manifest = (project / "runs/default/02_preferences/manifest.json").read_bytes()
     write_notebook("02_preferences", "raise ValueError('broken')")
     with pytest.raises(MixDPOError, match="profile default: not finished"):
