@@ -13,7 +13,7 @@ READY := .venv/.ready
 
 help:
 	@echo "make reproduce [PROFILE=smoke|default|full] [CORES=2]   environment, data, model, the main study, figures"
-	@echo "make reproduce-all                                     the same, and the ablations"
+	@echo "make reproduce-all                                     the same, ablations and further studies"
 	@echo "make test                                              environment, then lint, types and every test"
 	@echo "make lab                                               JupyterLab on the notebooks"
 	@echo "make clean                                             remove results and caches; keeps .venv and downloads"
