@@ -57,7 +57,7 @@ METHOD_STYLE: Mapping[str, Look] = {
     "dpo_rank_2r": Look("DPO, rank 2r", "#332288", ">", "\\\\\\"),
     "mix_dpo_pair": Look("Mix-DPO, per pair", "#E69F00", "^", "xxx"),
     "moe_dpo": Look("MoE-DPO", "#009E73", "P", "++"),
-    "dpo_last_step": Look("DPO, last step", "#56B4E9", "v", "\\\\\\"),
+    "dpo_last_step": Look("DPO, last step", "#CC6677", "<", "|||"),
     "moe_dpo_top_1": Look("MoE-DPO, top-1", "#44AA99", "p", "**"),
     "supervised": Look("supervised classifier", "#7A4B00", "X", "--"),
     "oracle": Look("Mix-DPO, oracle", "#000000", "*", "ooo"),

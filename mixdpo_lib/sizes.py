@@ -51,7 +51,8 @@ class Capacity:
     @property
     def name(self) -> str:
         """As in tables and figures."""
-        return f"head, rank {self.rank}" if self.blocks == 0 else f"adapters, {self.blocks} blocks, rank {self.rank}"
+        blocks = f"{self.blocks} block{'s' * (self.blocks > 1)}"
+        return f"head, rank {self.rank}" if self.blocks == 0 else f"adapters, {blocks}, rank {self.rank}"
 
     def experts(self, base: Base, n_experts: int, min_count: int) -> Experts:
         """K experts of this capacity, which are the reference."""

@@ -110,10 +110,10 @@ def test_two_domains_have_every_method_and_a_gate_between_chance_and_certainty(s
 
 def test_every_capacity_is_fitted_and_costs_what_it_trains(smoke):
     costs = runs.load_table("smoke", "10_model_sizes", "costs").set_index(["capacity", "method"])
-    capacities = ("head, rank 2", "adapters, 1 blocks, rank 8")
+    capacities = ("head, rank 2", "adapters, 1 block, rank 8")
     assert set(costs.index) == {(c, m) for c in capacities for m in ("dpo", "mix_dpo")}
     assert (costs.loc["head, rank 2", "parameters_an_expert"] == 2 * 2 * 576).all()
-    assert (costs.loc["adapters, 1 blocks, rank 8", "parameters_an_expert"] == 162_816 // 2).all()
+    assert (costs.loc["adapters, 1 block, rank 8", "parameters_an_expert"] == 162_816 // 2).all()
     accuracy = runs.load_table("smoke", "10_model_sizes", "accuracy")
     assert set(accuracy["group"]) == GROUPS | {"mean", "worst"} and accuracy["accuracy"].between(0, 1).all()
 
