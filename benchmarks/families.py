@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 
 import mixdpo_lib as mx
-from mixdpo_lib.features import pair_features
-from mixdpo_lib.gating import FixedWeights
+from mixdpo_lib.base.features import pair_features
+from mixdpo_lib.gates.weights import FixedWeights
 
 REPETITIONS, PAIRS = 5, 8
 

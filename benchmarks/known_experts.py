@@ -15,10 +15,10 @@ import pandas as pd
 import torch
 
 from mixdpo_lib import elbo
-from mixdpo_lib.em import full_batch_em
 from mixdpo_lib.evaluation import choose_n_experts, recovery
-from mixdpo_lib.experts import TabularExperts
-from mixdpo_lib.gating import LearnedWeights
+from mixdpo_lib.experts.tables import TabularExperts
+from mixdpo_lib.gates.weights import LearnedWeights
+from mixdpo_lib.learning.full_batch import full_batch_em
 
 N_USERS, N_HELD_OUT, N_ANSWERS, PAIRS = 1000, 500, 20, 16
 

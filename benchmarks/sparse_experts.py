@@ -21,8 +21,9 @@ import pandas as pd
 import torch
 
 from mixdpo_lib import HeadExperts, MixturePolicy, load_base, load_reviews
-from mixdpo_lib.features import pair_features
-from mixdpo_lib.gating import FixedWeights, top_s
+from mixdpo_lib.base.features import pair_features
+from mixdpo_lib.gates.contract import top_s
+from mixdpo_lib.gates.weights import FixedWeights
 
 K, PROMPT_WORDS, WORDS = 8, 8, 40
 

@@ -1,24 +1,21 @@
 """Mix-DPO and MoE-DPO: preference optimisation with a latent expert.
 
-Names are loaded when they are first used, so that `import mixdpo_lib` costs nothing.
+Names are loaded when they are first used, so that `import mixdpo_lib` costs nothing. The movie-review study is asked for
+by name: `from mixdpo_lib.study import Study`.
 """
 
 from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "load_base": "sources", "load_reviews": "sources", "Base": "sources",
-    "FixedWeights": "gating", "LearnedWeights": "gating", "ContextGate": "gating", "UserGate": "gating",
-    "MixedMembershipGate": "gating", "HeadExperts": "experts", "TabularExperts": "tabular",
-    "AdapterExperts": "model_experts", "IndependentExperts": "model_experts",
-    "GumbelSchedule": "em", "MixturePolicy": "mixture",
-    "load_preferences": "preferences", "simulate_preferences": "preferences", "CandidateConfig": "preferences",
-    "DesignConfig": "preferences", "GROUPS": "preferences", "REWARDS": "rewards", "score_texts": "rewards",
-    "fit": "trainer", "FitConfig": "trainer", "FitResult": "trainer", "MixDPOTrainer": "trainer",
-    "fit_gate": "trainer", "DomainStudy": "domains", "DomainConfig": "domains", "domain_config": "domains",
-    "SizeStudy": "sizes", "Capacity": "sizes", "run_families": "sizes",
-    "Study": "study", "StudyConfig": "study", "study_config": "study", "start_run": "runs",
-    "load_table": "runs", "load_values": "runs",
+    "Base": "base.model", "load_base": "base.model", "load_preferences": "data.files",
+    "FixedWeights": "gates.weights", "LearnedWeights": "gates.weights", "ContextGate": "gates.prompt",
+    "UserGate": "gates.user", "MixedMembershipGate": "gates.membership",
+    "HeadExperts": "experts.heads", "AdapterExperts": "experts.adapters", "IndependentExperts": "experts.whole",
+    "TabularExperts": "experts.tables", "MixturePolicy": "policy.mixture",
+    "fit": "learning.fit", "fit_gate": "learning.fit", "FitConfig": "learning.config", "FitResult": "learning.config",
+    "GumbelSchedule": "learning.inference", "MixDPOTrainer": "learning.trainer",
+    "start_run": "runner.record", "load_table": "runner.results", "load_values": "runner.results",
 }  # fmt: skip
 __all__ = sorted(_HOME)
 

@@ -1,4 +1,4 @@
-"""`mixdpo ...`: the command line; every command is one call of `runs`."""
+"""`mixdpo ...`: the command line; every command is one call of the runner."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
-from . import runs
+from .runner import execute, parameters
+from .runner import reproduce as reproduction
 from .store import MixDPOError
+from .study.readme import with_results
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
                   help="Mix-DPO and MoE-DPO: notebooks, executed and recorded.")
@@ -31,8 +33,8 @@ def run(notebook: Annotated[str, typer.Argument(help="For example 04_mix_dpo.")]
         output: Annotated[Path | None, typer.Option(help="Folder of the result.")] = None,
         cell_timeout: Annotated[int | None, typer.Option(help="Seconds that one cell may take.")] = None) -> None:
     """Execute one notebook with checked parameters and record its result."""
-    runs.run_notebook(notebook, runs.parse_overrides(parameter or []), profile=profile, output=output,
-                      cell_timeout=cell_timeout)
+    execute.run_notebook(notebook, parameters.parse_overrides(parameter or []), profile=profile, output=output,
+                         cell_timeout=cell_timeout)
 
 
 @app.command()
@@ -41,19 +43,19 @@ def reproduce(snakemake: Annotated[list[str] | None, typer.Argument(help="After 
               cores: Annotated[int, typer.Option(help="Processor cores; each notebook takes two.")] = 2,
               everything: Annotated[bool, typer.Option("--all", help="Also the ablations.")] = False) -> None:
     """Execute the notebooks of the main study that are not up to date."""
-    runs.reproduce(profile, cores, snakemake or [], everything)
+    reproduction.reproduce(profile, cores, snakemake or [], everything)
 
 
 @app.command()
 def reference(profile: _Profile = "default") -> None:
     """Copy a finished profile's figures, tables and values to figures/reference."""
-    typer.echo(runs.update_reference(profile))
+    typer.echo(reproduction.update_reference(profile, with_results))
 
 
 @app.command()
 def clean(everything: Annotated[bool, typer.Option("--all", help="Also what was downloaded.")] = False) -> None:
     """Remove runs/ and computed files; they can be made again."""
-    for path in runs.clean(everything):
+    for path in reproduction.clean(everything):
         typer.echo(f"removed {path}")
 
 

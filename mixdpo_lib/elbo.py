@@ -14,6 +14,8 @@ each unit, because a latent that is shared by the pairs of a unit has one prior.
 Checks cost a little and synchronise an accelerator; ``validate=False`` skips them where the inputs were checked before.
 """
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 
@@ -24,7 +26,6 @@ from torch import Tensor
 
 GATE_TOLERANCE = 1e-5  # how far the log of a row's total weight may lie above 0: rounding of float32
 NORMALISED_TOLERANCE = 1e-4  # how far the log of a responsibility row's total may lie from 0
-
 __all__ = [
     "ElboTerms",
     "certified_gap",
@@ -48,9 +49,6 @@ class ElboTerms(NamedTuple):
     expected_loglik: Float[Tensor, "rows"]
     kl: Float[Tensor, "rows"]
     elbo: Float[Tensor, "rows"]
-
-
-# ---------------------------------------------------------------------------------------------------------- checks
 
 
 def _check_float(name: str, value: Tensor) -> None:
@@ -135,9 +133,6 @@ def _check_log_q(log_q: Tensor, rows: int, experts: int) -> None:
             f"log_q[{row}]: the log of its total is {float(totals[row]):.6g}, expected 0; "
             "responsibilities are normalised: use log_softmax(log_q, -1)"
         )
-
-
-# ----------------------------------------------------------------------------------------------------------- units
 
 
 def _count_units(unit: Tensor, pairs: int, n_units: int | None, validate: bool) -> int:
@@ -233,9 +228,6 @@ def _rows(
     if log_w.dim() == 2 and log_w.shape[0] != 1:
         log_w = _unit_gate(log_w, unit, units, validate)
     return sum_over_units(loglik, unit, units), log_w.expand(units, loglik.shape[1])
-
-
-# ------------------------------------------------------------------------------------------------- exact quantities
 
 
 def margins(
@@ -467,11 +459,8 @@ def mixture_reward(
     return (log_w + rewards).logsumexp(-1)
 
 
-# ---------------------------------------------------------------------------------------------- a part of the experts
-
-
 def _keep_largest(log_w: Tensor, s: int) -> Tensor:
-    """The S largest weights of each row, the others ``-inf``; public as :func:`mixdpo_lib.gating.top_s`."""
+    """The S largest weights of each row, the others ``-inf``; public as :func:`mixdpo_lib.gates.contract.top_s`."""
     experts = log_w.shape[-1]
     if not 1 <= s <= experts:
         raise ValueError(f"top_s={s} with {experts} experts; expected 1 ... {experts}")
@@ -535,9 +524,6 @@ def certified_gap(
     log_r = (kept + rows.masked_fill(kept == -math.inf, 0.0)).logsumexp(-1)
     log_left_out = gate.masked_fill(kept > -math.inf, -math.inf).logsumexp(-1)
     return F.softplus(log_left_out - log_r)
-
-
-# ------------------------------------------------------------------------------------------------ relaxed quantities
 
 
 def gumbel_softmax_samples(
@@ -623,3 +609,25 @@ def relaxed_objective(
     z = gumbel_softmax_samples(log_q, gumbel_temperature, n_samples, hard, generator)
     values = rows.masked_fill(log_q == -math.inf, 0.0)
     return (z * values).sum(-1).mean(0) - _kl(log_q, gate)
+
+
+def predictive_probability(
+    loglik: Float[Tensor, "pairs experts"], log_w: Float[Tensor, ...]
+) -> Float[Tensor, "pairs"]:
+    """sum_k w_k sigma(D_k): probability that the first answer is preferred, for weights (K,) or one row a pair."""
+    return (loglik + log_w).logsumexp(-1).exp()
+
+
+def correct(probability: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
+    """1 where the first answer is predicted, 0 where the second; a tie (1/2 up to rounding of float32) counts half.
+
+    >>> correct(torch.tensor([0.7, 0.5 + 1e-7, 0.2]))
+    tensor([1.0000, 0.5000, 0.0000])
+    """
+    return torch.where((probability - 0.5).abs() <= 1e-6, 0.5, (probability > 0.5).float())
+
+
+def check_n_experts(n_experts: int) -> None:
+    """Refuse a mixture without an expert."""
+    if n_experts < 1:
+        raise ValueError(f"n_experts={n_experts}: a mixture needs at least one expert; use 1 for plain DPO")

@@ -7,19 +7,17 @@ are drawn, and the seeds of a method are averaged within a prompt first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
-from .em import correct
-from .features import PairFeatures, TextFeatures
-from .mixture import Generated, MixturePolicy
+from .base.features import PairFeatures
+from .elbo import correct
+from .policy.mixture import MixturePolicy
 
 N_BOOTSTRAP = 2000
 
@@ -100,11 +98,6 @@ def choose_n_experts(held_out: pd.DataFrame) -> int:
     return int(min(k for k in held_out if behind[k].mean() <= error[k]))
 
 
-def user_groups(data: PairFeatures, column: str = "user") -> dict[str, str]:
-    """Hidden group of each user of a preference set, in order of first appearance."""
-    return dict(zip(data.rows[column], data.rows["group"], strict=True))
-
-
 def prompt_accuracy(
     policy: MixturePolicy, test: PairFeatures, weights: dict[str, Float[Tensor, "rows experts"]],
     test_loglik: Float[Tensor, "pairs experts"] | None = None,
@@ -134,7 +127,7 @@ def prompt_accuracy(
     return pd.concat(parts, ignore_index=True)
 
 
-def _wide(by_prompt: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def by_prompt_and_group(by_prompt: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(prompts, groups) accuracies and pair counts, seeds averaged within a prompt."""
     mean = by_prompt.pivot_table(index="prompt_id", columns="group", values="accuracy", aggfunc="mean")
     count = by_prompt.pivot_table(index="prompt_id", columns="group", values="n_pairs", aggfunc="mean").reindex_like(
@@ -143,7 +136,7 @@ def _wide(by_prompt: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return mean.to_numpy(), count.fillna(0).to_numpy(), list(mean.columns)
 
 
-def _group_means(accuracy: np.ndarray, count: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def group_accuracy(accuracy: np.ndarray, count: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Pair-weighted accuracy of each group, and its bootstrap draws over prompts (the same prompts for all groups)."""
     rng = np.random.default_rng(seed)
     hits = np.where(count > 0, np.nan_to_num(accuracy) * count, 0.0)
@@ -162,8 +155,8 @@ def summarise_accuracy(by_prompt: pd.DataFrame, keys: Sequence[str]) -> pd.DataF
     for key, part in by_prompt.groupby(list(keys), sort=False):
         seeds: list[object] = [*sorted(part["seed"].unique()), "mean"]
         for s in seeds:
-            accuracy, count, names = _wide(part if s == "mean" else part[part["seed"] == s])
-            means, draws = _group_means(accuracy, count)
+            accuracy, count, names = by_prompt_and_group(part if s == "mean" else part[part["seed"] == s])
+            means, draws = group_accuracy(accuracy, count)
             head = dict(zip(keys, key, strict=True)) | {"seed": str(s)}
             for i, name in enumerate(names):
                 low, high = interval(draws[:, i])
@@ -184,8 +177,8 @@ def accuracy_gain(better: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for s in ["mean", *sorted(better["seed"].unique())]:
         parts = [t if s == "mean" else t[t["seed"] == s] for t in (better, baseline)]
-        (a, count, names), (b, _, _) = (_wide(part) for part in parts)
-        (mean_a, draw_a), (mean_b, draw_b) = _group_means(a, count), _group_means(b, count)
+        (a, count, names), (b, _, _) = (by_prompt_and_group(part) for part in parts)
+        (mean_a, draw_a), (mean_b, draw_b) = group_accuracy(a, count), group_accuracy(b, count)
         for i, name in enumerate(names):
             low, high = interval(draw_a[:, i] - draw_b[:, i])
             rows.append({"seed": str(s), "group": name, "gain": mean_a[i] - mean_b[i], "low": low, "high": high})
@@ -193,21 +186,6 @@ def accuracy_gain(better: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
             low, high = interval(f(draw_a, axis=1) - f(draw_b, axis=1))
             rows.append({"seed": str(s), "group": name, "gain": f(mean_a) - f(mean_b), "low": low, "high": high})
     return pd.DataFrame(rows)
-
-
-def design_gains(by_prompt: pd.DataFrame, baseline: str = "dpo") -> pd.DataFrame:
-    """Gain of every other method over `baseline` for seen users, by design (see `accuracy_gain`).
-
-    A mixture is routed by each user's own training pairs, a single policy needs no routing.
-    """
-    seen = by_prompt[(by_prompt["users"] == "seen") & by_prompt["routing"].isin(["none", "own_pairs"])]
-    parts = []
-    for design, part in seen.groupby("design", sort=False):
-        single = part[part["method"] == baseline]
-        for method, rows in part[part["method"] != baseline].groupby("method", sort=False):
-            n_pairs = int(rows.groupby("seed")["n_pairs"].sum().iloc[0])
-            parts.append(accuracy_gain(rows, single).assign(design=design, method=method, n_pairs=n_pairs))
-    return pd.concat(parts, ignore_index=True)
 
 
 def reliability(probability: np.ndarray, outcome: np.ndarray, n_bins: int = 10) -> pd.DataFrame:
@@ -234,92 +212,3 @@ def reliability(probability: np.ndarray, outcome: np.ndarray, n_bins: int = 10) 
     error = float((n * (f - means["probability"]).abs()).sum() / n.sum())
     out = means.assign(low=centre - spread, high=centre + spread, calibration_error=error)
     return out.reset_index(drop=True)
-
-
-# ------------------------------------------------------------------------------------------------------------- texts
-
-
-def distinct_2(text: str) -> float:
-    """Distinct pairs of neighbouring words over all such pairs of one text; 1 for texts of fewer than two words.
-
-    >>> distinct_2("a b a b")
-    0.6666666666666666
-    """
-    words = text.lower().split()
-    bigrams = list(pairwise(words))
-    return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
-
-
-def text_table(
-    generated: Generated, prompts: Sequence[str] | pd.Series, prompt_ids: Sequence[int] | pd.Series,
-    scores: pd.DataFrame,
-) -> pd.DataFrame:  # fmt: skip
-    """One row a sampled text: judges' scores, log_ratio, ref_logp (nats), n_tokens, distinct_2."""
-    return pd.DataFrame(
-        {
-            "prompt_id": list(prompt_ids), "prompt": list(prompts), "text": generated.text,
-            **{c: scores[c].to_numpy() for c in scores}, "log_ratio": generated.log_ratio,
-            "ref_logp": generated.ref_logp, "n_tokens": generated.n_tokens,
-            "distinct_2": [distinct_2(t) for t in generated.text],
-        }
-    )  # fmt: skip
-
-
-def summarise_texts(texts: pd.DataFrame, rewards: Sequence[str], baseline: str = "dpo") -> pd.DataFrame:
-    """Mean reward of each policy with its gain over `baseline`, and KL, perplexity, distinct-2, length beside it.
-
-    `texts` has columns policy, seed, prompt_id and those of `text_table`. KL is mean log_ratio, nats a text; perplexity
-    is exp(- sum ref_logp / sum n_tokens) under the reference. Intervals are paired and clustered by prompt.
-    """
-    rows = []
-    for reward in rewards:
-        wide = texts.pivot_table(index="prompt_id", columns="policy", values=reward, aggfunc="mean")
-        draws = bootstrap_means(wide.to_numpy())
-        means = wide.mean()
-        base = list(wide.columns).index(baseline)
-        for i, policy in enumerate(wide.columns):
-            part = texts[texts["policy"] == policy]
-            low, high = interval(draws[:, i])
-            gain_low, gain_high = interval(draws[:, i] - draws[:, base])
-            rows.append(
-                {
-                    "policy": policy, "reward": reward, "n": len(part), "mean": means.iloc[i], "low": low, "high": high,
-                    "gain_over_dpo": means.iloc[i] - means.iloc[base], "gain_low": gain_low, "gain_high": gain_high,
-                    "kl": part["log_ratio"].mean(),
-                    "perplexity": np.exp(-part["ref_logp"].sum() / part["n_tokens"].sum()),
-                    "distinct_2": part["distinct_2"].mean(), "length": part["n_tokens"].mean(),
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-@torch.no_grad()
-def prefix_kl(
-    policy: MixturePolicy, texts: TextFeatures, text_ids: Tensor, scales: Sequence[float] = (1.0,), block: int = 64
-) -> Float[np.ndarray, "scales experts"]:
-    """Mean over texts of sum_t KL(pi_k(. given prefix) || pi_ref(. given prefix)) on given texts, nats a text.
-
-    The prefixes come from the reference, so this is not the KL of the policy's own samples; it rises with it and costs
-    no sampling. `scales` multiply B_k, see `HeadExperts.scale`.
-    """
-    experts = policy.heads
-    constants = policy.constants(texts)
-    head = experts._require_active()
-    total = np.zeros((len(scales), policy.n_experts))
-    for start in range(0, len(text_ids), block):
-        ids = text_ids[start : start + block]
-        batch = experts.batch(texts, constants, torch.stack([ids, ids], 1))
-        hidden = batch["hidden"]
-        logits = hidden @ head.T
-        if experts._bias is not None:
-            logits += experts._bias[experts.active_ids]
-        inactive = batch["lse_inactive"]
-        lse = torch.logaddexp(logits.logsumexp(1), inactive)
-        for k in range(policy.n_experts):
-            shift = (hidden @ experts.down[k].T) @ (head @ experts.up[k]).T
-            for i, scale in enumerate(scales):
-                moved = logits + scale * shift
-                lse_k = torch.logaddexp(moved.logsumexp(1), inactive)
-                p = (moved - lse_k[:, None]).exp()
-                total[i, k] += float((scale * (p * shift).sum(1) - lse_k + lse).sum())
-    return total / len(text_ids)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -31,7 +32,6 @@ class MixDPOError(RuntimeError):
     """An error with a message meant for the person at the screen: place, found, expected, remedy."""
 
 
-# ---------------------------------------------------------------------------------------------------------- places
 def project_root() -> Path:
     """Folder that holds `data/`, `notebooks/` and `runs/`.
 
@@ -69,7 +69,6 @@ def cache_folder() -> Path:
     return Path(os.environ["MIXDPO_CACHE"]).expanduser() if os.environ.get("MIXDPO_CACHE") else data_folder() / "cache"
 
 
-# ----------------------------------------------------------------------------------------------------- hashes, JSON
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
@@ -137,7 +136,6 @@ def write_json_atomic(path: str | Path, value: Any) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------ cache
 @contextmanager
 def clear_when_full(place: Path) -> Iterator[None]:
     try:
@@ -266,7 +264,6 @@ def touched_artefacts() -> dict[str, str]:
     return dict(sorted(_touched.items()))
 
 
-# --------------------------------------------------------------------------------------------------------- progress
 def note(text: str) -> None:
     """One line `[mixdpo] text` on stderr, and in the file that MIXDPO_PROGRESS names (the runner reads it)."""
     line = f"[mixdpo] {text}"
@@ -308,3 +305,32 @@ def heartbeat(text: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into; it takes its place when everything is there, and is removed otherwise.
+
+    Raises
+    ------
+    MixDPOError : the place is taken by a file, or cannot be written (disk full, no permission).
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise MixDPOError(f"{folder}: found a file, expected a folder or nothing; give another name")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            place = Path(scratch) / "whole"
+            place.mkdir()
+            yield place
+            if folder.exists():
+                folder.rename(Path(scratch) / "before")
+            place.rename(folder)
+    except OSError as error:
+        raise MixDPOError(f"{folder}: not written ({error}); nothing was left there half-done") from error
+
+
+def hash_seed(*parts: Any) -> int:
+    """One integer seed, split by stage name: a 31-bit number that depends on every part."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1

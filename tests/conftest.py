@@ -59,7 +59,7 @@ def write_notebook(project):
         book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
         head = nbformat.v4.new_code_cell(parameters)
         head.metadata["tags"] = ["parameters"]
-        begin = f'from mixdpo_lib import runs\nrun = runs.start_run("{name}", globals())'
+        begin = f'from mixdpo_lib.runner import record, results\nrun = record.start_run("{name}", globals())'
         sources = [*([begin] if start else []), *cells, *(["run.finish()"] if finish else [])]
         book.cells = [nbformat.v4.new_markdown_cell("# A test"), head, *map(nbformat.v4.new_code_cell, sources)]
         nbformat.write(book, project / "notebooks" / f"{name}.ipynb")
@@ -77,8 +77,8 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny_base(tiny_folder, tmp_path_factory):
     """The tiny model, loaded as any other; MIXDPO_CACHE is a temporary folder while this module's tests run."""
-    from mixdpo_lib import sources  # here: what is imported before pytest is set up is not checked for shapes
+    from mixdpo_lib.base import model  # here: what is imported before pytest is set up is not checked for shapes
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIXDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield sources.load_base(tiny_folder)
+        yield model.load_base(tiny_folder)

@@ -9,24 +9,23 @@ import torch
 from tiny import full_logps, preference_rows
 from torch import nn
 
+from mixdpo_lib.base.features import pair_features, text_store, tokenise
+from mixdpo_lib.data.pairs import Text
 from mixdpo_lib.evaluation import (
     accuracy_gain,
     align,
     bootstrap_means,
-    distinct_2,
     interval,
-    prefix_kl,
     prompt_accuracy,
     recovery,
     summarise_accuracy,
-    summarise_texts,
-    text_table,
-    user_groups,
 )
-from mixdpo_lib.experts import HeadExperts
-from mixdpo_lib.features import Text, pair_features, text_store, tokenise
-from mixdpo_lib.gating import FixedWeights
-from mixdpo_lib.mixture import Generated, MixturePolicy
+from mixdpo_lib.experts.heads import HeadExperts
+from mixdpo_lib.gates.weights import FixedWeights
+from mixdpo_lib.policy.generating import Generated
+from mixdpo_lib.policy.mixture import MixturePolicy
+from mixdpo_lib.study.tables import user_groups
+from mixdpo_lib.study.texts import distinct_2, prefix_kl, summarise_texts, text_table
 
 
 def make(base, data, active="responses", scale=0.5):

@@ -9,6 +9,7 @@ import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 
 from mixdpo_lib import figures  # noqa: E402
+from mixdpo_lib.study import figures as study_figures  # noqa: E402
 
 GROUPS = ["sentiment", "informativeness", "grammar"]
 
@@ -54,7 +55,7 @@ def accuracy() -> pd.DataFrame:
 
 
 def test_accuracy_by_group_draws_every_seed_and_the_mean(ax, accuracy):
-    assert figures.accuracy_by_group(accuracy, ax) is ax
+    assert study_figures.accuracy_by_group(accuracy, ax) is ax
     shown = accuracy[accuracy["routing"] != "prior"]
     means = shown.groupby(["method", "routing", "group"])["accuracy"].mean()
     assert sorted(drawn(ax)) == pytest.approx(sorted([*shown["accuracy"], *means]))
@@ -72,14 +73,14 @@ def test_accuracy_by_group_draws_every_seed_and_the_mean(ax, accuracy):
 def test_rows_named_mean_give_the_interval(ax, accuracy):
     rows = accuracy.query("method == 'dpo' and seed == 0").assign(seed="mean", accuracy=0.7, low=0.65, high=0.72)
     table = pd.concat([accuracy[accuracy["method"] == "dpo"], rows])
-    figures.accuracy_by_group(table, ax)
+    study_figures.accuracy_by_group(table, ax)
     assert np.isclose(drawn(ax), 0.7).sum() == 5
     segment = ax.containers[0].lines[2][0].get_segments()[0]
     assert segment[:, 1].tolist() == pytest.approx([0.65, 0.72])
 
 
 def test_routing_comparison(ax, accuracy):
-    figures.routing_comparison(accuracy, ax, group="worst")
+    study_figures.routing_comparison(accuracy, ax, group="worst")
     shown = accuracy[accuracy["group"] == "worst"]
     means = shown.groupby(["method", "routing"])["accuracy"].mean()
     assert sorted(drawn(ax)) == pytest.approx(sorted([*shown["accuracy"], *means]))
@@ -90,40 +91,40 @@ def test_routing_comparison(ax, accuracy):
 def test_accuracy_by_domain_draws_every_method_of_every_domain(ax):
     rows = [{"method": m, "seed": s, "group": g, "n_pairs": 9, "accuracy": 0.6 + i / 50, "low": 0.5, "high": 0.8}
             for i, m in enumerate(("dpo", "moe_dpo", "oracle")) for s in (0, 1) for g in ("film", "book")]  # fmt: skip
-    figures.accuracy_by_domain(pd.DataFrame(rows), ax)
+    study_figures.accuracy_by_domain(pd.DataFrame(rows), ax)
     labels = tick_labels(ax.xaxis)
     assert {label.split("\n")[0] for label in labels} == {"film", "book"} and "n = 9" in labels[0]
     assert len(ax.get_legend().get_texts()) == 3 and ax.get_xlabel().startswith("domain of the prompt")
     with pytest.raises(ValueError, match=r"accuracy_by_domain: the table lacks \['group'\]"):
-        figures.accuracy_by_domain(pd.DataFrame(rows).drop(columns="group"), ax)
+        study_figures.accuracy_by_domain(pd.DataFrame(rows).drop(columns="group"), ax)
 
 
 def test_accuracy_by_capacity_draws_every_method_of_every_capacity(ax):
     rows = [{"base": "a", "capacity": c, "method": m, "seed": s, "group": g, "accuracy": 0.6, "low": 0.5, "high": 0.8}
             for c in ("head, rank 1", "adapters, 2 blocks, rank 8") for m in ("dpo", "mix_dpo") for s in ("0", "mean")
             for g in ("sentiment", "mean")]  # fmt: skip
-    figures.accuracy_by_capacity(pd.DataFrame(rows), ax)
+    study_figures.accuracy_by_capacity(pd.DataFrame(rows), ax)
     assert tick_labels(ax.xaxis) == ["head\nrank 1", "adapters\n2 blocks\nrank 8"]
     assert len(ax.get_legend().get_texts()) == 2
     with pytest.raises(ValueError, match=r"accuracy_by_capacity: the table lacks \['capacity'\]"):
-        figures.accuracy_by_capacity(pd.DataFrame(rows).drop(columns="capacity"), ax)
+        study_figures.accuracy_by_capacity(pd.DataFrame(rows).drop(columns="capacity"), ax)
 
 
 def test_a_table_of_two_designs_is_refused(ax, accuracy):
     both = pd.concat([accuracy, accuracy.assign(design="clean")])
     with pytest.raises(ValueError, match=r"accuracy_by_group: column 'design' holds \['default', 'clean'\]; filter"):
-        figures.accuracy_by_group(both, ax)
+        study_figures.accuracy_by_group(both, ax)
     with pytest.raises(ValueError, match="column 'users' holds"):
-        figures.routing_comparison(pd.concat([accuracy, accuracy.assign(users="new")]), ax)
+        study_figures.routing_comparison(pd.concat([accuracy, accuracy.assign(users="new")]), ax)
 
 
 def test_missing_columns_and_empty_tables_are_refused(ax, accuracy):
     with pytest.raises(ValueError, match=r"accuracy_by_group: the table lacks \['low'\]"):
-        figures.accuracy_by_group(accuracy.drop(columns="low"), ax)
+        study_figures.accuracy_by_group(accuracy.drop(columns="low"), ax)
     with pytest.raises(ValueError, match="training_curves: the table has no rows"):
         figures.training_curves(pd.DataFrame(columns=["method", "seed", "pairs_seen", "elbo"]), ax)
     with pytest.raises(ValueError, match="routing_comparison, group 'cats': the table has no rows"):
-        figures.routing_comparison(accuracy, ax, group="cats")
+        study_figures.routing_comparison(accuracy, ax, group="cats")
 
 
 def test_responsibility_map_sorts_users_by_group(ax):
@@ -174,7 +175,7 @@ def gains() -> pd.DataFrame:
 
 
 def test_reward_gains_have_a_panel_and_scale_for_each_reward(ax, gains):
-    figures.reward_gains(gains, ax)
+    study_figures.reward_gains(gains, ax)
     assert [panel.get_title("center") for panel in ax.child_axes] == GROUPS
     for panel, reward in zip(ax.child_axes, GROUPS, strict=True):
         rows = gains[(gains["reward"] == reward) & (gains["policy"] != "dpo")]
@@ -191,7 +192,7 @@ def test_reward_gains_have_a_panel_and_scale_for_each_reward(ax, gains):
 
 def test_reward_gains_show_seeds_as_points(ax, gains):
     seeds = pd.concat([gains.assign(seed=s, gain_over_dpo=gains["gain_over_dpo"] + 0.01 * s) for s in range(3)])
-    figures.reward_gains(pd.concat([seeds, gains.assign(seed="mean")]), ax)
+    study_figures.reward_gains(pd.concat([seeds, gains.assign(seed="mean")]), ax)
     assert len(drawn(ax.child_axes[0])) == 4 * (3 + 1)
 
 
@@ -214,7 +215,7 @@ def test_pair_design_bars_hold_the_shares(ax):
     table = pd.DataFrame(
         {"design": ["default"] * 4 + ["clean"] * 2, "score_difference": [-1.0, 0.5, 1.0, 2.0, 3.0, 3.0]}
     )
-    figures.pair_design(table, ax)
+    study_figures.pair_design(table, ax)
     assert legend_labels(ax) == ["default (n = 4 pairs)", "clean (n = 2 pairs)"]
     heights = [patch.get_path().vertices[:, 1].max() for patch in ax.patches]
     assert heights == pytest.approx([0.25, 1.0])
@@ -228,7 +229,7 @@ def test_group_disagreement_writes_each_value(ax):
         for a in GROUPS
         for b in GROUPS
     )
-    figures.group_disagreement(table, ax)
+    study_figures.group_disagreement(table, ax)
     assert [text.get_text() for text in ax.texts] == ["1.00" if i % 4 == 0 else "0.50" for i in range(9)]
     assert tick_labels(ax.xaxis) == GROUPS
     assert "n = 900 pairs" in ax.get_xlabel()
@@ -264,7 +265,7 @@ def test_looks_differ_in_colour_and_marker():
 
 def test_nothing_is_drawn_outside_the_page(ax, accuracy):
     """Labels and legend fit a 6 x 4 inch figure."""
-    figures.accuracy_by_group(accuracy, ax)
+    study_figures.accuracy_by_group(accuracy, ax)
     ax.figure.canvas.draw()
     page, legend = ax.figure.bbox, ax.get_legend().get_window_extent()
     assert legend.x0 >= page.x0 and legend.x1 <= page.x1 and legend.y1 <= page.y1

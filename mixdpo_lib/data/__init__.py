@@ -1,0 +1,1 @@
+"""Comparisons as data: no model, no gate, no expert."""

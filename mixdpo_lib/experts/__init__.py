@@ -1,0 +1,1 @@
+"""What does each expert say? Families of experts behind one contract."""

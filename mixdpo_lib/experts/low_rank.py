@@ -1,0 +1,87 @@
+"""How are the log-probabilities of many low-rank heads computed fast?"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class LowRankTokenLogps(torch.autograd.Function):
+    """log pi_k(token) of every position and expert, (positions, experts); gradients for A and E = W B only.
+
+    Written by hand because the logits of all experts are the largest tensors of a step: exp(logit) is kept once per
+    expert in a buffer that is used again, and the backward pass reads it in two matrix products. `groups` holds the
+    positions of each expert, or is None: all positions for all experts. What is not asked for is 0 in the result.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, down, up, head, bias, target, token_logit, lse_inactive, groups, workspace):  # type: ignore[override]
+        n_experts, n_positions = len(down), len(hidden)
+        base_logits = workspace.take("base", (n_positions, len(head)), hidden)
+        torch.mm(hidden, head.T, out=base_logits)
+        if bias is not None:
+            base_logits += bias
+        sizes = [n_positions] * n_experts if groups is None else [len(at) for at in groups]
+        keep = any(ctx.needs_input_grad[1:3])
+        rows = sum(sizes) if keep else max(sizes, default=0)
+        flat = workspace.take("experts", (rows, len(head)), hidden)
+        buffers = flat.split(sizes) if keep else [flat[:size] for size in sizes]
+        if groups is None:
+            groups = [slice(None)] * n_experts
+            states = list(torch.einsum("pd,krd->kpr", hidden, down))
+        else:
+            states = [hidden[at] @ down[k].T for k, at in enumerate(groups)]
+        logps = hidden.new_zeros(n_positions, n_experts)
+        totals = []
+        for k, (at, z) in enumerate(zip(groups, buffers, strict=True)):
+            torch.addmm(base_logits[at], states[k], up[k].T, out=z)
+            token, known = token_logit[at].clone(), target[at] >= 0
+            token[known] = z[known, target[at][known]]
+            top = torch.maximum(z.amax(1), lse_inactive[at])
+            z.sub_(top[:, None]).exp_()
+            totals.append(z.sum(1) + (lse_inactive[at] - top).exp())
+            logps[at, k] = token - top - totals[k].log()
+        ctx.save_for_backward(hidden, up, target)
+        ctx.groups, ctx.states, ctx.totals = groups, states, totals
+        ctx.buffers, ctx.ticket, ctx.workspace = buffers, workspace.ticket(), workspace
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        hidden, up, target = ctx.saved_tensors
+        if ctx.ticket != ctx.workspace.ticket():
+            raise RuntimeError("the experts' logits were overwritten by a later call before backward() was reached")
+        grad_down = torch.zeros(len(up), up.shape[2], hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+        grad_up = torch.zeros_like(up)
+        for k, (at, probability) in enumerate(zip(ctx.groups, ctx.buffers, strict=True)):
+            own, states = grad[at, k], ctx.states[k]
+            weight = (own / ctx.totals[k])[:, None]
+            torch.mm(probability.T, states * weight, out=grad_up[k])
+            grad_up[k].neg_()
+            grad_state = (probability @ up[k]) * -weight
+            rows = (target[at] >= 0).nonzero().squeeze(1)
+            columns = target[at][rows]
+            grad_up[k].index_add_(0, columns, states[rows] * own[rows, None])
+            grad_state.index_add_(0, rows, up[k][columns] * own[rows, None])
+            torch.mm(grad_state.T, hidden[at], out=grad_down[k])
+        return None, grad_down, grad_up, None, None, None, None, None, None, None
+
+
+class Workspace:
+    """Large buffers that are used again, step after step, instead of being mapped anew."""
+
+    def __init__(self) -> None:
+        self._flat: dict[str, Tensor] = {}
+        self._uses = 0
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        size = int(np.prod(shape))
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < size or flat.dtype != like.dtype or flat.device != like.device:
+            flat = self._flat[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        self._uses += 1
+        return flat[:size].view(shape)
+
+    def ticket(self) -> int:
+        return self._uses

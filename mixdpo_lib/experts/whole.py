@@ -1,0 +1,111 @@
+"""Experts that are whole models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..base.features import TextFeatures, tokenise
+from ..base.head import reference_logps
+from ..base.model import Base, need_memory
+from .contract import Experts, Voices
+from .models import ModelVoices, by_expert, kinds, padded, plain_logps, registered, response_logps
+
+
+class IndependentExperts(Experts):
+    """K whole models, each trained in all its parameters and with a reference of its own, which may differ.
+
+    Expert k starts as a copy of `bases[k]`, which stays frozen as its reference. A gate of prompts reads the states of
+    one of them, the encoder.
+
+    Parameters
+    ----------
+    bases : one `Base` an expert; the same one may stand several times. Tokenizers may differ: each expert reads texts
+        in its own tokens (the posterior-weighted token form then has no meaning, and is refused).
+    encoder : which of them gates and features read; 0 by default.
+
+    Raises
+    ------
+    MixDPOError : less free memory than the weights of K models need (what is needed is named); `fit` asks for what
+        training needs besides.
+    """
+
+    def __init__(self, bases: Sequence[Base], encoder: int = 0) -> None:
+        if not bases or not 0 <= encoder < len(bases):
+            raise ValueError(f"{len(bases)} bases, encoder={encoder}: expected at least one, and an encoder among them")
+        super().__init__(bases[encoder], len(bases))
+        size = sum(p.numel() for base in bases for p in base.model.parameters())
+        what = f"{len(bases)} models of {size / 1e6:.1f} M parameters together"
+        need_memory(4 * size, what, bases[0].device)
+        self.bases, self.encoder, self.kinds = list(bases), encoder, kinds(bases)
+        self._models = [copy.deepcopy(base.model).requires_grad_(True).eval() for base in bases]
+        named = {f"{k}.{n}": p for k, model in enumerate(self._models) for n, p in model.named_parameters()}
+        self.models = registered(named)
+
+    def options(self) -> dict[str, Any]:
+        """What makes equal experts but for their parameters."""
+        return {"family": "IndependentExperts", "n_experts": self.n_experts, "encoder": self.encoder,
+                "bases": [base.name for base in self.bases],
+                "fingerprints": [base.fingerprint for base in self.bases]}  # fmt: skip
+
+    def model(self, k: int) -> Any:
+        """The model of expert k (transformers)."""
+        return self._models[k]
+
+    def perturb(self, scale: float, generator: torch.Generator) -> None:
+        """Symmetry breaking "random_heads": N(0, scale^2) is added to each expert's last normalisation weights."""
+        with torch.no_grad():
+            for model in self._models:
+                last = [p for p in model.base_model.parameters() if p.dim() == 1][-1]
+                last.add_(torch.randn(last.shape, generator=generator) * scale)
+
+    def constants(self, texts: TextFeatures) -> tuple[list[list[tuple[list[int], list[int]]]], np.ndarray]:
+        """For each expert the token ids of every text; (texts, K) the log-probabilities of its reference, nats."""
+        ids: list[list[tuple[list[int], list[int]]]] = []
+        ref = np.empty((len(texts), self.n_experts), np.float32)
+        for k, kind in enumerate(self.kinds):
+            if kind < k:
+                ids.append(ids[kind])
+                ref[:, k] = ref[:, kind]
+                continue
+            base = self.bases[k]
+            ids.append([tokenise(base, text) for text in texts.texts])
+            same = base.fingerprint == self._base.fingerprint
+            ref[:, k] = reference_logps(base, texts) if same else plain_logps(base, texts, ids[k])
+        return ids, ref
+
+    def batch(self, texts: TextFeatures, constants: Any, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
+        """Everything `logps` reads for these pairs; each distinct text is held once a tokenizer."""
+        tokens, ref = constants
+        ids, place = torch.unique(pairs, return_inverse=True)
+        batch = {"place": place, "text_ref_logps": torch.from_numpy(ref)[ids]}
+        for kind in set(self.kinds):
+            own = padded([tokens[kind][int(i)] for i in ids])
+            batch |= {f"{name}_{kind}": value for name, value in own.items()}
+        return batch
+
+    def text_logps(
+        self, batch: dict[str, Tensor], chosen: Bool[Tensor, "texts experts"] | None = None
+    ) -> Float[Tensor, "texts experts"]:
+        """See `Experts.text_logps`."""
+
+        def speak(k: int, rows: Tensor | None) -> Tensor:
+            names = ("input_ids", "attention_mask", "column", "target", "segment")
+            inputs = {name: batch[f"{name}_{self.kinds[k]}"] for name in names}
+            return response_logps(self.bases[k], self._models[k], inputs, rows, len(inputs["input_ids"]))
+
+        return by_expert(speak, self.n_experts, batch, chosen)
+
+    def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
+        """See `Experts.voices`. Experts read token ids of the encoder: generation needs one tokenizer for all."""
+        tokenizers = {base.tokenizer_fingerprint for base in self.bases}
+        if len(tokenizers) > 1:
+            raise ValueError("the experts' tokenizers differ: they score each other's texts, but cannot speak in one "
+                             "batch; use policy.experts.model(k).generate")  # fmt: skip
+        return ModelVoices(self.bases, [lambda k=k: self._models[k] for k in range(self.n_experts)], chosen)  # type: ignore[misc]

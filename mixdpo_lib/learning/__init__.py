@@ -1,0 +1,1 @@
+"""How are experts and gate learned? Stochastic variational EM."""

@@ -1,0 +1,137 @@
+"""EM over all pairs at once, for tables of rewards."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from ..elbo import elbo_terms, entropy, log_responsibilities, mixture_log_likelihood
+from ..gates.m_step import EMResult
+from ..gates.weights import FixedWeights, LearnedWeights
+from .starts import SYMMETRY_BREAKING, random_log_q
+
+
+@torch.no_grad()
+def full_batch_em(
+    experts: Any, gate: FixedWeights | LearnedWeights, pairs: Int[Tensor, "pairs 2"],
+    unit: Int[Tensor, "pairs"] | None = None, *, max_iter: int = 500, tolerance: float = 1e-8,
+    start_temperature: float = 1.0, tempering_iterations: int = 20, restarts: int = 1,
+    symmetry_breaking: str = "random_responsibilities", symmetry_scale: float = 1.0, min_usage: float = 0.0,
+    seed: int = 0,
+) -> EMResult:  # fmt: skip
+    """Full-batch EM, in place: exact responsibilities, an M-step of the experts that cannot fall, the weights' mode.
+
+    The monitored objective is log-likelihood + log prior of the experts + log prior of the weights. It never falls once
+    the responsibilities are exact (temperature 1). Source: derived in docs/method.md, tested in tests/test_em.py.
+
+    Parameters
+    ----------
+    experts : a module with loglik, log_prior, perturb and an m_step that cannot fall, for example `TabularExperts`.
+    pairs : chosen and rejected answer of each pair. unit : unit of each pair, None for a latent per pair.
+    max_iter : >= 1, iterations of each restart.
+    tolerance : > 0, nats per pair: a smaller gain of an iteration at temperature 1 ends the fit as converged.
+    start_temperature : >= 1, of the first responsibilities; falls to 1 geometrically in `tempering_iterations`.
+    restarts : >= 1; the one with the largest objective is kept, all are reported.
+    symmetry_breaking : "random_responsibilities" (the first M-step sees them); "random_heads" (parameters drawn with
+        standard deviation `symmetry_scale`: with a latent per pair and few distinct pairs, random responsibilities
+        average out); or "none" (go on from where the experts are: a call that continues another one gives the same as
+        one longer call).
+    min_usage : an expert whose mean responsibility falls below this ends the restart as "dead_expert".
+
+    Raises
+    ------
+    ValueError : an option out of range; a unit with no pairs.
+    KeyboardInterrupt : is not raised: the fit ends as "interrupted" with the state it had reached.
+    """
+    for name, value, low in (("max_iter", max_iter, 1), ("restarts", restarts, 1), ("tolerance", tolerance, 0),
+                             ("start_temperature", start_temperature, 1)):  # fmt: skip
+        if not value >= low or (name == "tolerance" and value <= 0):
+            raise ValueError(f"{name}={value}: expected {'above 0' if name == 'tolerance' else f'at least {low}'}")
+    possible = tuple(name for name in SYMMETRY_BREAKING if name != "clusters")  # input-free: nothing to cluster
+    if symmetry_breaking not in possible:
+        raise ValueError(f"symmetry_breaking={symmetry_breaking!r}: possible are {possible}")
+    gate.double()
+    unit = torch.arange(len(pairs)) if unit is None else unit
+    start = {name: value.clone() for name, value in [*experts.state_dict().items(), *gate.state_dict().items()]}
+    history, table, best = [], [], None
+    for restart in range(restarts):
+        _load(experts, gate, start)
+        if symmetry_breaking == "random_heads":
+            experts.perturb(symmetry_scale, torch.Generator().manual_seed(seed + restart))
+        log_q = random_log_q(int(unit.max()) + 1, gate.n_experts, seed + restart)
+        reason, rows = _one_em(
+            experts, gate, pairs, unit, max_iter, tolerance, start_temperature, tempering_iterations,
+            log_q if symmetry_breaking == "random_responsibilities" else None, min_usage,
+        )  # fmt: skip
+        history += [{"restart": restart, **row} for row in rows]
+        table.append({"restart": restart, "objective": rows[-1]["objective"], "stop_reason": reason})
+        state = {n: v.clone() for n, v in [*experts.state_dict().items(), *gate.state_dict().items()]}
+        if best is None or rows[-1]["objective"] > table[best[0]]["objective"]:
+            best = (restart, state)
+        if reason == "interrupted":
+            break
+    assert best is not None
+    _load(experts, gate, best[1])
+    log_q = log_responsibilities(experts.loglik(pairs).detach(), gate(), unit)
+    frame = pd.DataFrame(table)
+    frame["kept"] = frame["restart"] == best[0]
+    return EMResult(pd.DataFrame(history), table[best[0]]["stop_reason"], frame, log_q)
+
+
+def _load(experts: nn.Module, gate: nn.Module, state: dict[str, Tensor]) -> None:
+    for module in (experts, gate):
+        module.load_state_dict({name: state[name] for name in module.state_dict()})
+
+
+def _one_em(
+    experts, gate, pairs, unit, max_iter, tolerance, start_temperature, tempering, log_q, min_usage
+) -> tuple[str, list[dict[str, Any]]]:  # fmt: skip
+    """Until a reason to stop: the reason, and one row an iteration."""
+    n, rows = len(pairs), []
+    n_units = int(unit.max()) + 1
+
+    def m_step(log_q: Tensor) -> None:
+        experts.m_step(pairs, log_q.exp()[unit])
+        if isinstance(gate, LearnedWeights):
+            gate.update(log_q.exp().mean(0), n_units=n_units)
+
+    try:
+        if log_q is not None:
+            m_step(log_q)
+        for iteration in range(max_iter + 1):
+            temperature = start_temperature ** max(0.0, 1 - iteration / max(tempering, 1))
+            loglik, log_w = experts.loglik(pairs).detach(), gate()
+            log_q = log_responsibilities(loglik, log_w, unit, responsibility_temperature=temperature)
+            terms = elbo_terms(loglik, log_w, log_q, unit)
+            total = float(mixture_log_likelihood(loglik, log_w, unit).sum())
+            prior = float(experts.log_prior()) + float(gate.log_prior() if isinstance(gate, LearnedWeights) else 0.0)
+            usage = log_q.exp().mean(0)
+            rows.append({
+                "iteration": iteration, "objective": (total + prior) / n, "loglik": total / n,
+                "elbo": float(terms.elbo.sum()) / n, "expected_loglik": float(terms.expected_loglik.sum()) / n,
+                "kl_q_w": float(terms.kl.sum()) / n, "temperature": temperature,
+                "entropy": float(entropy(log_q).mean()),
+                **{f"usage_{k}": float(u) for k, u in enumerate(usage)},
+            })  # fmt: skip
+            exact = temperature == 1 and len(rows) > 1 and rows[-2]["temperature"] == 1
+            gain = rows[-1]["objective"] - rows[-2]["objective"] if exact else math.inf
+            if not math.isfinite(rows[-1]["objective"]):
+                return "non_finite", rows
+            if float(usage.min()) < min_usage:
+                return "dead_expert", rows
+            if gain < -1e-10 * max(1.0, abs(rows[-1]["objective"])):
+                return "bound_decreased", rows
+            if gain < tolerance:
+                return "tolerance", rows
+            if iteration < max_iter:
+                m_step(log_q)
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        return "interrupted", rows
+    return "max_iter", rows

@@ -1,0 +1,106 @@
+"""What could be answered? Prompts, and continuations of them by the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..base.model import Base
+from ..policy.next_token import reference_next_token
+from ..policy.sampling import sample
+from ..store import cached, hash_seed, progress
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CandidateConfig:
+    """How prompts are cut and candidates sampled."""
+
+    n_prompts: int = 700  # 70 % train, 10 % validation, 20 % test
+    prompt_tokens: int = 10  # at most; cut back to a whole word
+    response_tokens: int = 24  # with the prompt about 27 words: long enough to judge, short enough for a laptop
+    n_candidates: int = 4  # six pairs a prompt
+    batch_size: int = 192
+    seed: int = 0
+
+
+def review_prompts(base: Base, texts: Sequence[str], config: CandidateConfig) -> list[str]:
+    """The first tokens of reviews, cut back to whole words, distinct, in random order (seeded)."""
+    order = np.random.default_rng(config.seed).permutation(len(texts))
+    prompts: dict[str, None] = {}
+    for i in order:
+        ids = base.tokenizer(texts[i][:400], add_special_tokens=False)["input_ids"][: config.prompt_tokens + 1]
+        if len(ids) <= config.prompt_tokens:
+            continue
+        words = str(base.tokenizer.decode(ids)).split(" ")[:-1]
+        prompt = " ".join(words).strip()
+        if len(words) >= 4:
+            prompts.setdefault(prompt)
+        if len(prompts) == config.n_prompts:
+            return list(prompts)
+    raise ValueError(
+        f"only {len(prompts)} distinct prompts of {config.prompt_tokens} tokens in {len(texts)} reviews, "
+        f"n_prompts={config.n_prompts} wanted: give more reviews or ask for fewer prompts"
+    )
+
+
+def sample_candidates(base: Base, prompts: Sequence[str], config: CandidateConfig) -> pd.DataFrame:
+    """`n_candidates` continuations of each prompt, sampled from the base at temperature 1, untruncated.
+
+    Returns a table: prompt_id, candidate, prompt, response (keeps its leading space), ended.
+    """
+    parameters = {**asdict(config), "base": base.fingerprint, "prompts": list(prompts)}
+
+    def build(folder: Path) -> None:
+        ids = [base.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+        for prompt, tokens in zip(prompts, ids, strict=True):
+            if len(tokens) + config.response_tokens > base.context:
+                raise ValueError(
+                    f"prompt of {len(tokens)} tokens leaves no room for {config.response_tokens} response tokens in "
+                    f"the context of {base.name} ({base.context}). It begins: {prompt[:60]!r}"
+                )
+        jobs = [(i, c) for i in range(len(prompts)) for c in range(config.n_candidates)]
+        rows = []
+        for start in range(0, len(jobs), config.batch_size):
+            part = jobs[start : start + config.batch_size]
+            generator = torch.Generator().manual_seed(hash_seed(config.seed, "candidates", start))
+            out = sample(
+                reference_next_token(base), [ids[i] for i, _ in part], config.response_tokens,
+                eos_token_id=base.eos_token_id, generator=generator,
+                progress=partial(_report, start, len(part), len(jobs)),
+            )  # fmt: skip
+            for (i, c), tokens, ended in zip(part, out.tokens, out.ended, strict=True):
+                text = base.tokenizer.decode(tokens)
+                rows.append({"prompt_id": i, "candidate": c, "prompt": prompts[i], "response": text, "ended": ended})
+        pd.DataFrame(rows).to_json(folder / "candidates.jsonl", orient="records", lines=True)
+
+    folder = cached("candidates", VERSION, parameters, build)
+    table = pd.read_json(folder / "candidates.jsonl", orient="records", lines=True, dtype=False, convert_dates=False)
+    return table
+
+
+def _report(start: int, rows: int, total: int, done: int, of: int) -> None:
+    progress("candidates", start + rows * done // of, total, "texts")
+
+
+def split_prompts(n_prompts: int) -> dict[str, range]:
+    """Prompts 0 ... n-1 (already in random order) as train (70 %), validation (10 %), test (20 %)."""
+    a, b = round(0.7 * n_prompts), round(0.8 * n_prompts)
+    return {"train": range(0, a), "validation": range(a, b), "test": range(b, n_prompts)}
+
+
+def usable(candidates: pd.DataFrame) -> pd.DataFrame:
+    """Candidates that can be judged: a blank response has no words, a repeated one no rival. Says how many went."""
+    words = candidates["response"].str.contains(r"[A-Za-z]{2}")
+    repeated = candidates.duplicated(["prompt_id", "response"])
+    gone = int((~words | repeated).sum())
+    if gone:
+        progress("usable candidates", len(candidates) - gone, len(candidates), f"{gone} without words or repeated")
+    return candidates[words & ~repeated].reset_index(drop=True)

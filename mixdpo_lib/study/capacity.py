@@ -1,0 +1,244 @@
+"""How much do the base and the experts' capacity matter? The same small study over bases, ranks and adapter depths.
+
+Users, comparisons and texts are those of the movie-review study, cut to fewer prompts; every base reads the same texts.
+`run_families` is a smaller one still, which every family of experts can run, whole models and tables too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset, concatenate_datasets
+
+from ..base.features import PairFeatures, pair_features
+from ..base.model import Base, load_base
+from ..elbo import correct, log_responsibilities, predictive_probability
+from ..evaluation import accuracy_gain, prompt_accuracy, summarise_accuracy
+from ..experts.adapters import AdapterExperts
+from ..experts.contract import Experts
+from ..experts.heads import HeadExperts
+from ..experts.tables import TabularExperts
+from ..experts.whole import IndependentExperts
+from ..gates.weights import LearnedWeights
+from ..learning.config import FitConfig
+from ..learning.fit import fit
+from ..policy.mixture import MixturePolicy
+from ..store import cached, read_json, write_json_atomic
+from .review_users import Study
+from .simulated_people import GROUPS, DesignConfig, simulate_preferences
+from .tables import user_groups
+
+VERSION = 1
+METHODS = ("dpo", "mix_dpo")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What may be changed of the base: `blocks` = 0 is a head of this rank, else adapters in so many last blocks."""
+
+    rank: int
+    blocks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.blocks < 0:
+            raise ValueError(f"rank={self.rank}, blocks={self.blocks}: expected a rank of at least 1 and blocks >= 0")
+
+    @property
+    def name(self) -> str:
+        """As in tables and figures."""
+        blocks = f"{self.blocks} block{'s' * (self.blocks > 1)}"
+        return f"head, rank {self.rank}" if self.blocks == 0 else f"adapters, {blocks}, rank {self.rank}"
+
+    def experts(self, base: Base, n_experts: int, min_count: int) -> Experts:
+        """K experts of this capacity, which are the reference."""
+        if self.blocks:
+            return AdapterExperts(base, n_experts, self.rank, self.blocks)
+        return HeadExperts(base, n_experts, self.rank, min_count=min_count)
+
+
+def cut(rows: Dataset, n_prompts: int) -> Dataset:
+    """The pairs of the first `n_prompts` prompts, by number."""
+    ids = rows["prompt_id"]
+    keep = set(sorted(set(ids))[:n_prompts])
+    return rows.select([i for i, value in enumerate(ids) if value in keep])
+
+
+class SizeStudy:
+    """One small study for every base and capacity.
+
+    Parameters
+    ----------
+    study, design : where pairs come from. bases : names, folders or hub ids (see `load_base`).
+    n_training_prompts, n_validation_prompts, n_test_prompts : how many of each part's prompts are kept; validation
+        pairs of users who have no training pair left go too.
+    options : of `FitConfig`, for heads; adapters take AdamW with `adapter_learning_rate`.
+    """
+
+    def __init__(
+        self, study: Study, design: str, n_training_prompts: int, n_validation_prompts: int, n_test_prompts: int,
+        adapter_learning_rate: float = 1e-3, device: str = "cpu", dtype: str = "float32", **options: Any,
+    ) -> None:  # fmt: skip
+        sets = study.preferences(design)
+        sizes = {"train": n_training_prompts, "validation": n_validation_prompts, "test": n_test_prompts}
+        self.sets = {part: cut(sets[part], n) for part, n in sizes.items()}
+        known = set(self.sets["train"]["user"])  # a user all of whose training pairs were cut has no latent
+        rows = self.sets["validation"]
+        self.sets["validation"] = rows.select([i for i, user in enumerate(rows["user"]) if user in known])
+        self.study, self.adapter_learning_rate, self.options = study, adapter_learning_rate, options
+        self.device, self.dtype = device, dtype
+        self._base: tuple[str, Base] | None = None
+        self._pairs: dict[str, PairFeatures] = {}
+
+    def _load(self, name: str) -> Base:
+        if self._base is None or self._base[0] != name:
+            base = self.study.base if name == self.study.config.base and self.device == "cpu" else load_base(
+                name, device=self.device, dtype=self.dtype)  # fmt: skip
+            self._base = (name, base)
+            self._pairs = {part: pair_features(base, rows) for part, rows in self.sets.items()}
+        return self._base[1]
+
+    def fitted(self, name: str, capacity: Capacity, method: str, seed: int) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """Test accuracy by group and prompt (see `prompt_accuracy`), and what it took; kept in the cache."""
+        if method not in METHODS:
+            raise ValueError(f"method={method!r}: possible are {METHODS}")
+        base, config = self._load(name), self.study.config
+        options = {**asdict(config.fit), **self.options, "seed": seed}
+        if capacity.blocks:
+            options |= {"optimizer": "adamw", "learning_rate": self.adapter_learning_rate}
+        chosen = FitConfig(**options)
+        digest = hashlib.sha256(repr([rows.to_dict() for rows in self.sets.values()]).encode()).hexdigest()
+        n_experts = config.n_experts if method == "mix_dpo" else 1
+        parameters = {"base": base.fingerprint, "capacity": asdict(capacity), "n_experts": n_experts, "pairs": digest,
+                      "fit": asdict(chosen), "beta": config.beta, "min_count": config.min_count}  # fmt: skip
+
+        def build(folder: Path) -> None:
+            start = time.monotonic()
+            experts = capacity.experts(base, n_experts, config.min_count)
+            policy = MixturePolicy(experts, LearnedWeights(n_experts), config.beta)
+            train, test = self._pairs["train"], self._pairs["test"]
+            result = fit(policy, train, chosen, self._pairs["validation"])
+            policy.load_state_dict(result.snapshots[result.best_step])
+            seconds = time.monotonic() - start
+            ids, users = train.units("user")
+            log_w = policy.gate().detach()
+            log_q = log_responsibilities(policy.loglik(train), log_w, ids, n_units=len(users))
+            groups = user_groups(train)
+            rows = {g: log_q[torch.tensor([groups[u] == g for u in users])] for g in GROUPS}
+            prompt_accuracy(policy, test, rows).to_csv(folder / "accuracy.csv", index=False)
+            best = result.history.set_index("step").loc[result.best_step]
+            write_json_atomic(folder / "facts.json", {
+                "parameters_an_expert": sum(p.numel() for p in experts.parameters()) // n_experts, "seconds": seconds,
+                "best_step": result.best_step, "steps": int(result.history["step"].iloc[-1]),
+                "validation_loglik": float(best["validation_loglik"]), "stop_reason": result.stop_reason,
+            })  # fmt: skip
+
+        folder = cached("sizes", VERSION, parameters, build)
+        head = {"base": name, "capacity": capacity.name, "method": method, "seed": seed}
+        return pd.read_csv(folder / "accuracy.csv").assign(**head), {**head, **read_json(folder / "facts.json")}
+
+    def run(
+        self, bases: Sequence[str], capacities: Sequence[Capacity], seeds: Sequence[int]
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Every base with every capacity: test accuracy by prompt, and one row a fit of what it took."""
+        done = [self.fitted(name, capacity, method, seed)
+                for name in bases for capacity in capacities for method in METHODS for seed in seeds]  # fmt: skip
+        return pd.concat([part for part, _ in done], ignore_index=True), pd.DataFrame([facts for _, facts in done])
+
+
+def by_capacity(by_prompt: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Accuracy, and the mixture's gain over DPO with the same base and capacity; 95 % intervals over prompts."""
+    keys = ["base", "capacity"]
+    accuracy = summarise_accuracy(by_prompt, [*keys, "method"])
+    gains = []
+    for key, part in by_prompt.groupby(keys, sort=False):
+        pair = [part[part["method"] == method] for method in ("mix_dpo", "dpo")]
+        gains.append(accuracy_gain(*pair).assign(**dict(zip(keys, key, strict=True))))
+    return accuracy, pd.concat(gains, ignore_index=True)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {  # of FitConfig; rates at which the training bound rises and no expert dies
+    "HeadExperts": {"optimizer": "sgd", "learning_rate": 0.1},
+    "AdapterExperts": {"learning_rate": 0.005},
+    "IndependentExperts": {"learning_rate": 2e-5},
+    "TabularExperts": {"learning_rate": 0.1},
+}
+
+
+def _family(name: str, base: Base, n_experts: int, rank: int, beta: float, everything: Dataset) -> Experts:
+    if name == "HeadExperts":
+        return HeadExperts(base, n_experts, rank)
+    if name == "AdapterExperts":
+        return AdapterExperts(base, n_experts, rank)
+    if name == "IndependentExperts":
+        return IndependentExperts([base] * n_experts)
+    return TabularExperts.of(base, everything, n_experts, beta=beta)
+
+
+def run_families(
+    study: Study, n_prompts: int = 3, n_users: int = 12, pairs_per_user: int = 12, passes: float = 10.0, rank: int = 8,
+    families: Sequence[str] = tuple(FAMILIES), seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """Every family of experts on the same few comparisons: a latent per user, all pairs in each step.
+
+    Users of the study's hidden groups answer without noise. As many new users, whom no fit has seen, are served by
+    their first pairs and scored on their last ones, about the same prompts: a table knows no others.
+
+    Parameters
+    ----------
+    n_prompts, pairs_per_user : the first prompts of the study, and answers about them; of a new user half serve, half
+        score. passes : steps. rank : of heads and adapters.
+
+    Returns
+    -------
+    One row a family: family, parameters_an_expert (trained), steps, elbo and train_accuracy (at the end, nats per pair
+    and share), new_user_accuracy (share), seconds (of the fit).
+    """
+    few = (study.candidates["prompt_id"] < n_prompts).to_numpy()
+    candidates, scores = study.candidates[few].reset_index(drop=True), study.scores[few].reset_index(drop=True)
+    design = DesignConfig(
+        n_users=n_users, n_new_users=n_users, pairs_per_user=pairs_per_user, context_pairs=pairs_per_user,
+        validation_pairs_per_user=0, flip_rate=0.0, seed=seed,
+    )  # fmt: skip
+    world = simulate_preferences(candidates, scores, design, splits={"train": range(n_prompts)})
+    train, new = world["train"], world["context"]
+    turn = new.to_pandas().groupby("user").cumcount().to_numpy()
+    half = pairs_per_user // 2
+    first, last = (new.select(np.flatnonzero(mask)) for mask in (turn < half, turn >= half))
+    base, config, rows = study.base, study.config, []
+    digest = hashlib.sha256(repr([train.to_dict(), new.to_dict()]).encode()).hexdigest()
+    for name in families:
+        options = FitConfig(
+            passes=passes, batch_size=len(train), evaluations_per_pass=1 / passes, start_temperature=4.0,
+            tempering_passes=passes / 4, seed=seed, **FAMILIES[name],
+        )  # fmt: skip
+        parameters = {"family": name, "base": base.fingerprint, "rank": rank, "n_experts": config.n_experts,
+                      "beta": config.beta, "fit": asdict(options), "pairs": digest}  # fmt: skip
+
+        def build(folder: Path, name: str = name, options: FitConfig = options) -> None:
+            experts = _family(name, base, config.n_experts, rank, config.beta, concatenate_datasets([train, new]))
+            policy = MixturePolicy(experts, LearnedWeights(config.n_experts), config.beta)
+            start = time.monotonic()
+            result = fit(policy, train, options)
+            seconds = time.monotonic() - start
+            ids, users = (context := policy.prepare(first)).units("user")
+            log_q = log_responsibilities(policy.loglik(context), policy.gate().detach(), ids, n_units=len(users))
+            scored = policy.prepare(last)
+            served = log_q[torch.tensor([users.index(user) for user in scored.rows["user"]])]
+            end = result.history.iloc[-1]
+            write_json_atomic(folder / "facts.json", {
+                "parameters_an_expert": sum(p.numel() for p in experts.parameters()) // config.n_experts,
+                "steps": int(end["step"]), "elbo": float(end["elbo"]), "train_accuracy": float(end["train_accuracy"]),
+                "new_user_accuracy": float(correct(predictive_probability(policy.loglik(scored), served)).mean()),
+                "seconds": seconds,
+            })  # fmt: skip
+
+        rows.append({"family": name, **read_json(cached("families", VERSION, parameters, build) / "facts.json")})
+    return pd.DataFrame(rows)

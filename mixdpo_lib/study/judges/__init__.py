@@ -1,0 +1,1 @@
+"""How good is a text? Three rewards, each by two judges."""

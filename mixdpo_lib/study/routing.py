@@ -1,0 +1,41 @@
+"""Does the gate know a film from a book?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from ..evaluation import bootstrap_means, interval
+
+
+def gate_accuracy(routing: pd.DataFrame) -> pd.DataFrame:
+    """Share of held-out prompts, and of works or reviews (mean log odds of their prompts), sent to their own expert.
+
+    Equal weights count as half right. Columns: method, seed ("mean": over seeds), of ("prompt" or "item"), accuracy,
+    low, high (95 %, bootstrap over items), n.
+    """
+    rows = []
+    film = routing["domain"] == "film"
+    own = np.where(film, routing["film"], 1 - routing["film"]).clip(1e-9, 1 - 1e-9)
+    table = routing.assign(hit=(own > 0.5) + 0.5 * (own == 0.5), odds=np.log(own / (1 - own)))
+    items = table.groupby(["method", "seed", "item"], sort=False, as_index=False).agg(
+        prompt=("hit", "mean"), odds=("odds", "mean")
+    )
+    items["item_hit"] = (items["odds"] > 0) + 0.5 * (items["odds"] == 0)
+    for method, part in items.groupby("method", sort=False):
+        for of, column in (("prompt", "prompt"), ("item", "item_hit")):
+            wide = part.pivot_table(index="item", columns="seed", values=column)
+            for seed in [*wide.columns, "mean"]:
+                values = (wide.mean(axis=1) if seed == "mean" else wide[seed]).to_numpy()
+                low, high = interval(bootstrap_means(values[:, None])[:, 0])
+                rows.append({"method": method, "seed": str(seed), "of": of, "accuracy": values.mean(), "low": low,
+                             "high": high, "n": len(values)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def worst_routed(routing: pd.DataFrame, n: int = 8) -> pd.DataFrame:
+    """The held-out prompts that the gate sends most confidently to the wrong expert: mean weight over the seeds."""
+    gate = routing[routing["method"] == "moe_dpo"]
+    mean = gate.groupby(["domain", "prompt"], as_index=False)["film"].mean()
+    mean["weight_of_its_expert"] = np.where(mean["domain"] == "film", mean["film"], 1 - mean["film"])
+    return mean.sort_values("weight_of_its_expert").head(n)[["domain", "weight_of_its_expert", "prompt"]]

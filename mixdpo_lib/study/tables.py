@@ -1,0 +1,85 @@
+"""What came out? Tables of the study."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from datasets import DatasetDict
+
+from ..base.features import PairFeatures
+from ..evaluation import accuracy_gain
+from .simulated_people import GROUPS
+
+
+def user_groups(data: PairFeatures, column: str = "user") -> dict[str, str]:
+    """Hidden group of each user of a preference set, in order of first appearance."""
+    return dict(zip(data.rows[column], data.rows["group"], strict=True))
+
+
+def design_gains(by_prompt: pd.DataFrame, baseline: str = "dpo") -> pd.DataFrame:
+    """Gain of every other method over `baseline` for seen users, by design (see `accuracy_gain`).
+
+    A mixture is routed by each user's own training pairs, a single policy needs no routing.
+    """
+    seen = by_prompt[(by_prompt["users"] == "seen") & by_prompt["routing"].isin(["none", "own_pairs"])]
+    parts = []
+    for design, part in seen.groupby("design", sort=False):
+        single = part[part["method"] == baseline]
+        for method, rows in part[part["method"] != baseline].groupby("method", sort=False):
+            n_pairs = int(rows.groupby("seed")["n_pairs"].sum().iloc[0])
+            parts.append(accuracy_gain(rows, single).assign(design=design, method=method, n_pairs=n_pairs))
+    return pd.concat(parts, ignore_index=True)
+
+
+def preference_counts(sets: Mapping[str, DatasetDict]) -> pd.DataFrame:
+    """Pairs, users and prompts of every part of every design, and the share of labels against the user's reward."""
+    rows = [
+        {"design": design, "part": name, "pairs": len(part), "users": len(set(part["user"]) - {""}),
+         "prompts": len(set(part["prompt_id"])), "flipped": float(np.mean(part["flipped"]))}
+        for design, parts in sets.items() for name, part in parts.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def label_temperatures(sets: Mapping[str, DatasetDict]) -> pd.DataFrame:
+    """The label temperature of each reward (in its own unit) in each design; 0 is no noise."""
+    kept = {design: json.loads(parts["train"].info.description) for design, parts in sets.items()}
+    return pd.DataFrame(
+        [
+            {"design": d, "group": g, "label_temperature": t}
+            for d, k in kept.items()
+            for g, t in k["label_temperature"].items()
+        ]
+    )
+
+
+def score_differences(sets: Mapping[str, DatasetDict], scores: pd.DataFrame) -> pd.DataFrame:
+    """Score of chosen minus rejected of every training pair, in standard deviations of the user's own reward."""
+    parts = []
+    for design, data in sets.items():
+        part = pd.DataFrame({c: data["train"][c] for c in ("group", "gap", "flipped")})
+        sign = np.where(part["flipped"], -1.0, 1.0)
+        part["score_difference"] = sign * part["gap"] / part["group"].map(scores.std())
+        parts.append(part.assign(design=design)[["design", "group", "score_difference"]])
+    return pd.concat(parts, ignore_index=True)
+
+
+def group_agreement(candidates: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """On what share of all untied candidate pairs of a prompt two groups prefer the same answer."""
+    signs: dict[str, list[float]] = {g: [] for g in GROUPS}
+    for rows in candidates.groupby("prompt_id").indices.values():
+        for a, b in itertools.combinations(rows, 2):
+            for g in GROUPS:
+                signs[g].append(float(np.sign(scores[g].iat[a] - scores[g].iat[b])))
+    table = pd.DataFrame(signs)
+    out = []
+    for a in GROUPS:
+        for b in GROUPS:
+            untied = (table[a] != 0) & (table[b] != 0)
+            share = (table[a] == table[b])[untied].mean()
+            out.append({"group_a": a, "group_b": b, "agreement": share, "n_pairs": int(untied.sum())})
+    return pd.DataFrame(out)

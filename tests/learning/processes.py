@@ -1,0 +1,56 @@
+"""A fit under `accelerate launch`: writes its losses and final parameters. Run by test_processes.py, and alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tiny import preference_rows
+
+from mixdpo_lib.base import features, model
+from mixdpo_lib.experts import adapters, heads
+from mixdpo_lib.gates import weights
+from mixdpo_lib.learning import config as config_file
+from mixdpo_lib.learning import fit, trainer
+from mixdpo_lib.policy import mixture
+
+
+def run(base, family, options, folder=None, stop_after=None):
+    """Losses of a fit, and its final parameters as one list."""
+    data = features.pair_features(base, preference_rows(26))
+    torch.manual_seed(0)
+    made = heads.HeadExperts(base, 2, rank=4) if family == "head" else adapters.AdapterExperts(base, 2, 4, 1)
+    policy = mixture.MixturePolicy(made, weights.LearnedWeights(2), beta=0.5)
+    config = config_file.FitConfig(**{"passes": 8.0, "learning_rate": 5e-3, "batch_size": 8, **options})
+    if stop_after is not None:  # as a machine that goes down
+        step = trainer.MixDPOTrainer.training_step
+
+        def until(self, *args, **rest):
+            if self.state.global_step >= stop_after:
+                raise KeyboardInterrupt
+            return step(self, *args, **rest)
+
+        trainer.MixDPOTrainer.training_step = until
+        try:
+            fit.fit(policy, data, config, folder=folder)
+        except KeyboardInterrupt:
+            pass
+        trainer.MixDPOTrainer.training_step = step
+    result = fit.fit(policy, data, config, folder=folder)
+    final = torch.cat([p.detach().flatten() for p in policy.experts.parameters()]).tolist()
+    return {"losses": result.losses, "final": final, "w": policy.gate().exp().tolist()}
+
+
+CASES = {
+    "unit": ("head", {}), "pair": ("head", {"latent": "pair"}), "prompt": ("head", {"batch_by": "prompt"}),
+    "adapter": ("adapter", {}), "accumulate": ("head", {"batch_size": 2, "accumulate": 4}),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    place = Path(sys.argv[1])
+    base = model.load_base(sys.argv[2])
+    found = {name: run(base, *case) for name, case in CASES.items()}
+    found["resumed"] = run(base, "head", {}, place / "checkpoints", stop_after=17)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        (place / "found.json").write_text(json.dumps(found))

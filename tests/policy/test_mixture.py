@@ -1,0 +1,459 @@
+"""Gate, experts and beta as one policy: probabilities, users, speech, and its life on disk."""
+
+import math
+from collections import Counter
+
+import datasets
+import pytest
+import torch
+from tiny import VOCABULARY, full_logps, preference_rows, save_tiny_base
+
+from mixdpo_lib import elbo
+from mixdpo_lib.base.features import encode_prompts, pair_features, prompt_states, text_store
+from mixdpo_lib.data.pairs import Text
+from mixdpo_lib.experts.heads import HeadExperts
+from mixdpo_lib.gates.contract import top_s
+from mixdpo_lib.gates.membership import MixedMembershipGate
+from mixdpo_lib.gates.prompt import ContextGate
+from mixdpo_lib.gates.user import UserGate
+from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
+from mixdpo_lib.policy.mixture import MixturePolicy
+
+WEIGHTS = [0.2, 0.5, 0.3]
+PROMPTS = ["the film", "a long story with the actor", "it", "this music was"]
+
+
+@pytest.fixture(scope="module")
+def data(tiny_base):
+    return pair_features(tiny_base, preference_rows(8))
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_base, data):
+    experts = HeadExperts(tiny_base, 3, rank=4)
+    experts.activate_responses(data)
+    experts.perturb(0.5, torch.Generator().manual_seed(2))
+    return MixturePolicy(experts, FixedWeights(WEIGHTS), beta=0.1)
+
+
+def probabilities(policy, row):
+    """sigma(D_k) of one pair from logits over the whole vocabulary."""
+    base, experts = policy.base, policy.experts
+    (a, ra), (b, rb) = (full_logps(base, experts, row["prompt"], row[s], row["ended"]) for s in ("chosen", "rejected"))
+    return torch.sigmoid(policy.beta * ((a - ra) - (b - rb))).detach()
+
+
+def test_prediction_by_hand(policy, data):
+    p = torch.stack([probabilities(policy, row) for row in data.rows])
+    assert float((p - 0.5).abs().max()) > 0.05
+    torch.testing.assert_close(policy.predict(data), p @ torch.tensor(WEIGHTS), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(policy.predict(data.rows), policy.predict(data))  # rows as they are
+    sure = torch.tensor([0.0, 0.0, 1.0]).log()
+    torch.testing.assert_close(policy.predict(data, sure), p[:, 2], atol=1e-4, rtol=1e-4)
+    each = torch.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]].log()  # one row of weights a pair
+    torch.testing.assert_close(policy.predict(data, each), p[range(8), [0, 1, 2, 0, 1, 2, 0, 1]], atol=1e-4, rtol=1e-4)
+
+
+def test_a_user_by_hand(policy, data):
+    own = data.rows.select([1, 5])
+    joint = torch.tensor(WEIGHTS) * probabilities(policy, own[0]) * probabilities(policy, own[1])
+    user = policy.user(own)
+    torch.testing.assert_close(user.exp(), joint / joint.sum(), atol=1e-4, rtol=1e-4)
+    assert float((user.exp() - torch.tensor(WEIGHTS)).abs().max()) > 0.005
+    torch.testing.assert_close(policy.user().exp(), torch.tensor(WEIGHTS))
+    # the same posterior, however it is asked for
+    table = policy.responsibilities(data)
+    assert table.index.tolist() == ["user0", "user1", "user2", "user3"] and table.index.name == "user"
+    torch.testing.assert_close(torch.tensor(table.loc["user1"].to_numpy()), user.exp(), atol=1e-5, rtol=1e-4)
+    single = policy.responsibilities(data, unit=None)
+    joint = torch.tensor(WEIGHTS) * probabilities(policy, data.rows[5])
+    torch.testing.assert_close(torch.tensor(single.loc[5].to_numpy()), joint / joint.sum(), atol=1e-4, rtol=1e-4)
+    assert len(single) == 8
+    with pytest.raises(ValueError, match="unit column 'club' is missing"):
+        policy.responsibilities(data, unit="club")
+
+
+def test_log_probability_of_the_mixture(policy):
+    own, _ = full_logps(policy.base, policy.experts, "the film", "was very good", True)
+    expected = (own + torch.tensor(WEIGHTS).log()).logsumexp(0)
+    assert policy.logps("the film", "was very good") == pytest.approx(float(expected.detach()), rel=1e-5)
+    own, _ = full_logps(policy.base, policy.experts, "the film", "was very good", False)
+    only = torch.tensor([0.0, 1.0, 0.0]).log()
+    found = policy.logps("the film", "was very good", user=only, ended=False)
+    assert found == pytest.approx(float(own[1].detach()), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def by_metadata(policy):
+    """The same experts behind a gate that knows the country of a user."""
+    gate = UserGate.from_metadata({"country": ["x", "y"]}, 3)
+    with torch.no_grad():
+        gate.outer.weight.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    return MixturePolicy(policy.experts, gate, beta=0.1)
+
+
+def test_a_user_by_metadata_and_by_pairs(by_metadata, data):
+    e = math.e
+    x = torch.tensor([e**2, 1.0, 1.0]) / (e**2 + 2)
+    torch.testing.assert_close(by_metadata.user(metadata={"country": "x"}).exp(), x)
+    own = data.rows.select([1, 5]).add_column("country", ["x", "x"])
+    joint = x * probabilities(by_metadata, own[0]) * probabilities(by_metadata, own[1])
+    for user in (by_metadata.user(own), by_metadata.user(own, {"country": "x"})):
+        torch.testing.assert_close(user.exp(), joint / joint.sum(), atol=1e-4, rtol=1e-4)
+    rows = data.rows.add_column("country", ["x", "y"] * 4)
+    y = torch.tensor([1.0, e, 1.0]) / (e + 2)
+    p = torch.stack([probabilities(by_metadata, row) for row in rows])
+    expected = (p * torch.stack([x, y] * 4)).sum(1)
+    torch.testing.assert_close(by_metadata.predict(rows), expected, atol=1e-4, rtol=1e-4)
+    table = by_metadata.responsibilities(rows)
+    joint = y * p[1] * p[5]
+    torch.testing.assert_close(torch.tensor(table.loc["user1"].to_numpy()), joint / joint.sum(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_gate_of_users_refuses_what_it_cannot_use(policy, by_metadata, data):
+    with pytest.raises(ValueError, match="column 'country' is absent"):
+        by_metadata.predict(data)
+    with pytest.raises(ValueError, match="give the user's metadata, or pairs with its columns"):
+        by_metadata.user()
+    with pytest.raises(ValueError, match=r"metadata \['age'\]: this gate reads none"):
+        policy.user(metadata={"age": 3})
+    with pytest.raises(ValueError, match="give user=policy.user"):
+        by_metadata.generate(PROMPTS)
+    moved = data.rows.add_column("country", ["x"] * 4 + ["y"] * 4)  # a user whose country changes
+    with pytest.raises(ValueError, match="unit"):
+        by_metadata.responsibilities(moved)
+
+
+def test_a_gate_of_prompts_routes_each_prompt(policy, data):
+    states = encode_prompts(policy.base, PROMPTS)
+    stored = text_store(policy.base, [Text(p, "was good", True) for p in PROMPTS]).features
+    torch.testing.assert_close(states, prompt_states(stored, torch.arange(len(PROMPTS))), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(states[:, :32], torch.from_numpy(stored.prompt_hidden), atol=1e-5, rtol=1e-4)
+    gate = ContextGate(states.shape[1], 3, mean=states.mean(0), scale=states.std(0) + 0.1)
+    with torch.no_grad():
+        gate.outer.weight.copy_(torch.randn(gate.outer.weight.shape, generator=torch.Generator().manual_seed(1)))
+    routed = MixturePolicy(policy.experts, gate, beta=0.1)
+    log_w = routed.log_w(data)
+    assert log_w.shape == (8, 3) and float(log_w.detach().exp().std(0).max()) > 0.1
+    p = torch.stack([probabilities(routed, row) for row in data.rows])
+    torch.testing.assert_close(routed.predict(data), (p * log_w.detach().exp()).sum(1), atol=1e-4, rtol=1e-4)
+    chosen = routed.generate(PROMPTS, top_s=1, max_new_tokens=2).expert
+    assert chosen == gate({"context": states}).argmax(1).tolist() and len(set(chosen)) > 1
+    own, _ = full_logps(policy.base, policy.experts, PROMPTS[0], "was very good", True)
+    expected = (own.detach() + gate({"context": states})[0].detach()).logsumexp(0)
+    assert routed.logps(PROMPTS[0], "was very good") == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(ValueError, match="its weights belong to a prompt, not to a user"):
+        routed.user()
+
+
+def test_a_gate_may_ask_a_question_and_read_an_inner_layer(policy, data):
+    prompts = list(data.rows["prompt"])
+    ids = policy.base.prompt_ids(prompts[0] + " was the")
+    hidden = policy.base.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0].detach()
+    states = encode_prompts(policy.base, [prompt + " was the" for prompt in prompts], layer=1)
+    torch.testing.assert_close(states[0], torch.cat([hidden.mean(0), hidden[-1]]), atol=1e-5, rtol=1e-4)
+    gate = ContextGate.from_states(states, 3, suffix=" was the", layer=1)
+    with torch.no_grad():
+        gate.outer.weight.copy_(torch.randn(gate.outer.weight.shape, generator=torch.Generator().manual_seed(1)))
+    routed = MixturePolicy(policy.experts, gate, beta=0.1)
+    torch.testing.assert_close(routed.log_w(data), gate({"context": states}), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"layer=3: .* has 2 blocks; expected 1 ... 2, or None"):
+        encode_prompts(policy.base, PROMPTS, layer=3)
+
+
+@pytest.mark.parametrize("kind", ["context", "metadata", "both"])
+def test_a_mixture_is_saved_with_its_gate(policy, tmp_path, kind):
+    context, user = ContextGate(32, 3), UserGate.from_metadata({"country": ["x", "y"], "age": [1, 2]}, 3)
+    gate = {"context": context, "metadata": user, "both": MixedMembershipGate([context, user], 3, ["ann"])}[kind]
+    with torch.no_grad():
+        for i, parameter in enumerate(gate.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    MixturePolicy(policy.experts, gate, beta=0.1).save_pretrained(tmp_path)
+    again = MixturePolicy.from_pretrained(tmp_path, policy.base).gate
+    batch = {"context": torch.ones(1, 32), "metadata": user.encode({"country": ["y"], "age": [3]}),
+             "unit": torch.tensor([0])}  # fmt: skip
+    assert torch.equal(again(batch), gate(batch))
+
+
+def test_rewards_are_beta_log_ratios(policy, data):
+    rewards = policy.text_rewards(data.texts)
+    first = data.rows[0]
+    a, ra = full_logps(policy.base, policy.experts, first["prompt"], first["chosen"], first["ended"])
+    torch.testing.assert_close(rewards[data.pairs[0, 0]], (0.1 * (a - ra)).detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(policy.loglik(data, rewards), policy.loglik(data))
+    some = policy.text_rewards(data.texts, torch.tensor([3, 0]))  # only these texts are computed
+    torch.testing.assert_close(some[[0, 3]], rewards[[0, 3]])
+    assert some[[1, 2]].isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------ some of the experts
+
+
+def weights_by_pair(policy):
+    """Random weights, another order of the experts in each pair."""
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(4)).log_softmax(-1)
+
+
+def test_the_likelihood_of_the_chosen_experts(policy, data):
+    chosen = top_s(weights_by_pair(policy), 1) > -math.inf
+    assert chosen.any(0).all()
+    expected = policy.loglik(data).masked_fill(~chosen, -math.inf)
+    torch.testing.assert_close(policy.loglik(data, chosen=chosen), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.loglik(data, policy.text_rewards(data.texts), chosen), expected)
+    some = data.where([True, False] * 4)  # its texts are all there; only those of its pairs are computed
+    torch.testing.assert_close(policy.loglik(some, chosen=chosen[::2]), expected[::2], atol=1e-5, rtol=1e-5)
+    everyone = torch.ones(8, 3, dtype=torch.bool)
+    assert torch.equal(policy.loglik(data, chosen=everyone), policy.loglik(data))
+    ids = torch.tensor([3, 0])
+    rewards = policy.text_rewards(data.texts, ids, torch.tensor([[True, False, False], [False, True, True]]))
+    assert (~rewards.isnan()).nonzero().tolist() == [[0, 1], [0, 2], [3, 0]]
+    torch.testing.assert_close(rewards[3, 0], policy.text_rewards(data.texts)[3, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_chosen_experts_and_its_gradients(policy, data):
+    batch = policy.experts.batch(data.texts, policy.constants(data.texts), data.pairs)
+    log_w = weights_by_pair(policy)
+    chosen = top_s(log_w, 2) > -math.inf
+    parameters = [policy.experts.down, policy.experts.up]
+
+    def found(loglik):
+        return loglik.detach(), *torch.autograd.grad(
+            elbo.restricted_log_likelihood(loglik, log_w, 2).sum(), parameters
+        )
+
+    dense, sparse = found(policy.batch_loglik(batch)), found(policy.batch_loglik(batch, chosen))
+    assert torch.equal(sparse[0] == -math.inf, ~chosen)
+    torch.testing.assert_close(sparse[0][chosen], dense[0][chosen], atol=1e-5, rtol=1e-5)
+    for mine, full in zip(sparse[1:], dense[1:], strict=True):
+        torch.testing.assert_close(mine, full, atol=1e-4 * float(full.abs().max()), rtol=1e-4)
+    # read as it is, a loglik of -inf is the restricted likelihood
+    plain = elbo.mixture_log_likelihood(policy.batch_loglik(batch, chosen), log_w)
+    torch.testing.assert_close(plain, elbo.restricted_log_likelihood(dense[0], log_w, 2), atol=1e-5, rtol=1e-5)
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        gradients = torch.autograd.grad(plain.sum(), parameters)
+    for mine, full in zip(gradients, dense[1:], strict=True):
+        torch.testing.assert_close(mine, full, atol=1e-4 * float(full.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("by_user", [False, True])
+def test_fewer_experts_give_a_lower_bound_with_a_certified_gap(policy, data, by_user):
+    if by_user:
+        unit, log_w = data.units("user")[0], policy.log_w(data)
+    else:
+        unit, log_w = None, weights_by_pair(policy)
+    whole = elbo.mixture_log_likelihood(policy.loglik(data), log_w, unit)
+    below = torch.full_like(whole, -math.inf)
+    for s in (1, 2, 3):
+        chosen = (top_s(log_w, s) > -math.inf).expand(8, 3)
+        loglik = policy.loglik(data, chosen=chosen)  # nothing is known of the others
+        bound = elbo.restricted_log_likelihood(loglik, log_w, s, unit)
+        gap = elbo.certified_gap(loglik, log_w, s, unit)
+        assert (bound > below).all() and (bound <= whole).all() and (whole <= bound + gap + 1e-6).all()
+        below = bound
+    assert torch.equal(below, whole) and not gap.any()
+    own = [policy.logps("the film", "was very good", top_s=s) for s in (1, 2, 3)]
+    assert own[0] < own[1] < own[2] == policy.logps("the film", "was very good")
+
+
+def test_a_prediction_by_some_experts_is_renormalised(policy, data):
+    p = torch.stack([probabilities(policy, row) for row in data.rows])
+    torch.testing.assert_close(policy.predict(data, top_s=2), p[:, 1:] @ torch.tensor([0.625, 0.375]),
+                               atol=1e-4, rtol=1e-4)  # fmt: skip
+    torch.testing.assert_close(policy.predict(data, top_s=1), p[:, 1], atol=1e-4, rtol=1e-4)
+    log_w = weights_by_pair(policy)
+    torch.testing.assert_close(policy.predict(data, log_w, top_s=1), p[range(8), log_w.argmax(1)], atol=1e-4, rtol=1e-4)
+    assert torch.equal(policy.predict(data, top_s=3), policy.predict(data))
+    assert torch.equal(policy.predict(data, log_w, top_s=3), policy.predict(data, log_w))
+
+
+@pytest.mark.parametrize("s", [0, 4])
+def test_a_number_of_experts_that_is_not_there_is_refused(policy, data, s):
+    for call in (lambda: policy.predict(data, top_s=s), lambda: policy.logps("the film", "was good", top_s=s),
+                 lambda: policy.generate(PROMPTS, top_s=s), lambda: policy.generate(PROMPTS, top_s=s, form="token")):
+        with pytest.raises(ValueError, match=rf"top_s={s} with 3 experts; expected 1 ... 3"):
+            call()
+
+
+# ------------------------------------------------------------------------------------------------------------- speech
+
+
+def test_a_batch_may_mix_experts(policy):
+    experts = [0, 2, 1, 2]
+    mixed = policy.generate(PROMPTS, expert=experts, max_new_tokens=8, seed=5)
+    assert mixed.expert == experts
+    for k in range(3):  # every row has its own random numbers: the rows beside it do not matter
+        alone = policy.generate(PROMPTS, expert=[k] * 4, max_new_tokens=8, seed=5)
+        for row in (i for i in range(4) if experts[i] == k):
+            assert mixed.text[row] == alone.text[row] and mixed.n_tokens[row] == alone.n_tokens[row]
+            assert mixed.log_ratio[row] == pytest.approx(alone.log_ratio[row], abs=1e-4)
+    assert len({policy.generate(PROMPTS * 3, expert=[k] * 12, max_new_tokens=8, seed=5).text[0] for k in range(3)}) > 1
+    split = policy.generate(PROMPTS, expert=experts, max_new_tokens=8, seed=5, batch_size=3)
+    assert split.text == mixed.text and split.ended == mixed.ended
+    assert policy.generate(PROMPTS, expert=experts, max_new_tokens=8, seed=6).text != mixed.text
+
+
+def test_the_log_ratio_is_that_of_the_sampled_text(policy):
+    out = policy.generate(PROMPTS * 6, max_new_tokens=6, seed=1)
+    assert set(out.ended) == {True, False} and set(out.expert) == {0, 1, 2}
+    whole = [i for i, text in enumerate(out.text) if text]  # a response of the end token alone is no text
+    texts = [Text((PROMPTS * 6)[i], out.text[i], out.ended[i]) for i in whole]
+    store = text_store(policy.base, texts)
+    logps, refs = policy.experts.all_text_logps(store.features, policy.constants(store.features))
+    for i, text in zip(whole, texts, strict=True):
+        place = store.index[text]
+        assert out.n_tokens[i] == store.features.offsets[place + 1] - store.features.offsets[place]
+        assert out.ref_logp[i] == pytest.approx(float(refs[place]), abs=2e-4)
+        assert out.log_ratio[i] == pytest.approx(float(logps[place, out.expert[i]] - refs[place]), abs=3e-4)
+
+
+def test_experts_speak_as_often_as_their_weights_say(policy):
+    n = 3000
+    out = policy.generate(["the film"] * n, max_new_tokens=1, seed=0)
+    share = torch.bincount(torch.tensor(out.expert), minlength=3) / n
+    for k, w in enumerate(WEIGHTS):
+        assert abs(float(share[k]) - w) < 4 * (w * (1 - w) / n) ** 0.5, k
+    # and the tokens follow sum_k w_k pi_k
+    texts = text_store(policy.base, [Text("the film", word, False) for word in VOCABULARY])
+    logps, _ = policy.experts.all_text_logps(texts.features, policy.constants(texts.features))
+    p = (logps + torch.tensor(WEIGHTS).log()).logsumexp(1).exp()
+    seen = torch.zeros(len(VOCABULARY))
+    for text, ended in zip(out.text, out.ended, strict=True):
+        seen[VOCABULARY["</s>" if ended else text]] += 1
+    assert float(((seen - n * p) ** 2 / (n * p)).sum()) < 75  # chi-square, 35 degrees of freedom: 99.99 % below 75
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"temperature": 0.6, "top_k": 4}, {"top_k": 5, "top_p": 0.8}])
+def test_both_forms_speak_alike(policy, options):
+    """Sequences of two tokens: their frequencies differ by chance alone."""
+    n, seen = 4000, []
+    for form in ("sequence", "token"):
+        out = policy.generate(["the film"] * n, max_new_tokens=2, seed=3, batch_size=n, form=form, **options)
+        seen.append(Counter(zip(out.text, out.ended, strict=True)))
+    assert 5 < len(seen[0] | seen[1]) < 60
+    for text in seen[0] | seen[1]:
+        p = (seen[0][text] + seen[1][text] + 1) / (2 * n)
+        assert abs(seen[0][text] - seen[1][text]) / n < 4 * (2 * p * (1 - p) / n) ** 0.5, text
+
+
+def test_the_token_form_says_what_mixture_and_posterior_say_of_its_texts(policy):
+    prompts = PROMPTS * 6
+    log_w = torch.tensor(WEIGHTS).log()
+    for kept, s in ((log_w, None), (top_s(log_w, 2).log_softmax(0), 2)):
+        out = policy.generate(prompts, max_new_tokens=6, seed=1, form="token", top_s=s)
+        whole = [i for i, text in enumerate(out.text) if text]
+        texts = [Text(prompts[i], out.text[i], out.ended[i]) for i in whole]
+        store = text_store(policy.base, texts)
+        logps, refs = policy.experts.all_text_logps(store.features, policy.constants(store.features))
+        for i, text in zip(whole, texts, strict=True):
+            place = store.index[text]
+            assert out.ref_logp[i] == pytest.approx(float(refs[place]), abs=2e-4)
+            mixture = (kept + logps[place]).logsumexp(0)
+            assert out.log_ratio[i] == pytest.approx(float(mixture - refs[place]), abs=3e-4)
+            assert out.expert[i] == int((kept + logps[place]).argmax())
+    assert set(out.ended) == {True, False}
+    split = policy.generate(prompts, max_new_tokens=6, seed=1, form="token", top_s=2, batch_size=5)
+    assert split.text == out.text and split.expert == out.expert
+    # a single expert is the same in both forms, by the likelihoods and, greedily, by the text
+    only = torch.tensor([0.0, 0.0, 1.0]).log()
+    a, b = (policy.generate(prompts, only, max_new_tokens=6, greedy=True, form=f) for f in ("sequence", "token"))
+    assert a.text == b.text and a.expert == b.expert == [2] * 24
+    assert a.log_ratio == pytest.approx(b.log_ratio, abs=2e-4)
+
+
+def test_greedy_texts_of_the_mixture_take_its_most_probable_token(policy):
+    texts = text_store(policy.base, [Text(p, word, False) for p in PROMPTS for word in VOCABULARY])
+    logps, _ = policy.experts.all_text_logps(texts.features, policy.constants(texts.features))
+    best = (logps + torch.tensor(WEIGHTS).log()).logsumexp(1).reshape(len(PROMPTS), -1).argmax(1)
+    out = policy.generate(PROMPTS, max_new_tokens=1, greedy=True, form="token")
+    assert [VOCABULARY["</s>" if e else t] for t, e in zip(out.text, out.ended, strict=True)] == best.tolist()
+    assert out == policy.generate(PROMPTS, max_new_tokens=1, greedy=True, form="token", seed=8)
+
+
+def test_forms_that_do_not_fit_are_refused(policy):
+    with pytest.raises(ValueError, match="form='word': possible are 'sequence' .* and 'token'"):
+        policy.generate(PROMPTS, form="word")
+    with pytest.raises(ValueError, match="expert is given and form='token'"):
+        policy.generate(PROMPTS, form="token", expert=[0] * 4)
+    with pytest.raises(ValueError, match="temperature=0.0: expected above 0; use greedy=True"):
+        policy.generate(PROMPTS, form="token", temperature=0.0)
+
+
+def test_a_user_chooses_the_experts(policy):
+    only = torch.tensor([0.0, 1.0, 0.0]).log()
+    assert set(policy.generate(PROMPTS * 5, only, max_new_tokens=1).expert) == {1}
+    each = torch.eye(3)[[2, 0, 1, 0]].log()
+    assert policy.generate(PROMPTS, each, max_new_tokens=1).expert == [2, 0, 1, 0]
+    assert set(policy.generate(PROMPTS * 20, max_new_tokens=1, top_s=1).expert) == {1}
+    assert set(policy.generate(PROMPTS * 20, max_new_tokens=1, top_s=2).expert) == {1, 2}
+
+
+def test_the_same_seed_gives_the_same_texts(policy):
+    assert policy.generate(PROMPTS, max_new_tokens=5, seed=3) == policy.generate(PROMPTS, max_new_tokens=5, seed=3)
+    assert policy.generate(PROMPTS, max_new_tokens=5, seed=3) != policy.generate(PROMPTS, max_new_tokens=5, seed=4)
+
+
+def test_prompts_that_cannot_be_continued_are_refused(policy):
+    with pytest.raises(ValueError, match=r"prompt 'the the .* has 45 tokens; with max_new_tokens=4 expected .*44"):
+        policy.generate(["the " * 45], max_new_tokens=4)
+    policy.generate(["the " * 44], max_new_tokens=4)
+    with pytest.raises(ValueError, match="prompt '' has 0 tokens"):
+        policy.generate(["the", ""], max_new_tokens=4)
+    with pytest.raises(ValueError, match="no prompts: give at least one"):
+        policy.generate([])
+
+
+# --------------------------------------------------------------------------------------------------------------- life
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("active", ["responses", "all"])
+def test_saved_and_read_back(tiny_base, tiny_folder, data, tmp_path, learned, active):
+    experts = HeadExperts(tiny_base, 3, rank=4, active=active)
+    experts.activate_responses(data)
+    experts.perturb(0.5, torch.Generator().manual_seed(2))
+    gate = LearnedWeights(3, alpha=1.5) if learned else FixedWeights(WEIGHTS)
+    if learned:
+        gate.update(torch.tensor(WEIGHTS), n_units=10)
+    policy = MixturePolicy(experts, gate, beta=0.25)
+    policy.save_pretrained(tmp_path / "mixture")
+    assert {p.name for p in (tmp_path / "mixture").iterdir()} == {"mixture.safetensors", "config.json", "README.md"}
+    for back in (MixturePolicy.from_pretrained(tmp_path / "mixture"),  # the base is found by its name
+                 MixturePolicy.from_pretrained(str(tmp_path / "mixture"), tiny_base)):  # fmt: skip
+        assert back.beta == 0.25 and type(back.gate) is type(gate) and back.experts.active == active
+        assert getattr(back.gate, "alpha", None) == getattr(gate, "alpha", None)
+        assert torch.equal(back.gate(), policy.gate()) and torch.equal(back.loglik(data), policy.loglik(data))
+        assert back.logps("the film", "was good") == policy.logps("the film", "was good")
+        assert back.generate(PROMPTS, max_new_tokens=6, seed=9) == policy.generate(PROMPTS, max_new_tokens=6, seed=9)
+
+
+def test_another_base_is_refused(policy, tmp_path):
+    from mixdpo_lib.base.model import load_base
+
+    policy.save_pretrained(tmp_path / "mixture")
+    other = load_base(save_tiny_base(tmp_path / "other", seed=4))
+    with pytest.raises(ValueError, match="trained on a base with fingerprint .*, found .*: give the base that it was"):
+        MixturePolicy.from_pretrained(tmp_path / "mixture", other)
+
+
+def test_a_folder_without_a_mixture_is_refused(tmp_path):
+    from mixdpo_lib.store import MixDPOError
+
+    with pytest.raises(MixDPOError, match="config.json: not found"):
+        MixturePolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.1, float("nan"), float("inf")])
+def test_beta_is_positive(policy, beta):
+    with pytest.raises(ValueError, match=f"beta={beta}: the strength of the KL term is a positive number"):
+        MixturePolicy(policy.experts, FixedWeights(WEIGHTS), beta)
+
+
+def test_gate_and_experts_must_agree(policy):
+    with pytest.raises(ValueError, match="the gate has 2 weights for 3 experts: make them equal"):
+        MixturePolicy(policy.experts, FixedWeights([0.5, 0.5]))
+
+
+def test_bad_rows_are_refused_here_too(policy):
+    rows = datasets.Dataset.from_list([{"prompt": "the", "chosen": "film", "rejected": 3}])
+    with pytest.raises(ValueError, match="preference set: row 0, column 'rejected': found int 3"):
+        policy.predict(rows)

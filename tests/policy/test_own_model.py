@@ -1,0 +1,63 @@
+"""The guide to one's own model and data runs as it stands; the forms of preference data that TRL knows."""
+
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from tiny import preference_rows, save_tiny_base
+
+from mixdpo_lib.data.files import explicit_prompts, load_preferences
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "using-your-own-model-and-data.md"
+
+
+def test_the_guide_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
+    save_tiny_base(tmp_path / "my-model")
+    (tmp_path / "my-pairs").mkdir()
+    preference_rows(24).to_json(tmp_path / "my-pairs" / "train.jsonl")
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
+    assert len(blocks) >= 5
+    names = {}
+    for block in blocks:
+        exec(compile(block, str(GUIDE), "exec"), names)
+    said = capsys.readouterr().out
+    assert all(f"{family}Experts -0." in said for family in ("Head", "Adapter", "Independent"))
+    assert load_preferences("for-trl.jsonl")["train"]["prompt"] == names["pairs"]["train"]["prompt"]
+    assert names["again"].loglik(names["pairs"]["train"]).equal(names["adapters"].loglik(names["pairs"]["train"]))
+
+
+def said(role, text):
+    return {"role": role, "content": text}
+
+
+def test_the_forms_of_trl(tmp_path):
+    wanted = {"prompt": "A film", "chosen": " that moves.", "rejected": " that bores.", "user": "ann"}
+    answers = {name: [said("assistant", wanted[name])] for name in ("chosen", "rejected")}
+    forms = {
+        "explicit": wanted,
+        "conversation": {"prompt": [said("user", "A film")], **answers, "user": "ann"},
+        "whole conversation": {n: [said("user", "A film"), *a] for n, a in answers.items()} | {"user": "ann"},
+    }
+    for name, row in forms.items():
+        file = tmp_path / f"{name}.jsonl"
+        datasets.Dataset.from_list([row, row]).to_json(file)
+        assert dict(load_preferences(file, ["user"])["train"][1]) == wanted, name
+    whole = {n: wanted["prompt"] + wanted[n] for n in ("chosen", "rejected")}
+    found = explicit_prompts(datasets.Dataset.from_list([whole]))[0]  # the longest common beginning
+    assert found == {"prompt": "A film that", "chosen": " moves.", "rejected": " bores."}
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"chosen": "good", "rejected": "bad"}, "row 0: no column 'prompt', and the answers have no common beginning"),
+    ({"chosen": 1, "rejected": 2}, "row 0: no column 'prompt', and answers that are no text"),
+    ({"chosen": [said("user", "a"), said("assistant", "b"), said("user", "c")],
+      "rejected": [said("user", "a"), said("assistant", "d")]}, r"found messages of \['user', 'assistant', 'user'\]"),
+    ({"chosen": [said("user", "a"), said("assistant", "b")], "rejected": [said("user", "c"), said("assistant", "b")]},
+     "row 0: chosen and rejected answer different prompts"),
+])  # fmt: skip
+def test_forms_that_cannot_be_read(row, message):
+    with pytest.raises(ValueError, match=message):
+        explicit_prompts(datasets.Dataset.from_list([row]))
