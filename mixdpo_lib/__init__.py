@@ -1,7 +1,7 @@
 """Mix-DPO and MoE-DPO: preference optimisation with a latent expert.
 
 Names are loaded when they are first used, so that `import mixdpo_lib` costs nothing. The movie-review study is asked for
-by name: `from mixdpo_lib.study import Study`.
+by name: `from mixdpo_lib.study import ReviewUsers`.
 """
 
 from importlib import import_module
@@ -13,8 +13,12 @@ _HOME = {
     "UserGate": "gates.user", "MixedMembershipGate": "gates.membership",
     "HeadExperts": "experts.heads", "AdapterExperts": "experts.adapters", "IndependentExperts": "experts.whole",
     "TabularExperts": "experts.tables", "MixturePolicy": "policy.mixture",
-    "fit": "learning.fit", "fit_gate": "learning.fit", "FitConfig": "learning.config", "FitResult": "learning.config",
-    "GumbelSchedule": "learning.inference", "MixDPOTrainer": "learning.trainer",
+    "fit": "learning.fit", "fit_gate": "learning.fit", "FitConfig": "learning.config",
+    "FitResult": "learning.result", "Start": "learning.starts", "Stop": "learning.config",
+    "Routing": "learning.routing", "Exact": "learning.inference", "Relaxed": "learning.inference",
+    "Recognition": "learning.inference", "Annealed": "learning.inference", "EffectiveExperts": "learning.inference",
+    "MixDPOTrainer": "learning.trainer", "Gate": "gates.contract", "Experts": "experts.contract",
+    "Pairs": "data.pairs",
     "start_run": "runner.record", "load_table": "runner.results", "load_values": "runner.results",
 }  # fmt: skip
 __all__ = sorted(_HOME)

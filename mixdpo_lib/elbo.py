@@ -459,8 +459,28 @@ def mixture_reward(
     return (log_w + rewards).logsumexp(-1)
 
 
-def _keep_largest(log_w: Tensor, s: int) -> Tensor:
-    """The S largest weights of each row, the others ``-inf``; public as :func:`mixdpo_lib.gates.contract.top_s`."""
+def keep_top_s(log_w: Float[Tensor, "*rows experts"], s: int) -> Float[Tensor, "*rows experts"]:
+    """Keep the S largest weights of each row and set the others to ``-inf``, **without** renormalising.
+
+    Not renormalised, the likelihood of the kept experts is a lower bound of the whole one in every row; renormalised
+    it is none.  Among equal weights the lower index is kept, so the kept sets are nested in S.
+
+    Parameters
+    ----------
+    log_w : (..., K), nats.
+    s : 1 ... K.
+
+    Returns
+    -------
+    The shape of log_w, nats.  Gradients flow to the kept weights.
+
+    Raises
+    ------
+    ValueError : s below 1 or above the number of experts.
+
+    >>> keep_top_s(torch.tensor([.2, .5, .3]).log(), 2).exp()
+    tensor([0.0000, 0.5000, 0.3000])
+    """
     experts = log_w.shape[-1]
     if not 1 <= s <= experts:
         raise ValueError(f"top_s={s} with {experts} experts; expected 1 ... {experts}")
@@ -490,7 +510,7 @@ def restricted_log_likelihood(
     tensor([0.5400])
     """
     rows, gate = _rows(loglik, log_w, unit, n_units, validate)
-    kept = _keep_largest(gate, top_s)
+    kept = keep_top_s(gate, top_s)
     return (kept + rows.masked_fill(kept == -math.inf, 0.0)).logsumexp(-1)
 
 
@@ -520,7 +540,7 @@ def certified_gap(
     tensor([1.7407])
     """
     rows, gate = _rows(loglik, log_w, unit, n_units, validate)
-    kept = _keep_largest(gate, top_s)
+    kept = keep_top_s(gate, top_s)
     log_r = (kept + rows.masked_fill(kept == -math.inf, 0.0)).logsumexp(-1)
     log_left_out = gate.masked_fill(kept > -math.inf, -math.inf).logsumexp(-1)
     return F.softplus(log_left_out - log_r)

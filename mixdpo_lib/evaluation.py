@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
-from .base.features import PairFeatures
+from .data.pairs import Pairs
 from .elbo import correct
 from .policy.mixture import MixturePolicy
 
@@ -99,7 +99,7 @@ def choose_n_experts(held_out: pd.DataFrame) -> int:
 
 
 def prompt_accuracy(
-    policy: MixturePolicy, test: PairFeatures, weights: dict[str, Float[Tensor, "rows experts"]],
+    policy: MixturePolicy, test: Pairs, weights: dict[str, Float[Tensor, "rows experts"]],
     test_loglik: Float[Tensor, "pairs experts"] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Share of correct predictions by group and prompt: sum_k w_k sigma(D_k) > 0.5, one half counts half.

@@ -9,8 +9,8 @@ import torch
 from tiny import full_logps, preference_rows
 from torch import nn
 
-from mixdpo_lib.base.features import pair_features, text_store, tokenise
-from mixdpo_lib.data.pairs import Text
+from mixdpo_lib.base.features import tokenise
+from mixdpo_lib.data.pairs import Pairs, Text, Texts
 from mixdpo_lib.evaluation import (
     accuracy_gain,
     align,
@@ -40,7 +40,7 @@ def make(base, data, active="responses", scale=0.5):
 def held_out(tiny_base):
     rows = preference_rows(6, users=2)  # groups a and b in turn
     rows = rows.remove_columns("prompt_id").add_column("prompt_id", [0, 0, 0, 1, 1, 1])
-    return pair_features(tiny_base, rows)
+    return Pairs.of(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- accuracy
@@ -62,13 +62,13 @@ def test_accuracy_by_hand(tiny_base, held_out):
 
 def test_an_untrained_policy_knows_nothing(tiny_base, held_out):
     policy = make(tiny_base, held_out, scale=0)
-    table = prompt_accuracy(policy, held_out, {g: policy.gate()[None] for g in "ab"})
+    table = prompt_accuracy(policy, held_out, {g: policy.gate.log_w()[0][None] for g in "ab"})
     assert table["accuracy"].tolist() == [0.5] * 4  # whatever its rounding
 
 
 def test_predictions_are_those_of_the_policy(tiny_base, held_out):
     policy = make(tiny_base, held_out)
-    table = prompt_accuracy(policy, held_out, {g: policy.gate()[None] for g in "ab"})
+    table = prompt_accuracy(policy, held_out, {g: policy.gate.log_w()[0][None] for g in "ab"})
     hits = (policy.predict(held_out) > 0.5).double().numpy()
     for _, row in table.iterrows():
         key = (row["group"], row["prompt_id"])
@@ -279,10 +279,10 @@ def test_prefix_kl_with_a_bias(tiny_base, held_out):
     head.weight.data.copy_(tiny_base.model.get_output_embeddings().weight)
     head.bias.data.copy_(torch.linspace(-2, 2, len(head.bias)))
     base = replace(tiny_base, model=model.requires_grad_(False), fingerprint="biased")
-    store = text_store(base, [Text("the film", "was", False)])
-    data = pair_features(base, held_out.rows)
+    store = Texts.of([Text("the film", "was", False)])
+    data = Pairs.of(held_out.rows)
     policy = make(base, data)
-    found = prefix_kl(policy, store.features, torch.tensor([0]))
+    found = prefix_kl(policy.experts, store, torch.tensor([0]))
     words = [full_logps(base, policy.experts, "the film", w, False) for w in base.tokenizer.get_vocab()]
     own, ref = torch.stack([w[0] for w in words]).detach(), torch.stack([w[1] for w in words])
     np.testing.assert_allclose(found, (own.exp() * (own - ref[:, None])).sum(0)[None], rtol=1e-3)

@@ -108,3 +108,15 @@ def full_logps(base, experts, prompt, response, ended):
 
     shifts = [hidden @ down.T @ up.T @ head.T for down, up in zip(experts.down, experts.up, strict=True)]
     return torch.stack([score(logits + mask * shift) for shift in shifts]), score(logits)
+
+
+def plain_fit(**choices):
+    """A short plain fit, on which the tests' numbers stand: random batches of pairs, AdamW, little tempering."""
+    from mixdpo_lib.learning.config import FitConfig  # here: what is imported with conftest is not checked for shapes
+    from mixdpo_lib.learning.starts import Start
+
+    config = FitConfig(
+        batch_by="pair", batch_size=32, passes=3.0, min_steps=0, learning_rate=1e-3, evaluations_per_pass=2,
+        start=Start(passes=0.25, temperature=8.0, tempering_passes=1.0),
+    )  # fmt: skip
+    return config.change(**choices)

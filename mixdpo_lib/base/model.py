@@ -35,6 +35,11 @@ class Base:
     fingerprint: str            # 64 hex digits over configuration, tokenizer and weights
     chat: bool = False          # prompts are put into the chat template
 
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        kind = type(self.model).__name__
+        return f"Base: {self.name}, {kind} of {size:,.0f} M parameters, {self.vocab_size:,} tokens, on {self.device}"
+
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt, in the chat template where the base was loaded so."""
         if self.chat:

@@ -1,1 +1,17 @@
-"""What does each expert say? Families of experts behind one contract."""
+"""What does each expert say? Families of experts behind one contract; importing this makes all of them known."""
+
+from .adapters import AdapterExperts
+from .contract import FAMILIES, Experts, make_experts
+from .heads import HeadExperts
+from .tables import TabularExperts
+from .whole import IndependentExperts
+
+__all__ = [
+    "FAMILIES",
+    "AdapterExperts",
+    "Experts",
+    "HeadExperts",
+    "IndependentExperts",
+    "TabularExperts",
+    "make_experts",
+]

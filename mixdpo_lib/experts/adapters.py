@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..base.features import TextFeatures, tokenise
-from ..base.head import reference_logps
+from ..base.features import padded, tokenise
+from ..base.head import reference_logps, response_logps
 from ..base.model import Base
+from ..data.pairs import Texts
 from ..store import MixDPOError, cached, progress
 from .contract import Experts, Voices
-from .models import VERSION, ModelVoices, by_expert, padded, registered, response_logps, shared_copy
+from .leaving import adapter_tensors, lora_config, shared_copy, with_lora
+from .models import ModelVoices, by_expert, registered
+
+VERSION = 2
 
 
 def block_list(model: Any) -> tuple[str, nn.ModuleList]:
@@ -41,26 +46,29 @@ def _linear_names(block: nn.Module) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def lora_config(base: Base, rank: int, blocks: Sequence[int], modules: Sequence[str]) -> Any:
-    """The LoRA configuration of these linear layers in these blocks; B A is added as it is (alpha = rank)."""
-    from peft import LoraConfig
-
-    where = block_list(base.model)[0].rsplit(".", 1)[-1]
-    return LoraConfig(
-        r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", target_modules=list(modules),
-        layers_to_transform=list(blocks), layers_pattern=where,
-        fan_in_fan_out=base.model.config.model_type == "gpt2",
-    )  # fmt: skip
-
-
-def adapter_tensors(peft_model: Any, adapter: str) -> dict[str, nn.Parameter]:
-    """The tensors of one adapter by the names under which peft saves them."""
-    mark = f".{adapter}."
-    return {n.replace(mark, "."): p for n, p in peft_model.named_parameters() if mark in n and "lora_" in n}
-
-
 class _Enough(Exception):
     """Raised where the lower blocks have said what was asked."""
+
+
+@torch.no_grad()
+def entering(
+    model: Any, block: int, input_ids: Int[Tensor, "rows columns"], mask: Int[Tensor, "rows columns"]
+) -> Float[Tensor, "rows columns hidden"]:
+    """What enters a block of the model (its number from 0), without running that block or those above it."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.append(args[0] if args else options["hidden_states"])
+        raise _Enough
+
+    handle = block_list(model)[1][block].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    except _Enough:
+        return found[0]
+    finally:
+        handle.remove()
+    raise MixDPOError(f"{type(model).__name__}: block {block} does not run; use IndependentExperts")
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ class AdapterExperts(Experts):
             )
         self.rank, self.blocks, self.keep_lower = rank, chosen, keep_lower
         self.target_modules = list(target_modules or known)
-        config = lora_config(base, rank, chosen, self.target_modules)
+        config = self.lora_config()
         self._names = [f"expert{k}" for k in range(n_experts)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -147,8 +155,18 @@ class AdapterExperts(Experts):
 
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters."""
-        return {"family": "AdapterExperts", "n_experts": self.n_experts, "rank": self.rank, "blocks": self.blocks,
-                "target_modules": self.target_modules, "keep_lower": self.keep_lower}  # fmt: skip
+        names = ("n_experts", "rank", "blocks", "target_modules", "keep_lower")
+        return {name: getattr(self, name) for name in names}
+
+    def lora_config(self) -> Any:
+        """Of one adapter, as peft takes it."""
+        return lora_config(
+            self.rank,
+            self.target_modules,
+            layers_to_transform=list(self.blocks),
+            layers_pattern=block_list(self._base.model)[0].rsplit(".", 1)[-1],
+            fan_in_fan_out=self._base.model.config.model_type == "gpt2",
+        )
 
     @property
     def _model(self) -> Any:
@@ -177,25 +195,7 @@ class AdapterExperts(Experts):
 
     # ------------------------------------------------------------------------------------------------- likelihoods
 
-    def _lower(self, input_ids: Tensor, mask: Tensor) -> Float[Tensor, "rows columns hidden"]:
-        """What enters the first adapted block."""
-        found: list[Tensor] = []
-
-        def stop(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            found.append(args[0] if args else options["hidden_states"])
-            raise _Enough
-
-        handle = block_list(self._model)[1][self.blocks[0]].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                self._model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        except _Enough:
-            return found[0]
-        finally:
-            handle.remove()
-        raise AssertionError("the blocks of this model do not run in their order")
-
-    def constants(self, texts: TextFeatures) -> AdapterConstants:
+    def constants(self, texts: Texts) -> AdapterConstants:
         """Tokens, reference log-probabilities and (with keep_lower) the lower blocks' output, from the cache."""
         base = self._base
         ids = [tokenise(base, text) for text in texts.texts]
@@ -212,18 +212,19 @@ class AdapterExperts(Experts):
             for start in range(0, len(order), 48):
                 rows = order[start : start + 48]
                 inputs = padded([ids[i] for i in rows])
-                states = self._lower(inputs["input_ids"].to(base.device), inputs["attention_mask"].to(base.device))
+                on = (inputs[name].to(base.device) for name in ("input_ids", "attention_mask"))
+                states = entering(self._model, self.blocks[0], *on)
                 for state, i in zip(states.float().cpu().numpy(), rows, strict=True):
                     out[offsets[i] : offsets[i + 1]] = state[: offsets[i + 1] - offsets[i]]
                 progress("lower blocks", start + len(rows), len(order), "texts")
             out.flush()
 
-        folder = cached("lower", VERSION, {"block": self.blocks[0]}, build, inputs=[texts.key])
+        folder = cached(
+            "lower", VERSION, {"block": self.blocks[0], "base": base.fingerprint}, build, inputs=[texts.key]
+        )
         return AdapterConstants(ids, ref, np.load(folder / "lower.npy", mmap_mode="r", allow_pickle=False), offsets)
 
-    def batch(
-        self, texts: TextFeatures, constants: AdapterConstants, pairs: Int[Tensor, "pairs 2"]
-    ) -> dict[str, Tensor]:
+    def batch(self, constants: AdapterConstants, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
         """Everything `logps` reads for these pairs; each distinct text is held once."""
         ids, place = torch.unique(pairs, return_inverse=True)
         own = [constants.ids[int(i)] for i in ids]
@@ -242,7 +243,7 @@ class AdapterExperts(Experts):
         """See `Experts.text_logps`. The lower blocks run once for all experts, or not at all where they are kept."""
         lower = batch.get("lower")
         if lower is None and self.blocks[0] > 0:
-            lower = self._lower(batch["input_ids"], batch["attention_mask"])
+            lower = entering(self._model, self.blocks[0], batch["input_ids"], batch["attention_mask"])
 
         def speak(k: int, rows: Tensor | None) -> Tensor:
             self._speaks_as(k)
@@ -265,3 +266,19 @@ class AdapterExperts(Experts):
             return model
 
         return ModelVoices([self._base] * self.n_experts, [speaker(k) for k in range(self.n_experts)], chosen)
+
+    def _wrapped(self, k: int, model: Any) -> Any:
+        """`model`, which is the base or a copy of it, wrapped by peft with the adapter of expert k."""
+        wrapped = with_lora(model, self.lora_config())
+        with torch.no_grad():
+            for name, p in adapter_tensors(wrapped, "default").items():
+                p.copy_(self.tensors(k)[name])
+        return wrapped
+
+    def as_adapter(self, k: int) -> Any:
+        """See `Experts.as_adapter`."""
+        return self._wrapped(k, shared_copy(self._base.model))
+
+    def as_model(self, k: int) -> Any:
+        """See `Experts.as_model`."""
+        return self._wrapped(k, copy.deepcopy(self._base.model)).merge_and_unload()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..base.features import PairFeatures, TextFeatures
 from ..base.model import Base
+from ..data.pairs import Pairs, Texts
 from ..elbo import check_n_experts
+from ..store import MixDPOError, whole_folder
 
 
 def check_chosen(chosen: Tensor, rows: int, n_experts: int) -> None:
+    """Refuse a choice of experts that is not (rows, experts) of truth values."""
     if chosen.shape != (rows, n_experts) or chosen.dtype != torch.bool:
         raise ValueError(
             f"chosen has shape {tuple(chosen.shape)} and dtype {chosen.dtype}; expected ({rows}, {n_experts}), bool: "
@@ -36,15 +40,6 @@ def chosen_texts(
     return counts.index_add_(0, pairs.flatten(), chosen.long().repeat_interleave(2, 0)) > 0
 
 
-def place_of(rows: Int[Tensor, "chosen"], n: int) -> Int[Tensor, "rows"]:
-    """Where each of the rows 0 ... n-1 stands in `rows`; -1 where it does not.
-
-    >>> place_of(torch.tensor([2, 0]), 4)
-    tensor([ 1, -1,  0, -1])
-    """
-    return torch.full((n,), -1, device=rows.device).index_copy(0, rows, torch.arange(len(rows), device=rows.device))
-
-
 def read_on(model: Any, input_ids: Tensor, mask: Tensor, cache: Any) -> tuple[Float[Tensor, "rows hidden"], Any]:
     """The last hidden state of each row after these further tokens, and the cache that remembers them.
 
@@ -57,7 +52,7 @@ def read_on(model: Any, input_ids: Tensor, mask: Tensor, cache: Any) -> tuple[Fl
     return out.last_hidden_state[:, -1], out.past_key_values
 
 
-class Voices:
+class Voices(ABC):
     """Next-token logits of several experts at once; keeps its own cache."""
 
     @abstractmethod
@@ -69,14 +64,25 @@ class Voices:
         """Logits of the reference (rows, V), and for each expert that speaks: its number, its rows, their logits."""
 
 
-class Experts(nn.Module):
-    """What every family of experts gives: log-probabilities of responses, of their reference, and next-token logits.
+FAMILIES: dict[str, type[Experts]] = {}  # every family that was defined, by the name of its class
 
-    base : [the frozen model that features and gates read], in a list, so that it is neither a parameter nor part of a
-        checkpoint; [None] for tables without words. n_experts : K.
+
+class Experts(nn.Module, ABC):
+    """A family of experts: log-probabilities of responses, of their reference, and next-token logits.
+
+    A subclass registers itself by its name, so that a saved mixture finds it once its module was imported. It gives
+    `options`, `perturb`, `constants`, `batch`, `text_logps` and `voices`; what else it may give has a default here.
+
+    base : [the frozen model that gates and the reference read], in a list, so that it is neither a parameter nor part
+        of a checkpoint; [None] for tables without words. n_experts : K.
     """
 
     base: list[Any]
+    rates: ClassVar[Mapping[str, float]] = {"adamw": 1e-3, "sgd": 0.03}  # by optimiser, where none is given
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        FAMILIES[cls.__name__] = cls
 
     def __init__(self, base: Base | None, n_experts: int) -> None:
         super().__init__()
@@ -87,28 +93,53 @@ class Experts(nn.Module):
     def _base(self) -> Base:
         return self.base[0]
 
+    # --------------------------------------------------------------------------------------------- what it is made of
+
     @abstractmethod
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters, as JSON."""
 
-    def start(self, data: PairFeatures) -> None:
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], find_base: Callable[..., Base]) -> Experts:
+        """Equal experts with parameters as at the start.
+
+        find_base : gives the policy's base, or that of a name and a fingerprint, for a family that has several.
+        """
+        return cls(find_base(), **options)
+
+    def describe(self) -> dict[str, Any]:
+        """`options` with the family's name, from which `make_experts` makes equal experts."""
+        return {"family": type(self).__name__, **self.options()}
+
+    def fit_state(self, state: Mapping[str, Tensor]) -> None:
+        """Prepare for parameters and buffers that were saved, before they are loaded; nothing by default."""
+
+    # ----------------------------------------------------------------------------------------------------- learning
+
+    def start(self, data: Pairs) -> None:
         """What the training responses decide before the first step; nothing by default."""
 
     @abstractmethod
     def perturb(self, scale: float, generator: torch.Generator) -> None:
         """Symmetry breaking "random_heads": small random numbers of each expert's own."""
 
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        """Parameters with their learning rates, as an optimiser takes them; one rate for all by default."""
+        return [{"params": list(self.parameters()), "lr": rate}]
+
+    # ------------------------------------------------------------------------------------------------- likelihoods
+
     def constants_key(self) -> str:
         """Changes whenever `constants` of the same texts would."""
         return ""
 
     @abstractmethod
-    def constants(self, texts: TextFeatures) -> Any:
+    def constants(self, texts: Texts) -> Any:
         """What is computed once for a set of texts, whatever the experts are."""
 
     @abstractmethod
-    def batch(self, texts: TextFeatures, constants: Any, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
-        """Everything `logps` reads for these pairs; each distinct text is held, and later computed, once.
+    def batch(self, constants: Any, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
+        """Everything `logps` reads for these pairs of texts; each distinct text is held, and later computed, once.
 
         "place" (pairs, 2) says which of the distinct texts each answer is, "text_ref_logps" (texts, 1 or K) their
         log-probabilities under the reference, nats.
@@ -131,10 +162,6 @@ class Experts(nn.Module):
         ValueError : `chosen` of another shape or type.
         """
 
-    @abstractmethod
-    def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
-        """Next-token logits of the experts that each row chose; None: of the reference alone."""
-
     def logps(
         self, batch: dict[str, Tensor], chosen: Bool[Tensor, "pairs experts"] | None = None
     ) -> Float[Tensor, "pairs 2 experts"]:
@@ -155,20 +182,86 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def all_text_logps(
-        self, texts: TextFeatures, constants: Any, ids: Int[Tensor, "texts"] | None = None, block: int = 64,
+        self,
+        constants: Any,
+        ids: Int[Tensor, "texts"],
+        block: int = 64,
         chosen: Bool[Tensor, "texts experts"] | None = None,
-    ) -> tuple[Float[Tensor, "texts experts"], Float[Tensor, "texts references"]]:  # fmt: skip
-        """log pi_k and log pi_ref of the texts `ids` (all by default), nats, in blocks of `block` texts.
+    ) -> tuple[Float[Tensor, "texts experts"], Float[Tensor, "texts references"]]:
+        """log pi_k and log pi_ref of the texts `ids`, nats, in blocks of `block` texts.
 
         `chosen` : which experts are computed for each of the ids; the others are -inf (see `text_logps`).
         """
-        ids = torch.arange(len(texts)) if ids is None else ids
         if chosen is not None:
             check_chosen(chosen, len(ids), self.n_experts)
         device, logps, refs = next(self.parameters()).device, [], []
         for at in torch.arange(len(ids)).split(block):
-            batch = self.batch(texts, constants, torch.stack([ids[at], ids[at]], 1))
+            batch = self.batch(constants, torch.stack([ids[at], ids[at]], 1))
             batch = {name: value.to(device) for name, value in batch.items()}
-            logps.append(self.logps(batch, None if chosen is None else chosen[at].to(device))[:, 0].float().cpu())
+            own = None if chosen is None else chosen[at].to(device)
+            logps.append(self.logps(batch, own)[:, 0].float().cpu())
             refs.append(batch["text_ref_logps"][batch["place"][:, 0]].float().cpu())
         return torch.cat(logps), torch.cat(refs)
+
+    @abstractmethod
+    def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
+        """Next-token logits of the experts that each row chose; None: of the reference alone."""
+
+    # ---------------------------------------------------------------------------------------- leaving the mixture
+
+    def as_adapter(self, k: int) -> Any:
+        """Expert k as a PEFT model around the base, whose `save_pretrained` writes an adapter; refused by default."""
+        raise ValueError(f"{type(self).__name__} have no adapter to export")
+
+    def as_model(self, k: int) -> Any:
+        """Expert k as a plain transformers model with weights of its own; refused by default."""
+        raise ValueError(f"{type(self).__name__} change no model: there is nothing to merge")
+
+    def tokenizer(self, k: int) -> Any:
+        """The tokenizer of expert k: the base's, by default."""
+        return self._base.tokenizer
+
+    def check_number(self, k: int) -> None:
+        """Refuse a number that is no expert's."""
+        if not 0 <= k < self.n_experts:
+            raise ValueError(f"k={k}: expected an expert from 0 to {self.n_experts - 1}")
+
+    @torch.no_grad()
+    def export_adapter(self, k: int, folder: str | Path) -> None:
+        """Write expert k as an adapter that `peft.PeftModel.from_pretrained(base, folder)` reads; the same logits.
+
+        Raises
+        ------
+        ValueError : no expert k; a family that has no adapters.
+        """
+        self.check_number(k)
+        model = self.as_adapter(k)
+        model.peft_config["default"].base_model_name_or_path = self._base.name
+        with whole_folder(folder) as place:
+            model.save_pretrained(str(place), save_embedding_layers=False)
+
+    @torch.no_grad()
+    def merge(self, k: int, folder: str | Path) -> None:
+        """Write expert k as a plain checkpoint (safetensors, configuration, tokenizer) that transformers loads alone."""
+        self.check_number(k)
+        model = self.as_model(k)
+        with whole_folder(folder) as place:
+            model.save_pretrained(str(place))
+            self.tokenizer(k).save_pretrained(str(place))
+
+
+def make_experts(description: Mapping[str, Any], find_base: Callable[..., Base]) -> Experts:
+    """The experts that `describe()` describes, with parameters as at the start.
+
+    Raises
+    ------
+    MixDPOError : a family of this name was not defined; its module has to be imported first.
+    """
+    options = dict(description)
+    family = str(options.pop("family", None))
+    if family not in FAMILIES:
+        raise MixDPOError(
+            f"family={family!r}: no family of experts of this name is known; found {sorted(FAMILIES)}; import the "
+            "module that defines it before loading"
+        )
+    return FAMILIES[family].from_options(options, find_base)

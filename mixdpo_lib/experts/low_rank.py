@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -85,3 +88,70 @@ class Workspace:
 
     def ticket(self) -> int:
         return self._uses
+
+
+def low_rank_text_logps(
+    batch: dict[str, Tensor],
+    down: Float[Tensor, "experts rank hidden"],
+    up: Float[Tensor, "experts hidden rank"],
+    head: Float[Tensor, "tokens hidden"],
+    bias: Float[Tensor, "tokens"] | None,
+    chosen: Bool[Tensor, "texts experts"] | None,
+    mapped: Callable[[Tensor], Tensor] | None,
+    workspace: Workspace,
+) -> Float[Tensor, "texts experts"]:
+    """log pi_k of the texts of a batch of `HeadExperts`, nats; -inf where an expert was not chosen for a text."""
+    names = ("hidden", "target", "token_logit", "lse_inactive", "segment")
+    inputs = {name: batch[name] for name in names}
+    n_texts, n_experts = len(batch["text_ref_logps"]), len(down)
+
+    def token_logps(down: Tensor, up: Tensor, groups: list[Tensor] | None) -> Tensor:
+        if mapped is not None:
+            return _mapped_token_logps(inputs, down, up, head, bias, groups, mapped)
+        return LowRankTokenLogps.apply(
+            inputs["hidden"],
+            down,
+            up,
+            head,
+            bias,
+            inputs["target"],
+            inputs["token_logit"],
+            inputs["lse_inactive"],
+            groups,
+            workspace,
+        )
+
+    if chosen is None or bool(chosen.all()):
+        logps = token_logps(down, head @ up, None)
+        return logps.new_zeros(n_texts, n_experts).index_add(0, inputs["segment"], logps)
+    asked = chosen[inputs["segment"]]
+    here, speak = asked.any(1).nonzero().squeeze(1), asked.any(0).nonzero().squeeze(1)
+    inputs = {name: values[here] for name, values in inputs.items()}
+    groups = [asked[here, k].nonzero().squeeze(1) for k in speak]
+    logps = token_logps(down[speak], head @ up[speak], groups)
+    sums = logps.new_zeros(n_texts, len(speak)).index_add(0, inputs["segment"], logps)
+    return sums.new_zeros(chosen.shape).index_copy(1, speak, sums).masked_fill(~chosen, -torch.inf)
+
+
+def _mapped_token_logps(
+    inputs: dict[str, Tensor],
+    down: Tensor,
+    up: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    groups: list[Tensor] | None,
+    mapped: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "positions experts"]:
+    """The same for a head whose output is scaled or soft-capped: by plain operations, slower and larger."""
+    plain = inputs["hidden"] @ head.T + (0 if bias is None else bias)
+    every = torch.arange(len(plain), device=plain.device)
+    columns = []
+    for k in range(len(down)):
+        at = every if groups is None else groups[k]
+        z = mapped(plain[at] + (inputs["hidden"][at] @ down[k].T) @ up[k].T)
+        target = inputs["target"][at]
+        own = z.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+        token = torch.where(target >= 0, own, inputs["token_logit"][at])
+        lse = torch.logaddexp(z.logsumexp(1), inputs["lse_inactive"][at])
+        columns.append(plain.new_zeros(len(plain)).index_copy(0, at, token - lse))
+    return torch.stack(columns, 1)

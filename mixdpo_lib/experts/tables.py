@@ -6,8 +6,8 @@ whole contract of `contract.Experts`: they are fitted, asked and sampled from li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,18 @@ from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..base.features import PairFeatures, TextFeatures, pair_features, tokenise
+from ..base.features import tokenise
 from ..base.head import reference_logps
 from ..base.model import Base
-from ..data.pairs import Text
+from ..data.pairs import Pairs, Text, Texts
 from .contract import Experts, Voices
+
+
+class TableConstants(NamedTuple):
+    """A set of texts and the number (texts,) of each in a table; -1 for a text that is not in it."""
+
+    texts: Texts
+    number: np.ndarray
 
 
 class TabularExperts(Experts):
@@ -48,6 +55,7 @@ class TabularExperts(Experts):
     0.72
     """
 
+    rates = {"adamw": 0.1, "sgd": 1.0}
     log_ref: Tensor
     prompt: Tensor
 
@@ -73,22 +81,30 @@ class TabularExperts(Experts):
         self.register_buffer("log_ref", self._by_prompt(log_ref.double()[None])[0])
 
     @classmethod
-    def of(cls, base: Base, data: Dataset | PairFeatures, n_experts: int, **options: Any) -> TabularExperts:
+    def of(cls, base: Base, data: Dataset | Pairs, n_experts: int, **options: Any) -> TabularExperts:
         """A table of all answers of a preference set; the reference is the base's, restricted to a prompt's answers.
 
         options : beta, prior_scale.
         """
-        data = data if isinstance(data, PairFeatures) else pair_features(base, data)
-        ids = torch.unique(data.pairs)
+        data = data if isinstance(data, Pairs) else Pairs.of(data)
+        ids = torch.unique(data.index)
         log_ref = torch.from_numpy(reference_logps(base, data.texts))[ids]
         answers = [data.texts.texts[int(i)] for i in ids]
         return cls(len(answers), n_experts, log_ref=log_ref, answers=answers, base=base, **options)
 
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters."""
-        return {"family": "TabularExperts", "n_answers": self.n_answers, "n_experts": self.n_experts,
-                "beta": self.beta, "prior_scale": self.prior_scale,
-                "answers": [list(answer) for answer in self.answers] or None}  # fmt: skip
+        names = ("n_answers", "n_experts", "beta", "prior_scale")
+        answers = [list(answer) for answer in self.answers] or None
+        return {**{name: getattr(self, name) for name in names}, "answers": answers}
+
+    @classmethod
+    def from_options(
+        cls, options: Mapping[str, Any], find_base: Callable[..., Base]
+    ) -> TabularExperts:
+        """A table of the same answers, with rewards of 0."""
+        answers = options["answers"] and [Text(*answer) for answer in options["answers"]]
+        return cls(**{**options, "answers": answers}, base=find_base() if answers else None)
 
     def _by_prompt(self, scores: Float[Tensor, "rows answers"]) -> Float[Tensor, "rows answers"]:
         """Log-probabilities of these scores among the answers of each prompt."""
@@ -134,12 +150,12 @@ class TabularExperts(Experts):
 
     # ------------------------------------------------------------------------------------------------- likelihoods
 
-    def constants(self, texts: TextFeatures) -> Int[np.ndarray, "texts"]:
-        """The number of each text in the table; -1 for a text that is not in it."""
+    def constants(self, texts: Texts) -> TableConstants:
+        """The texts, and the number of each of them in the table."""
         place = {answer: i for i, answer in enumerate(self.answers)}
-        return np.array([place.get(text, -1) for text in texts.texts])
+        return TableConstants(texts, np.array([place.get(text, -1) for text in texts.texts]))
 
-    def batch(self, texts: TextFeatures, constants: np.ndarray, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
+    def batch(self, constants: TableConstants, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
         """Everything `logps` reads for these pairs.
 
         Raises
@@ -147,9 +163,9 @@ class TabularExperts(Experts):
         ValueError : a text that is not in the table, of which a table knows nothing; it is named.
         """
         ids, place = torch.unique(pairs, return_inverse=True)
-        answer = torch.from_numpy(constants)[ids]
+        answer = torch.from_numpy(constants.number)[ids]
         if bool((answer < 0).any()):
-            text = texts.texts[int(ids[answer < 0][0])]
+            text = constants.texts.texts[int(ids[answer < 0][0])]
             raise ValueError(
                 f"answer {text.response[:40]!r} to {text.prompt[:40]!r} is not among the {self.n_answers} of the "
                 "table: a table knows its own answers alone; make it of all pairs that it shall judge"
@@ -215,33 +231,48 @@ class TabularExperts(Experts):
         n, k = self.n_answers, self.n_experts
         cell = pairs[:, 0] * n + pairs[:, 1]  # experts see a table of counts, whatever the number of pairs
         count = weight.new_zeros(n * n, k).index_add_(0, cell, weight).T.reshape(k, n, n)
-
-        def objective(rewards: Tensor) -> Tensor:
-            margin = rewards[:, :, None] - rewards[:, None, :]
-            fit = (count * nn.functional.logsigmoid(margin)).sum((1, 2))
-            return fit - (rewards**2).sum(1) / (2 * self.prior_scale**2)
-
-        updates = 0
-        for _ in range(steps):
-            rewards = self.rewards.data
-            p = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])
-            pull = count * (1 - p)
-            gradient = pull.sum(2) - pull.sum(1) - rewards / self.prior_scale**2
-            bend = count * p * (1 - p)
-            bend = bend + bend.transpose(1, 2)
-            hessian = torch.diag_embed(bend.sum(2) + 1 / self.prior_scale**2) - bend
-            direction = torch.linalg.solve(hessian, gradient)
-            before, size = objective(rewards), torch.ones(k, 1, dtype=torch.float64)
-            for _ in range(30):
-                after = objective(rewards + size * direction)
-                worse = after < before
-                if not bool(worse.any()):
-                    break
-                size[worse] /= 2
-            better = (after > before)[:, None]
-            self.rewards.copy_(torch.where(better, rewards + size * direction, rewards))
-            updates += int(better.sum())
+        rewards, updates = newton_steps(self.rewards.data, count, self.prior_scale, steps)
+        self.rewards.copy_(rewards)
         return updates
+
+
+def newton_steps(
+    rewards: Float[Tensor, "experts answers"],
+    count: Float[Tensor, "experts answers answers"],
+    prior_scale: float,
+    steps: int,
+) -> tuple[Float[Tensor, "experts answers"], int]:
+    """Rewards after damped Newton steps on sum count[a, b] log sigma(r_a - r_b) + log prior, and how many rose.
+
+    count : how often (by responsibility) answer a was preferred to answer b. A step that does not raise an expert's
+    objective is halved until it does.
+    """
+
+    def objective(rewards: Tensor) -> Tensor:
+        margin = rewards[:, :, None] - rewards[:, None, :]
+        fit = (count * nn.functional.logsigmoid(margin)).sum((1, 2))
+        return fit - (rewards**2).sum(1) / (2 * prior_scale**2)
+
+    updates = 0
+    for _ in range(steps):
+        p = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])
+        pull = count * (1 - p)
+        gradient = pull.sum(2) - pull.sum(1) - rewards / prior_scale**2
+        bend = count * p * (1 - p)
+        bend = bend + bend.transpose(1, 2)
+        hessian = torch.diag_embed(bend.sum(2) + 1 / prior_scale**2) - bend
+        direction = torch.linalg.solve(hessian, gradient)
+        before, size = objective(rewards), torch.ones(len(rewards), 1, dtype=torch.float64)
+        for _ in range(30):
+            after = objective(rewards + size * direction)
+            worse = after < before
+            if not bool(worse.any()):
+                break
+            size[worse] /= 2
+        better = (after > before)[:, None]
+        rewards = torch.where(better, rewards + size * direction, rewards)
+        updates += int(better.sum())
+    return rewards, updates
 
 
 class _TabularVoices(Voices):

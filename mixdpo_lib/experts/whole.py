@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,24 +11,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..base.features import TextFeatures, tokenise
-from ..base.head import reference_logps
+from ..base.features import padded, tokenise
+from ..base.head import reference_logps, response_logps
 from ..base.model import Base, need_memory
+from ..data.pairs import Texts
 from .contract import Experts, Voices
-from .models import ModelVoices, by_expert, kinds, padded, plain_logps, registered, response_logps
+from .models import ModelVoices, by_expert, kinds, registered
 
 
 class IndependentExperts(Experts):
     """K whole models, each trained in all its parameters and with a reference of its own, which may differ.
 
     Expert k starts as a copy of `bases[k]`, which stays frozen as its reference. A gate of prompts reads the states of
-    one of them, the encoder.
+    the first of them.
 
     Parameters
     ----------
     bases : one `Base` an expert; the same one may stand several times. Tokenizers may differ: each expert reads texts
         in its own tokens (the posterior-weighted token form then has no meaning, and is refused).
-    encoder : which of them gates and features read; 0 by default.
 
     Raises
     ------
@@ -36,23 +36,33 @@ class IndependentExperts(Experts):
         training needs besides.
     """
 
-    def __init__(self, bases: Sequence[Base], encoder: int = 0) -> None:
-        if not bases or not 0 <= encoder < len(bases):
-            raise ValueError(f"{len(bases)} bases, encoder={encoder}: expected at least one, and an encoder among them")
-        super().__init__(bases[encoder], len(bases))
+    rates = {"adamw": 2e-5, "sgd": 1e-3}
+
+    def __init__(self, bases: Sequence[Base]) -> None:
+        if not bases:
+            raise ValueError("bases: found none, expected one for each expert; the same one may stand several times")
+        super().__init__(bases[0], len(bases))
         size = sum(p.numel() for base in bases for p in base.model.parameters())
         what = f"{len(bases)} models of {size / 1e6:.1f} M parameters together"
         need_memory(4 * size, what, bases[0].device)
-        self.bases, self.encoder, self.kinds = list(bases), encoder, kinds(bases)
+        self.bases, self.kinds = list(bases), kinds(bases)
         self._models = [copy.deepcopy(base.model).requires_grad_(True).eval() for base in bases]
         named = {f"{k}.{n}": p for k, model in enumerate(self._models) for n, p in model.named_parameters()}
         self.models = registered(named)
 
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters."""
-        return {"family": "IndependentExperts", "n_experts": self.n_experts, "encoder": self.encoder,
-                "bases": [base.name for base in self.bases],
-                "fingerprints": [base.fingerprint for base in self.bases]}  # fmt: skip
+        return {
+            "bases": [base.name for base in self.bases],
+            "fingerprints": [base.fingerprint for base in self.bases],
+        }
+
+    @classmethod
+    def from_options(
+        cls, options: Mapping[str, Any], find_base: Callable[..., Base]
+    ) -> IndependentExperts:
+        """Copies of the bases of these names, which must be the ones that the experts were trained from."""
+        return cls([find_base(*one) for one in zip(options["bases"], options["fingerprints"], strict=True)])
 
     def model(self, k: int) -> Any:
         """The model of expert k (transformers)."""
@@ -65,7 +75,7 @@ class IndependentExperts(Experts):
                 last = [p for p in model.base_model.parameters() if p.dim() == 1][-1]
                 last.add_(torch.randn(last.shape, generator=generator) * scale)
 
-    def constants(self, texts: TextFeatures) -> tuple[list[list[tuple[list[int], list[int]]]], np.ndarray]:
+    def constants(self, texts: Texts) -> tuple[list[list[tuple[list[int], list[int]]]], np.ndarray]:
         """For each expert the token ids of every text; (texts, K) the log-probabilities of its reference, nats."""
         ids: list[list[tuple[list[int], list[int]]]] = []
         ref = np.empty((len(texts), self.n_experts), np.float32)
@@ -76,11 +86,10 @@ class IndependentExperts(Experts):
                 continue
             base = self.bases[k]
             ids.append([tokenise(base, text) for text in texts.texts])
-            same = base.fingerprint == self._base.fingerprint
-            ref[:, k] = reference_logps(base, texts) if same else plain_logps(base, texts, ids[k])
+            ref[:, k] = reference_logps(base, texts)
         return ids, ref
 
-    def batch(self, texts: TextFeatures, constants: Any, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
+    def batch(self, constants: Any, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
         """Everything `logps` reads for these pairs; each distinct text is held once a tokenizer."""
         tokens, ref = constants
         ids, place = torch.unique(pairs, return_inverse=True)
@@ -103,9 +112,21 @@ class IndependentExperts(Experts):
         return by_expert(speak, self.n_experts, batch, chosen)
 
     def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
-        """See `Experts.voices`. Experts read token ids of the encoder: generation needs one tokenizer for all."""
+        """See `Experts.voices`. Experts read token ids of the first base: generation needs one tokenizer for all."""
         tokenizers = {base.tokenizer_fingerprint for base in self.bases}
         if len(tokenizers) > 1:
             raise ValueError("the experts' tokenizers differ: they score each other's texts, but cannot speak in one "
                              "batch; use policy.experts.model(k).generate")  # fmt: skip
         return ModelVoices(self.bases, [lambda k=k: self._models[k] for k in range(self.n_experts)], chosen)  # type: ignore[misc]
+
+    def as_adapter(self, k: int) -> Any:
+        """Refused: whole models are no adapters."""
+        raise ValueError("IndependentExperts are whole models, no adapters: use merge(k, folder)")
+
+    def as_model(self, k: int) -> Any:
+        """A copy of the model of expert k, frozen."""
+        return copy.deepcopy(self._models[k]).requires_grad_(False)
+
+    def tokenizer(self, k: int) -> Any:
+        """That of the base that expert k started from."""
+        return self.bases[k].tokenizer

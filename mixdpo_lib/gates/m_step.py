@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixdpo_lib.elbo import entropy
+from ..elbo import entropy, log_responsibilities, mixture_log_likelihood
+from .inputs import distinct_rows
 
-from ..elbo import log_responsibilities, mixture_log_likelihood
-from . import Gate
-from .contract import distinct_rows
-from .weights import FixedWeights, LearnedWeights
+if TYPE_CHECKING:
+    from .contract import Gate
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def gate_m_step(
     inputs : what the gate reads, one row a latent: a pair, or a unit. log_q : responsibilities of these rows.
     max_iter : >= 1 iterations of L-BFGS. frozen : parameters of the gate that stay as they are.
     place : which row of the inputs each responsibility belongs to, where the inputs are distinct rows (see
-        `contract.distinct_rows`); the same minimum, and rows that are equal are computed once.
+        `inputs.distinct_rows`); the same minimum, and rows that are equal are computed once.
 
     Returns
     -------
@@ -72,7 +71,7 @@ def gate_m_step(
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = gate_loss(gate(inputs), log_q, entropy_weight, balance_weight, count) - gate.log_prior() / n  # type: ignore[union-attr, operator]
+        value = gate_loss(gate.log_w(inputs), log_q, entropy_weight, balance_weight, count) - gate.log_prior() / n
         value.backward()
         return value
 
@@ -104,19 +103,18 @@ def gate_em(
     """
     rows: list[dict[str, float]] = []
     reason, n = "max_iter", len(loglik)
-    total_units = n_units if n_units is not None else (n if unit is None else int(unit.max()) + 1)
+    latents = n_units if n_units is not None else (n if unit is None else int(unit.max()) + 1)
     shared: dict[str, Any] = {"unit": unit, "n_units": n_units if unit is not None else None}
-    log_q, place = torch.empty(0), torch.empty(0, dtype=torch.long)
-    if gate.reads:
-        inputs, place = distinct_rows(inputs)
+    log_q = torch.empty(0)
+    inputs, place = distinct_rows(inputs, latents)
     for iteration in range(max_iter):
-        log_w = gate(inputs)[place] if gate.reads else gate()
+        log_w = gate.log_w(inputs)[place]
         log_q = log_responsibilities(loglik, log_w, **shared)
         total = float(mixture_log_likelihood(loglik, log_w, **shared).sum())
-        prior = 0.0 if isinstance(gate, FixedWeights) else float(gate.log_prior())
-        if gate.reads and (entropy_weight or balance_weight):
-            plain, whole = gate_loss(log_w, log_q), gate_loss(log_w, log_q, entropy_weight, balance_weight)
-            prior += float(plain - whole) * total_units
+        prior = float(gate.log_prior())
+        if entropy_weight or balance_weight:
+            whole = gate_loss(log_w, log_q, entropy_weight, balance_weight)
+            prior += float(gate_loss(log_w, log_q) - whole) * latents
         rows.append({"iteration": iteration, "objective": (total + prior) / n, "loglik": total / n})
         if not math.isfinite(rows[-1]["objective"]):
             reason = "non_finite"
@@ -124,14 +122,19 @@ def gate_em(
         if iteration and rows[-1]["objective"] - rows[-2]["objective"] < tolerance:
             reason = "tolerance"
             break
-        if isinstance(gate, FixedWeights):
+        if not gate.learns:
             reason = "tolerance"
             break
-        if isinstance(gate, LearnedWeights):
-            gate.update(log_q.exp().mean(0), n_units=total_units)
-        else:
-            gate_m_step(gate, inputs, log_q, entropy_weight, balance_weight, 30, frozen, place)
-    return EMResult(pd.DataFrame(rows), reason, pd.DataFrame({"restart": [0], "kept": [True]}), log_q)
+        gate.m_step(
+            inputs,
+            log_q,
+            place,
+            frozen=frozen,
+            entropy_weight=entropy_weight,
+            balance_weight=balance_weight,
+        )
+    restarts = pd.DataFrame({"restart": [0], "kept": [True]})
+    return EMResult(pd.DataFrame(rows), reason, restarts, log_q)
 
 
 def gate_loss(

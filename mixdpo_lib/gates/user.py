@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..elbo import check_n_experts
-from .contract import given, log_normal, positive, zero_linear
+from ..base.model import Base
+from .contract import Gate
+from .inputs import given, log_normal, positive, zero_linear
 
 
-class UserGate(nn.Module):
+class UserGate(Gate):
     """Reads what is known of the user: ``log_w = log_softmax(W m + b)``, m the encoded metadata of a row.
 
     Categories are one-hot, numbers are standardised.  A category that was not there when the gate was made is encoded
@@ -26,36 +27,33 @@ class UserGate(nn.Module):
     columns : by name, the categories of a categorical column (a list of text), or mean and standard deviation of a
         numeric one (a tuple).  :meth:`from_metadata` reads them off the training users.
     n_experts : K >= 1.
-    gate_temperature : > 0, see :class:`ContextGate`.
     weight_scale : > 0, nats for a category, or for one standard deviation of a number: the prior N(0, weight_scale^2).
 
     Raises
     ------
-    ValueError : no columns, n_experts below 1, gate_temperature or weight_scale not above 0.
+    ValueError : no columns, n_experts below 1, weight_scale not above 0.
 
     >>> gate = UserGate.from_metadata({"country": ["x", "y", "x"], "age": [20, 30, 40]}, n_experts=2)
     >>> gate.encode({"country": ["y"], "age": [30]})
     tensor([[0., 1., 0.]])
     """
 
-    reads: tuple[str, ...] = ("metadata",)
-
     def __init__(
-        self, columns: Mapping[str, list[str] | tuple[float, float]], n_experts: int,
-        gate_temperature: float | int = 1.0, weight_scale: float | int = 1.0,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        check_n_experts(n_experts)
-        self.weight_scale = positive("weight_scale", weight_scale)
+        self,
+        columns: Mapping[str, list[str] | tuple[float, float]],
+        n_experts: int,
+        weight_scale: float | int = 1.0,
+    ) -> None:
         if not columns:
             raise ValueError("columns: found none; a gate of users needs at least one column of metadata")
-        self.columns, self.n_experts = dict(columns), n_experts
-        self.gate_temperature = positive("gate_temperature", gate_temperature)
+        super().__init__(n_experts, reads=tuple(columns))
+        self.weight_scale = positive("weight_scale", weight_scale)
+        self.columns = dict(columns)
         n_features = sum(len(kind) if isinstance(kind, list) else 1 for kind in self.columns.values())
         self.outer = zero_linear(n_features, n_experts)
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Sequence[Any]], n_experts: int, **options: Any) -> "UserGate":
+    def from_metadata(cls, metadata: Mapping[str, Sequence[Any]], n_experts: int, **options: Any) -> UserGate:
         """A gate for these columns: text and truth values are categorical, other numbers numeric.
 
         Raises
@@ -79,7 +77,7 @@ class UserGate(nn.Module):
         return cls(columns, n_experts, **options)
 
     def encode(self, metadata: Mapping[str, Sequence[Any]]) -> Float[Tensor, "rows features"]:
-        """(rows, features) float32 of these users: what ``batch["metadata"]`` holds.
+        """(rows, features) float32 of these users: what the gate reads.
 
         Raises
         ------
@@ -118,28 +116,36 @@ class UserGate(nn.Module):
                 parts.append(one_hot)
         return torch.cat(parts, 1)
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> UserGate:
+        """An equal gate as at the start; JSON has no tuples, so that mean and standard deviation come as a list."""
+        columns = {
+            name: [str(one) for one in kind] if isinstance(kind[0], str) else (float(kind[0]), float(kind[1]))
+            for name, kind in options["columns"].items()
+        }
+        return cls(**{**options, "columns": columns})
+
     def options(self) -> dict[str, Any]:
-        """What makes an equal gate but for its parameters, see :func:`make_gate`."""
-        return {"gate": "UserGate", "columns": self.columns, "n_experts": self.n_experts,
-                "gate_temperature": self.gate_temperature, "weight_scale": self.weight_scale}  # fmt: skip
+        """What makes an equal gate but for what is learned."""
+        return {"columns": self.columns, "n_experts": self.n_experts, "weight_scale": self.weight_scale}
+
+    def inputs(self, columns: Mapping[str, Sequence[Any]], base: Base | None) -> dict[str, Tensor]:
+        """The encoded metadata of each row, see `encode`."""
+        return {"metadata": self.encode(columns)}
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
+        """Before the softmax; gradients flow."""
+        return self.outer(given(inputs, "metadata", self.outer.in_features))
 
     def log_prior(self) -> Float[Tensor, ""]:
         """Log density of the weights under their prior, without its constant and without the bias; nats."""
         return log_normal([self.outer.weight], self.weight_scale)
 
-    def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
-        """Before the softmax; gradients flow."""
-        return self.outer(given(batch, "metadata", self.outer.in_features))
-
-    def forward(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
-        """log_w of every row, nats, from ``batch["metadata"]`` (see :meth:`encode`); gradients flow."""
-        return (self.logits(batch) / self.gate_temperature).log_softmax(-1)
-
 
 def given_gate(column: str, categories: Sequence[str], n_experts: int) -> UserGate:
     """A gate that is told who answers: the expert of each category of a column, for sure; frozen. For oracles.
 
-    >>> given_gate("group", ["a", "b"], 2)({"metadata": torch.tensor([[0.0, 1.0]])}).exp()
+    >>> given_gate("group", ["a", "b"], 2).log_w({"metadata": torch.tensor([[0.0, 1.0]])}).exp()
     tensor([[0., 1.]])
     """
     gate = UserGate({column: list(categories)}, n_experts)

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixdpo_lib.elbo import check_log_w
-
-from ..elbo import check_n_experts
-
-NORMALISED_TOLERANCE = 1e-5  # how far given weights may be from a total of 1
+from ..base.model import Base
+from ..elbo import GATE_TOLERANCE, check_log_w, check_n_experts
+from .contract import Gate
 
 
-class FixedWeights(nn.Module):
+class _WeightsAlone(Gate):
+    """The same weights for every row: `log_weights` (K,), a buffer."""
+
+    log_weights: Tensor
+
+    def inputs(self, columns: Mapping[str, Sequence[Any]], base: Base | None) -> dict[str, Tensor]:
+        """Nothing is read."""
+        return {}
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "1 experts"]:
+        """The weights as they are, nats, one row; no gradient flows."""
+        return self.log_weights[None]
+
+    def log_w(self, inputs: Mapping[str, Tensor] | None = None) -> Float[Tensor, "1 experts"]:
+        """The weights as they are, nats, one row; no gradient flows."""
+        return self.log_weights[None]
+
+
+class FixedWeights(_WeightsAlone):
     """Weights that are given and stay as they are: ``w_k`` does not depend on the input and is not learned.
 
     Parameters
@@ -29,16 +45,18 @@ class FixedWeights(nn.Module):
     ------
     ValueError : neither or both given; no weights; a negative weight; a total that is not 1.
 
-    >>> FixedWeights([0.25, 0.75])().exp()
-    tensor([0.2500, 0.7500])
+    >>> FixedWeights([0.25, 0.75]).log_w().exp()
+    tensor([[0.2500, 0.7500]])
     >>> FixedWeights.uniform(2).n_experts
     2
     """
 
-    log_w: Tensor
-
-    def __init__(self, weights: Sequence[float | int] | Tensor | None = None, *, log_w: Tensor | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        weights: Sequence[float | int] | Tensor | None = None,
+        *,
+        log_w: Tensor | None = None,
+    ) -> None:
         if (weights is None) == (log_w is None):
             raise ValueError("FixedWeights: give weights or log_w, exactly one of the two")
         if log_w is None:
@@ -52,40 +70,39 @@ class FixedWeights(nn.Module):
             log_w = given.log()
         if log_w.dim() != 1:
             raise ValueError(f"log_w has shape {tuple(log_w.shape)}; expected (experts,)")
-        check_n_experts(len(log_w))
+        super().__init__(len(log_w))
         log_w = log_w.detach().clone()
         total = float(log_w.exp().sum())
-        if not abs(total - 1) <= NORMALISED_TOLERANCE:
+        if not abs(total - 1) <= GATE_TOLERANCE:
             raise ValueError(f"weights sum to {total:.6g}, expected 1; divide them by their total")
-        self.register_buffer("log_w", check_log_w(log_w))
-
-    reads: tuple[str, ...] = ()
-
-    def options(self) -> dict[str, Any]:
-        """What makes an equal gate but for its weights, see :func:`make_gate`."""
-        return {"gate": "FixedWeights", "n_experts": self.n_experts}
+        self.register_buffer("log_weights", check_log_w(log_w))
 
     @classmethod
-    def uniform(cls, n_experts: int) -> "FixedWeights":
+    def uniform(cls, n_experts: int) -> FixedWeights:
         """Equal weights for ``n_experts`` experts."""
         check_n_experts(n_experts)
         return cls(torch.full((n_experts,), 1.0 / n_experts, dtype=torch.float64).float())
 
-    @property
-    def n_experts(self) -> int:
-        return self.log_w.shape[0]
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> FixedWeights:
+        """Equal weights, until the saved ones are loaded."""
+        return cls.uniform(options["n_experts"])
 
-    def forward(self, batch: Any = None) -> Float[Tensor, "experts"]:
-        """(K,), nats; the batch is not read."""
-        return self.log_w
+    def options(self) -> dict[str, Any]:
+        """What makes an equal gate but for its weights."""
+        return {"n_experts": self.n_experts}
+
+    def log_prior(self) -> Float[Tensor, ""]:
+        """0: nothing is learned."""
+        return self.log_weights.new_zeros(())
 
 
-class LearnedWeights(nn.Module):
+class LearnedWeights(_WeightsAlone):
     """One set of weights for all inputs, learned as the mean responsibility over units, with a Dirichlet prior.
 
     M-step: ``m_k = (U mean_u q_uk + alpha - 1) / (U + K (alpha - 1))``, the mode of the posterior under a symmetric
     Dirichlet of concentration alpha; stochastic form ``w <- (1 - rho) w + rho m``.  Source: derived in docs/method.md,
-    tested in tests/test_gating.py.  Starts uniform.  Not trained by gradient: ``log_w`` is a buffer.
+    tested in tests/test_gating.py.  Starts uniform.  Not trained by gradient: ``log_weights`` is a buffer.
 
     Parameters
     ----------
@@ -99,33 +116,51 @@ class LearnedWeights(nn.Module):
 
     >>> gate = LearnedWeights(n_experts=2, alpha=2.0)
     >>> gate.update(torch.tensor([0.75, 0.25]), rho=1.0, n_units=8)   # (6 + 1) / 10, (2 + 1) / 10
-    >>> gate().exp()
-    tensor([0.7000, 0.3000])
+    >>> gate.log_w().exp()
+    tensor([[0.7000, 0.3000]])
     """
 
-    log_w: Tensor
-
     def __init__(self, n_experts: int, alpha: float | int = 1.1) -> None:
-        super().__init__()
-        check_n_experts(n_experts)
+        super().__init__(n_experts)
         if not 1 <= alpha < math.inf:
-            raise ValueError(f"alpha={alpha}: the Dirichlet concentration is at least 1; 1 is maximum likelihood")
+            raise ValueError(
+                f"alpha={alpha}: the Dirichlet concentration is at least 1; 1 is maximum likelihood"
+            )
         self.alpha = float(alpha)
-        self.register_buffer("log_w", torch.full((n_experts,), -math.log(n_experts)))
-
-    reads: tuple[str, ...] = ()
+        self.register_buffer("log_weights", torch.full((n_experts,), -math.log(n_experts)))
 
     def options(self) -> dict[str, Any]:
-        """What makes an equal gate but for its weights, see :func:`make_gate`."""
-        return {"gate": "LearnedWeights", "n_experts": self.n_experts, "alpha": self.alpha}
+        """What makes an equal gate but for its weights."""
+        return {"n_experts": self.n_experts, "alpha": self.alpha}
 
     @property
-    def n_experts(self) -> int:
-        return self.log_w.shape[0]
+    def learns(self) -> bool:
+        """Always, by its closed form."""
+        return True
 
-    def forward(self, batch: Any = None) -> Float[Tensor, "experts"]:
-        """(K,), nats; the batch is not read, and no gradient flows."""
-        return self.log_w
+    def m_step(
+        self,
+        inputs: Mapping[str, Tensor],
+        log_q: Float[Tensor, "rows experts"],
+        place: Int[Tensor, "rows"],
+        share: float = 1.0,
+        max_iter: int = 30,
+        frozen: Sequence[nn.Parameter] = (),
+        entropy_weight: float = 0.0,
+        balance_weight: float = 0.0,
+    ) -> None:
+        """See `Gate.m_step`: `share` of the way to the mode of the posterior (`update`).
+
+        Raises
+        ------
+        ValueError : a weight of entropy or balance, which act on gates that read.
+        """
+        if entropy_weight or balance_weight:
+            raise ValueError(
+                f"entropy_weight={entropy_weight}, balance_weight={balance_weight} with LearnedWeights: expected a "
+                "gate that reads, or weights of 0"
+            )
+        self.update(log_q.exp().mean(0), share, n_units=len(log_q))
 
     @torch.no_grad()
     def update(
@@ -145,7 +180,7 @@ class LearnedWeights(nn.Module):
         ------
         ValueError : another shape, no probabilities, rho outside (0, 1], n_units not above 0.
         """
-        if mean_responsibility.shape != self.log_w.shape:
+        if mean_responsibility.shape != self.log_weights.shape:
             raise ValueError(
                 f"mean_responsibility has shape {tuple(mean_responsibility.shape)}; expected ({self.n_experts},)"
             )
@@ -153,13 +188,13 @@ class LearnedWeights(nn.Module):
             raise ValueError(f"rho={rho}: expected above 0 and at most 1; 1 is the full M-step")
         if not 0 < n_units < math.inf:
             raise ValueError(f"n_units={n_units}: expected the number of units of the training data, above 0")
-        q = mean_responsibility.to(self.log_w.device, torch.float64)
+        q = mean_responsibility.to(self.log_weights.device, torch.float64)
         if not (q >= 0).all() or not abs(float(q.sum()) - 1) <= 1e-3:
             raise ValueError(f"mean_responsibility={q.tolist()}: expected probabilities that sum to 1")
         prior = self.alpha - 1
         m = (n_units * q / q.sum() + prior) / (n_units + self.n_experts * prior)
-        w = (1 - rho) * self.log_w.double().exp() + rho * m
-        self.log_w.copy_((w / w.sum()).log())
+        w = (1 - rho) * self.log_weights.double().exp() + rho * m
+        self.log_weights.copy_((w / w.sum()).log())
 
     def log_prior(self) -> Float[Tensor, ""]:
         """Log density of the weights under the Dirichlet prior, without its constant: ``(alpha - 1) sum_k log w_k``.
@@ -167,5 +202,5 @@ class LearnedWeights(nn.Module):
         Nats.  The objective that full-batch EM with this gate never lowers is the log-likelihood plus this.
         """
         if self.alpha == 1:
-            return self.log_w.new_zeros(())
-        return (self.alpha - 1) * self.log_w.sum()
+            return self.log_weights.new_zeros(())
+        return (self.alpha - 1) * self.log_weights.sum()

@@ -1,19 +1,44 @@
-"""What may be chosen of a fit, when does it stop, and what does it leave?"""
+"""What may be chosen of a fit, and when does it stop?"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-import pandas as pd
-from torch import Tensor
-
-from .inference import GumbelSchedule
-from .starts import SYMMETRY_BREAKING
+from .inference import Exact, Inference
+from .routing import Routing
+from .starts import Start
 
 STOP_REASONS = (
-    "tolerance", "max_iter", "bound_decreased", "no_improvement", "non_finite", "dead_expert", "interrupted",
-)  # fmt: skip
+    "tolerance",
+    "max_iter",
+    "bound_decreased",
+    "no_improvement",
+    "non_finite",
+    "dead_expert",
+    "interrupted",
+)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a fit ends before its last step.
+
+    patience : evaluations without a better validation likelihood; 0: never.
+    min_usage : in [0, 1), mean responsibility below which an expert ends the fit as dead; 0: reported, never fatal.
+    """
+
+    patience: int = 0
+    min_usage: float | int = 0.0
+
+    def __post_init__(self) -> None:
+        if self.patience < 0:
+            raise ValueError(f"patience={self.patience}: expected 0 (never) or more evaluations")
+        if not 0 <= self.min_usage < 1:
+            raise ValueError(f"min_usage={self.min_usage}: expected in [0, 1); 0 never ends a fit")
 
 
 @dataclass
@@ -47,98 +72,116 @@ class Monitor:
         return None
 
 
-INFERENCE = ("exact", "relaxed", "recognition")
-
-
 @dataclass(frozen=True)
 class FitConfig:
-    """How a mixture is fitted. The defaults are common values, not tuned ones; study/review_users.py has those of the study."""
+    """How a mixture is fitted. The defaults part experts on small sets too (docs/log.md has what was tried).
 
-    latent: str = "unit"  # "unit": one latent expert a unit (user); "pair": one a comparison
-    unit: str = "user"  # the column that says which pairs share a latent
-    learning_rate: float = 1e-3
-    passes: float = 3.0  # over the training pairs
-    batch_size: int = 32  # pairs, or prompts with batch_by="prompt"; all processes together
-    accumulate: int = 1  # batches a step; each is computed alone, so that memory holds one of them
-    bf16: bool = False  # blocks under bfloat16 autocast; heads and log-probabilities stay float32
-    batch_by: str = "pair"  # "prompt": all pairs of a prompt in one batch, so that texts they share are computed once
-    weight_decay: float = 0.0
-    optimizer: str = "adamw"  # or "sgd": momentum 0.9, no scaling by coordinate
-    warmup: float = 0.05  # share of the steps
-    symmetry_breaking: str = "random_responsibilities"  # see SYMMETRY_BREAKING; "clusters" of what the gate reads
-    cluster_by: str = ""  # column whose rows share a cluster, such as a work that several templates ask about
-    cluster_certainty: float = 0.8  # responsibility of the expert of a row's cluster, above 1/K and below 1
-    symmetry_passes: float = 0.25  # how long the random responsibilities (or the clusters) stand
-    symmetry_scale: float = 1e-3  # standard deviation of B_k with "random_heads"
-    start_temperature: float = 8.0  # of tempered responsibilities, q ~ w exp(sum loglik / T); falls to 1
-    tempering_passes: float = 1.0  # T reaches 1 here
-    restarts: int = 1  # short fits from other seeds; the one with the best training likelihood goes on
-    restart_passes: float = 1.0  # length of each of them
-    evaluations_per_pass: float | int = 2  # below 1: one in several passes
-    evaluate_training: bool = True  # an evaluation computes all training pairs anew; False: as last seen, faster
-    patience: int = 0  # evaluations without a better validation likelihood before stopping; 0: never
-    min_usage: float = 0.0  # mean responsibility below which an expert ends the fit as dead; 0: reported, never fatal
-    inference: str = "exact"  # responsibilities: "exact"; "relaxed" draws from them; "recognition" network, see inference.py
-    recognition_rate: float = 0.03  # learning rate of the recognition network
-    gumbel_temperature: float = 1.0  # of the relaxed draws; the first one where the schedule changes it
-    gumbel_schedule: str = "constant"  # see GumbelSchedule
-    gumbel_end: float = 0.1  # last temperature of "exponential"
-    effective_experts: float = 1.5  # what "effective_experts" holds
-    n_samples: int = 1  # relaxed draws a step
-    hard: bool = False  # one-hot draws with the gradient of the soft ones (straight-through)
-    gate_exponent: float = 0.6  # Robbins-Monro: rho_t = (t + 1) ** -gate_exponent, between 0.5 and 1
-    gate_iterations: int = 5  # of L-BFGS in each M-step of a gate that reads
-    gate_entropy: float = 0.0  # weight of the entropy of single weights in the gate's loss: keeps routing undecided
-    gate_balance: float = 0.0  # weight of KL(mean weight || uniform): keeps any expert from starving
-    top_s: int | None = None  # experts computed for a pair once tempering is over, by a gate that reads; None: all
+    latent : "unit": one latent expert a unit (user); "pair": one a comparison.
+    unit : the column that says which pairs share a latent.
+    learning_rate : of gradient steps; None: the family's own for this optimiser (`Experts.rates`).
+    passes : over the training pairs. min_steps : a small set is passed more often, until there are so many steps; what
+        is given in passes (start, tempering, evaluations) stretches with it.
+    batch_size : pairs, or prompts with batch_by="prompt"; all processes together.
+    accumulate : batches a step; each is computed alone, so that memory holds one of them.
+    bf16 : blocks under bfloat16 autocast; heads and log-probabilities stay float32.
+    batch_by : "pair", or "prompt": all pairs of a prompt in one batch, so that texts they share are computed once.
+    optimizer : "adamw", or "sgd": momentum 0.9, no scaling by coordinate.
+    start : see `Start`. stop : see `Stop`. inference : `Exact`, `Relaxed` or `Recognition`. routing : see `Routing`.
+    evaluations_per_pass : below 1: one in several passes.
+    evaluate_training : an evaluation computes all training pairs anew; False: as last seen, faster.
+    keep : "best": parameters of the best and the last evaluation; "all": of every one.
+    """
+
+    latent: str = "unit"
+    unit: str = "user"
+    learning_rate: float | None = None
+    passes: float | int = 5.0
+    min_steps: int = 200
+    batch_size: int = 16
+    accumulate: int = 1
+    bf16: bool = False
+    batch_by: str = "prompt"
+    optimizer: str = "adamw"
+    start: Start = Start()
+    stop: Stop = Stop()
+    inference: Inference = Exact()
+    routing: Routing = Routing()
+    evaluations_per_pass: float | int = 1
+    evaluate_training: bool = True
+    keep: str = "best"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.latent not in ("unit", "pair"):
-            raise ValueError(f"latent={self.latent!r}: possible are 'unit' (one a user) and 'pair' (one a comparison)")
-        if self.symmetry_breaking not in SYMMETRY_BREAKING:
-            raise ValueError(f"symmetry_breaking={self.symmetry_breaking!r}: possible are {SYMMETRY_BREAKING}")
-        for name in (
-            "learning_rate", "passes", "batch_size", "accumulate", "restarts", "evaluations_per_pass", "n_samples",
-            "recognition_rate", "gate_iterations",
-        ):  # fmt: skip
+        possible = {
+            "latent": {"unit": "one a user", "pair": "one a comparison"},
+            "batch_by": {"pair": "each alone", "prompt": "all pairs of a prompt"},
+            "optimizer": {"adamw": "scaled by coordinate", "sgd": "momentum 0.9"},
+            "keep": {"best": "and the last", "all": "every evaluated step"},
+        }
+        for name, choices in possible.items():
+            if getattr(self, name) not in choices:
+                known = " and ".join(f"{choice!r} ({what})" for choice, what in choices.items())
+                raise ValueError(f"{name}={getattr(self, name)!r}: possible are {known}")
+        for name in ("passes", "batch_size", "accumulate", "evaluations_per_pass"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
-        if not 0 < self.cluster_certainty < 1:
-            raise ValueError(f"cluster_certainty={self.cluster_certainty}: expected above 0 and below 1")
-        if self.batch_by not in ("pair", "prompt"):
-            raise ValueError(f"batch_by={self.batch_by!r}: possible are 'pair' and 'prompt' (all pairs of a prompt)")
-        if self.optimizer not in ("adamw", "sgd"):
-            raise ValueError(f"optimizer={self.optimizer!r}: possible are 'adamw' and 'sgd' (momentum 0.9)")
-        if self.start_temperature < 1:
-            raise ValueError(f"start_temperature={self.start_temperature}: expected at least 1, which is no tempering")
-        if not 0 <= self.min_usage < 1:
-            raise ValueError(f"min_usage={self.min_usage}: expected in [0, 1); 0 never ends a fit")
-        if self.top_s is not None and self.inference != "exact":
-            raise ValueError(f"top_s={self.top_s} with inference={self.inference!r}: expected 'exact', or no top_s")
-        if self.inference not in INFERENCE:
-            raise ValueError(f"inference={self.inference!r}: possible are {INFERENCE}")
-        self.schedule()
-        if not 0.5 < self.gate_exponent <= 1:
-            raise ValueError(f"gate_exponent={self.gate_exponent}: expected in (0.5, 1], so that sum rho^2 is finite")
+        if self.min_steps < 0:
+            raise ValueError(f"min_steps={self.min_steps}: expected 0 or more")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate}: expected above 0, or None for the family's own")
+        for name, kind in (("start", Start), ("stop", Stop), ("inference", Inference), ("routing", Routing)):
+            if not isinstance(getattr(self, name), kind):
+                found = getattr(self, name)
+                raise ValueError(f"{name}={found!r}: expected {kind.__name__}(...), see mixdpo_lib.{kind.__name__}")
+        if self.routing.top_s is not None and not isinstance(self.inference, Exact):
+            raise ValueError(f"top_s={self.routing.top_s} with {self.inference}: expected Exact(), or no top_s")
 
-    def schedule(self) -> GumbelSchedule:
-        """The temperatures of the relaxed draws."""
-        return GumbelSchedule(
-            self.gumbel_schedule, self.gumbel_temperature, self.gumbel_end, self.effective_experts
-        )
+    def change(self, **choices: Any) -> FitConfig:
+        """The same with other choices; those of a part are named after it, with two underscores.
+
+        Raises
+        ------
+        ValueError : a name that there is not; the possible ones are listed.
+
+        >>> FitConfig().change(passes=2.0, start__kind="none").start.kind
+        'none'
+        """
+        parts: dict[str, dict[str, Any]] = {}
+        for name, value in choices.items():
+            part, _, inner = name.partition("__")
+            parts.setdefault(part, {})[inner] = value
+        known = {f.name for f in fields(self)}
+        changed = {}
+        for part, values in parts.items():
+            own = getattr(self, part, None)
+            names = {f.name for f in fields(own)} if dataclasses.is_dataclass(own) else set()
+            unknown = set(values) - names - {""}
+            if part not in known or unknown:
+                possible = sorted(f"{part}__{name}" for name in names) if unknown and names else sorted(known)
+                found = f"{part}__{sorted(unknown)[0]}" if unknown else part
+                raise ValueError(f"{found}: no choice of a fit; possible are {', '.join(possible)}")
+            new = values.pop("", own)
+            changed[part] = replace(new, **values) if values else new
+        return replace(self, **changed)
+
+    def identity(self, n_experts: int, reads: bool) -> dict[str, Any]:
+        """What of it decides the result of a fit of K experts, by name: what is not used is left out.
+
+        reads : whether the gate reads something. For the keys of what is kept.
+        """
+        unused = {"keep", "accumulate"}
+        if n_experts == 1:
+            unused |= {"start", "inference"}
+        if n_experts == 1 or not reads:
+            unused |= {"routing"}
+        if self.latent == "pair":
+            unused |= {"unit"}
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in unused}
 
 
-@dataclass
-class FitResult:
-    """What a fit leaves: one row an evaluation, why it stopped, every restart, parameters at the best and last of them.
-
-    losses : of each step since the start or the last resumption, nats per pair.
-    """
-
-    history: pd.DataFrame
-    stop_reason: str
-    best_step: int
-    restarts: pd.DataFrame
-    snapshots: dict[int, dict[str, Tensor]] = field(repr=False, default_factory=dict)
-    losses: list[float] = field(repr=False, default_factory=list)
+def _plain(value: Any) -> Any:
+    """A choice as plain values; the name of its kind stands with it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner: Mapping[str, Any] = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {"kind of choice": type(value).__name__, **inner}
+    return value

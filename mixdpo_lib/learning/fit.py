@@ -1,11 +1,10 @@
-"""A fit from start to end: restarts, resumption, the gate alone."""
+"""A fit from start to end: restarts, resumption, the best step kept; the gate alone."""
 
 from __future__ import annotations
 
 import copy
 import math
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +13,86 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ..base.features import PairFeatures
 from ..base.model import need_memory
+from ..data.pairs import Pairs
 from ..gates.m_step import EMResult, gate_em
-from ..gates.membership import MixedMembershipGate
 from ..policy.mixture import MixturePolicy
-from .config import FitConfig, FitResult
-from .trainer import MixDPOTrainer, Watch, latent_inputs, row_groups
+from ..store import note
+from .config import FitConfig
+from .learner import latent_inputs
+from .result import FitResult, summarise
+from .starts import RANDOM_HEADS_SCALE
+from .trainer import MixDPOTrainer, Watch
+
+
+def _perturb(policy: MixturePolicy, config: FitConfig, seed: int) -> None:
+    if config.start.kind == "random_heads":
+        policy.experts.perturb(RANDOM_HEADS_SCALE, torch.Generator().manual_seed(seed))
 
 
 def _restarts(
-    policy: MixturePolicy, train: PairFeatures, config: FitConfig, validation: PairFeatures | None
+    policy: MixturePolicy, train: Pairs, config: FitConfig, validation: Pairs | None
 ) -> tuple[pd.DataFrame, dict[str, Tensor] | None]:
     """Short fits from several seeds: their table, and the learner of the one with the best training likelihood."""
-    if config.restarts == 1 or policy.n_experts == 1:
+    if config.start.restarts == 1 or policy.n_experts == 1:
         return pd.DataFrame({"restart": [0], "seed": [config.seed], "elbo": [float("nan")], "kept": [True]}), None
     start = copy.deepcopy(policy.state_dict())
     rows, states = [], []
-    for i in range(config.restarts):
+    for i in range(config.start.restarts):
         policy.load_state_dict(start)
         seed = config.seed + 1000 * i
-        if config.symmetry_breaking == "random_heads":
-            policy.experts.perturb(config.symmetry_scale, torch.Generator().manual_seed(seed))
-        short = replace(
-            config, seed=seed, restarts=1, passes=config.restart_passes, evaluations_per_pass=1,
-            patience=0, min_usage=0.0,
-        )  # fmt: skip
+        _perturb(policy, config, seed)
+        short = config.change(
+            seed=seed,
+            passes=config.start.restart_passes,
+            min_steps=round(config.min_steps * config.start.restart_passes / config.passes),
+            evaluations_per_pass=1,
+            stop__patience=0,
+            stop__min_usage=0.0,
+        )
         with tempfile.TemporaryDirectory() as scratch:
             trainer = MixDPOTrainer(policy, train, short, Path(scratch), validation)
             trainer.train()
             rows.append({"restart": i, "seed": seed, "elbo": trainer.measure()["elbo"]})
-        states.append(copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model).state_dict()))
+        states.append(copy.deepcopy(trainer.learner.state_dict()))
     table = pd.DataFrame(rows)
     best = int(table["elbo"].fillna(-math.inf).idxmax())
     return table.assign(kept=table.index == best), states[best]
 
 
+def _check_unit(data: Pairs, config: FitConfig) -> None:
+    if config.latent == "unit" and config.unit not in data.rows.column_names:
+        raise ValueError(
+            f"latent='unit': no column {config.unit!r}; found {data.rows.column_names}; name the column that says whose "
+            "pairs these are by FitConfig(unit=...), or give each comparison a latent of its own: "
+            "FitConfig(latent='pair')"
+        )
+
+
 def fit(
-    policy: MixturePolicy, train: Dataset | PairFeatures, config: FitConfig | None = None,
-    validation: Dataset | PairFeatures | None = None, folder: str | Path | None = None,
-) -> FitResult:  # fmt: skip
+    policy: MixturePolicy,
+    train: Dataset | Pairs,
+    config: FitConfig | None = None,
+    *,
+    validation: Dataset | Pairs | None = None,
+    folder: str | Path | None = None,
+) -> FitResult:
     """Fit the experts and the gate of `policy`, in place, by stochastic variational EM.
 
-    E-step: responsibilities from the table of last-seen log-likelihoods (table.py). M-step: AdamW on
+    E-step: responsibilities from the table of last-seen log-likelihoods (table.py). M-step: gradient steps on
     - sum_n sum_k q_nk log sigma(D_nk). With K = 1 this is DPO.
 
     Parameters
     ----------
     train : preference set; with latent="unit" its unit column says which pairs share a latent.
-    validation : pairs of the same units; its likelihood, by each unit's own training pairs, decides about stopping.
+    config : see `FitConfig`; its defaults where none is given.
+    validation : pairs of the same units; the step at which their likelihood (by each unit's own training pairs) is
+        best is put back into the policy. Without them the last step stays.
     folder : where checkpoints are written (twice a pass) and resumed from; none by default.
 
     Returns
     -------
-    FitResult. The policy is left as it was after the last step; `snapshots[best_step]` are its best parameters.
+    FitResult; its sentence is printed. `result.restore(policy, step)` puts another evaluated step into the policy.
 
     Raises
     ------
@@ -79,21 +104,18 @@ def fit(
     what = f"gradients, moments and snapshots of {size / 1e6:.1f} M trained parameters"
     need_memory(20 * size, what, next(policy.experts.parameters()).device)
     train = policy.prepare(train)
-    if config.latent == "unit":
-        train.units(config.unit)
     valid = None if validation is None else policy.prepare(validation)
+    _check_unit(train, config)
     policy.experts.start(train)
-    if config.symmetry_breaking == "random_heads":
-        policy.experts.perturb(config.symmetry_scale, torch.Generator().manual_seed(config.seed))
+    _perturb(policy, config, config.seed)
     resume = folder is not None and any(Path(folder).glob("checkpoint-*"))
-    restarts, start = _restarts(policy, train, replace(config, restarts=1) if resume else config, valid)
+    first = config.change(start__restarts=1) if resume else config
+    restarts, start = _restarts(policy, train, first, valid)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(folder) if folder else Path(scratch)
-        per_step = config.batch_size * config.accumulate
-        twice_a_pass = max(1, math.ceil(len(row_groups(train, config.batch_by)) / per_step) // 2)
-        trainer = MixDPOTrainer(policy, train, config, place, valid, save_steps=twice_a_pass if folder else None)
+        trainer = _trainer(policy, train, config, place, valid, bool(folder))
         if start is not None:  # the best restart goes on: its experts, gate, table, and where it was in the tempering
-            trainer.accelerator.unwrap_model(trainer.model).load_state_dict(start)
+            trainer.learner.load_state_dict(start)
         if folder and resume:
             restarts = pd.read_csv(place / "restarts.csv")
         elif folder and trainer.args.should_save:
@@ -101,26 +123,53 @@ def fit(
         watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
         trainer.train(resume_from_checkpoint=resume or None)
     history = pd.DataFrame([row for row in trainer.state.log_history if "elbo" in row])
-    first = ["step", "pairs_seen", "elbo"]  # a checkpoint sorts the columns: one order, resumed or not
-    history = history[first + sorted(set(history) - set(first))]
-    return FitResult(
-        history=history, stop_reason=watch.stop_reason or "max_iter",
-        best_step=watch.best_step(trainer.state), restarts=restarts,
-        snapshots=watch.snapshots, losses=trainer.losses,
-    )  # fmt: skip
+    leading = ["step", "pairs_seen", "elbo"]  # a checkpoint sorts the columns: one order, resumed or not
+    history = history[leading + sorted(set(history) - set(leading))]
+    result = FitResult(
+        history=history,
+        stop_reason=watch.stop_reason or "max_iter",
+        best_step=watch.best_step(trainer.state),
+        restarts=restarts,
+        snapshots=watch.snapshots,
+        losses=trainer.losses,
+    )
+    learner = trainer.learner
+    kept = None if valid is None else result.best_step
+    log_q = learner.table.log_q(learner.log_w())
+    result.summary = summarise(history, result.stop_reason, kept, log_q, learner.table.loglik)
+    if kept is not None:
+        result.restore(policy)
+    if trainer.args.should_save:
+        note(f"fit K={policy.n_experts}: {result.summary}")
+    return result
+
+
+def _trainer(
+    policy: MixturePolicy, train: Pairs, config: FitConfig, place: Path, valid: Pairs | None, keep: bool
+) -> MixDPOTrainer:
+    """A trainer that writes a checkpoint twice a pass where it is asked to."""
+    if not keep:
+        return MixDPOTrainer(policy, train, config, place, valid)
+    per_step = config.batch_size * config.accumulate
+    twice_a_pass = max(1, math.ceil(len(set(train.rows["prompt"]) if config.batch_by == "prompt" else train) / per_step) // 2)
+    return MixDPOTrainer(policy, train, config, place, valid, save_steps=twice_a_pass)
 
 
 @torch.no_grad()
 def fit_gate(
-    policy: MixturePolicy, data: Dataset | PairFeatures, latent: str = "unit", unit: str = "user",
-    only_offsets: bool = False, **options: Any,
-) -> EMResult:  # fmt: skip
+    policy: MixturePolicy,
+    data: Dataset | Pairs,
+    latent: str = "unit",
+    unit: str = "user",
+    frozen: list[nn.Parameter] | None = None,
+    **options: Any,
+) -> EMResult:
     """Fit the gate of `policy` alone, in place: new users or new prompts, the same experts. See `m_step.gate_em`.
 
     Parameters
     ----------
     data : preferences of those who shall be served. latent, unit : as in `FitConfig`.
-    only_offsets : of a `MixedMembershipGate` only the users' offsets move, its gates stay.
+    frozen : parameters of the gate that stay, such as `shared` of a `MixedMembershipGate`: only the users' offsets move.
     options : max_iter, tolerance, entropy_weight, balance_weight of `m_step.gate_em`.
 
     Returns
@@ -129,13 +178,8 @@ def fit_gate(
     """
     data = policy.prepare(data)
     config = FitConfig(latent=latent, unit=unit)
-    ids, names = data.units(unit) if latent == "unit" else (torch.arange(len(data)), [])
-    frozen: list[nn.Parameter] = []
-    if only_offsets:
-        if not isinstance(policy.gate, MixedMembershipGate):
-            raise ValueError(f"only_offsets with {type(policy.gate).__name__}: it has none; use a MixedMembershipGate")
-        frozen = [p for gate in policy.gate.gates for p in gate.parameters()]
-    return gate_em(
-        policy.gate, latent_inputs(policy, data, config, ids), policy.loglik(data),
-        ids if latent == "unit" else None, frozen=frozen, **options,
-    )  # fmt: skip
+    _check_unit(data, config)
+    ids = data.units(unit)[0] if latent == "unit" else torch.arange(len(data))
+    inputs = latent_inputs(policy, data, config, ids)
+    own = ids if latent == "unit" else None
+    return gate_em(policy.gate, inputs, policy.loglik(data), own, frozen=frozen or [], **options)

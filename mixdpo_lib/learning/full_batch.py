@@ -11,14 +11,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..elbo import elbo_terms, entropy, log_responsibilities, mixture_log_likelihood
+from ..gates.contract import Gate
 from ..gates.m_step import EMResult
-from ..gates.weights import FixedWeights, LearnedWeights
-from .starts import SYMMETRY_BREAKING, random_log_q
+from .starts import KINDS, random_log_q
 
 
 @torch.no_grad()
 def full_batch_em(
-    experts: Any, gate: FixedWeights | LearnedWeights, pairs: Int[Tensor, "pairs 2"],
+    experts: Any, gate: Gate, pairs: Int[Tensor, "pairs 2"],
     unit: Int[Tensor, "pairs"] | None = None, *, max_iter: int = 500, tolerance: float = 1e-8,
     start_temperature: float = 1.0, tempering_iterations: int = 20, restarts: int = 1,
     symmetry_breaking: str = "random_responsibilities", symmetry_scale: float = 1.0, min_usage: float = 0.0,
@@ -52,13 +52,18 @@ def full_batch_em(
                              ("start_temperature", start_temperature, 1)):  # fmt: skip
         if not value >= low or (name == "tolerance" and value <= 0):
             raise ValueError(f"{name}={value}: expected {'above 0' if name == 'tolerance' else f'at least {low}'}")
-    possible = tuple(name for name in SYMMETRY_BREAKING if name != "clusters")  # input-free: nothing to cluster
+    possible = tuple(name for name in KINDS if name != "clusters")  # input-free: nothing to cluster
     if symmetry_breaking not in possible:
         raise ValueError(f"symmetry_breaking={symmetry_breaking!r}: possible are {possible}")
+    if gate.reads:
+        raise ValueError(
+            f"{type(gate).__name__} reads {', '.join(gate.reads)}: expected weights that read nothing; use fit"
+        )
     gate.double()
     unit = torch.arange(len(pairs)) if unit is None else unit
     start = {name: value.clone() for name, value in [*experts.state_dict().items(), *gate.state_dict().items()]}
-    history, table, best = [], [], None
+    history, table = [], []
+    best: tuple[int, dict[str, Tensor]] = (0, start)
     for restart in range(restarts):
         _load(experts, gate, start)
         if symmetry_breaking == "random_heads":
@@ -71,13 +76,12 @@ def full_batch_em(
         history += [{"restart": restart, **row} for row in rows]
         table.append({"restart": restart, "objective": rows[-1]["objective"], "stop_reason": reason})
         state = {n: v.clone() for n, v in [*experts.state_dict().items(), *gate.state_dict().items()]}
-        if best is None or rows[-1]["objective"] > table[best[0]]["objective"]:
+        if restart == 0 or rows[-1]["objective"] > table[best[0]]["objective"]:
             best = (restart, state)
         if reason == "interrupted":
             break
-    assert best is not None
     _load(experts, gate, best[1])
-    log_q = log_responsibilities(experts.loglik(pairs).detach(), gate(), unit)
+    log_q = log_responsibilities(experts.loglik(pairs).detach(), gate.log_w(), unit)
     frame = pd.DataFrame(table)
     frame["kept"] = frame["restart"] == best[0]
     return EMResult(pd.DataFrame(history), table[best[0]]["stop_reason"], frame, log_q)
@@ -97,19 +101,19 @@ def _one_em(
 
     def m_step(log_q: Tensor) -> None:
         experts.m_step(pairs, log_q.exp()[unit])
-        if isinstance(gate, LearnedWeights):
-            gate.update(log_q.exp().mean(0), n_units=n_units)
+        if gate.learns:
+            gate.m_step({}, log_q, torch.zeros(n_units, dtype=torch.long))
 
     try:
         if log_q is not None:
             m_step(log_q)
         for iteration in range(max_iter + 1):
             temperature = start_temperature ** max(0.0, 1 - iteration / max(tempering, 1))
-            loglik, log_w = experts.loglik(pairs).detach(), gate()
+            loglik, log_w = experts.loglik(pairs).detach(), gate.log_w()
             log_q = log_responsibilities(loglik, log_w, unit, responsibility_temperature=temperature)
             terms = elbo_terms(loglik, log_w, log_q, unit)
             total = float(mixture_log_likelihood(loglik, log_w, unit).sum())
-            prior = float(experts.log_prior()) + float(gate.log_prior() if isinstance(gate, LearnedWeights) else 0.0)
+            prior = float(experts.log_prior()) + float(gate.log_prior())
             usage = log_q.exp().mean(0)
             rows.append({
                 "iteration": iteration, "objective": (total + prior) / n, "loglik": total / n,

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..base.features import PairFeatures
+from ..data.pairs import Pairs
 from ..policy.mixture import MixturePolicy
 from .config import FitConfig
-from .trainer import Learner, MixDPOTrainer
+from .inference import Exact, Inference, Relaxed
+from .trainer import MixDPOTrainer
 
 
 def gradient_error(
-    policy: MixturePolicy, train: Dataset | PairFeatures, config: FitConfig, n_draws: int = 8
+    policy: MixturePolicy, train: Dataset | Pairs, config: FitConfig, n_draws: int = 8
 ) -> dict[str, float]:
     """How far the gradient of relaxed draws is from the exact one, at these experts, on one batch of training pairs.
 
@@ -27,35 +27,36 @@ def gradient_error(
 
     Parameters
     ----------
-    config : with inference="relaxed"; its gumbel_temperature, n_samples and hard are measured.
+    config : with inference=Relaxed(...), whose temperature, n_samples and hard are measured.
     n_draws : >= 2.
 
     Raises
     ------
     ValueError : another kind of inference, too few draws.
     """
-    if config.inference != "relaxed" or n_draws < 2:
+    if not isinstance(config.inference, Relaxed) or n_draws < 2:
         raise ValueError(
-            f"inference={config.inference!r}, n_draws={n_draws}: expected 'relaxed', and at "
+            f"inference={config.inference}, n_draws={n_draws}: expected Relaxed(...), and at "
             "least 2 draws to see their spread"
         )
-    config = replace(config, start_temperature=1.0, symmetry_breaking="none", evaluate_training=True)
+    config = config.change(start__temperature=1.0, start__kind="none", evaluate_training=True)
+    data = policy.prepare(train)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = MixDPOTrainer(policy, policy.prepare(train), config, Path(scratch))
-        learner: Learner = trainer.accelerator.unwrap_model(trainer.model)
+        trainer = MixDPOTrainer(policy, data, config, Path(scratch))
+        learner = trainer.learner
         trainer.measure()
         batch = next(iter(trainer.get_train_dataloader()))["parts"][0]
         learner.eval()
 
-        def gradient(inference: str, step: int) -> Tensor:
-            learner.options = replace(config, inference=inference)
+        def gradient(inference: Inference, step: int) -> Tensor:
+            learner.inference = inference.part(learner.table, data, policy.base, config.seed)
             learner.steps.fill_(step)  # draws are seeded by the step
             policy.zero_grad()
             learner(**batch)["loss"].backward()
             return torch.cat([p.grad.flatten() for p in policy.experts.parameters() if p.grad is not None])
 
-        exact = gradient("exact", 0)
-        draws = torch.stack([gradient("relaxed", step) for step in range(n_draws)])
+        exact = gradient(Exact(), 0)
+        draws = torch.stack([gradient(config.inference, step) for step in range(n_draws)])
         policy.zero_grad()
     mean, size = draws.mean(0), float(exact.norm())
     noise = float((draws - mean).square().sum(1).mean().sqrt())

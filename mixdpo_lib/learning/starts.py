@@ -1,9 +1,10 @@
-"""How do equal experts part?"""
+"""How do equal experts part? Symmetry breaking, tempering, restarts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,9 +12,53 @@ from jaxtyping import Float
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from ..gates.contract import standardise
+from ..gates.inputs import standardise
 
-SYMMETRY_BREAKING = ("random_responsibilities", "clusters", "random_heads", "none")
+KINDS = ("random_responsibilities", "clusters", "random_heads", "none")
+RANDOM_HEADS_SCALE = 1e-3  # standard deviation of B_k: some 0.01 nats a text, enough to part and too little to matter
+
+
+@dataclass(frozen=True)
+class Start:
+    """How experts that start equal part, and how fast their responsibilities harden.
+
+    kind : "random_responsibilities" of the latents stand at first; "clusters" of what the gate reads do; "random_heads"
+        draws small parameters for each expert; "none".
+    passes : how long the random responsibilities (or the clusters) stand, in passes over the training pairs.
+    certainty : above 1/K and below 1, responsibility of the expert of a row's cluster.
+    together : column whose rows share a cluster, such as a work that several templates ask about.
+    temperature : >= 1, of tempered responsibilities at the start, q ~ w exp(sum loglik / T); falls geometrically to 1.
+    tempering_passes : T reaches 1 here.
+    restarts : >= 1, short fits from other seeds, each `restart_passes` long; the likeliest goes on.
+    """
+
+    kind: str = "random_responsibilities"
+    passes: float | int = 0.5
+    certainty: float = 0.8
+    together: str = ""
+    temperature: float | int = 20.0
+    tempering_passes: float | int = 2.0
+    restarts: int = 1
+    restart_passes: float | int = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r}: possible are {KINDS}")
+        if not 0 < self.certainty < 1:
+            raise ValueError(f"certainty={self.certainty}: expected above 0 and below 1")
+        if not 1 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: expected at least 1, which is no tempering")
+        for name in ("restarts", "restart_passes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
+        for name in ("passes", "tempering_passes"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
+
+    @property
+    def given(self) -> bool:
+        """Whether responsibilities are given at first."""
+        return self.kind in ("random_responsibilities", "clusters")
 
 
 def random_log_q(n_units: int, n_experts: int, seed: int) -> Float[Tensor, "units experts"]:
@@ -48,7 +93,7 @@ def cluster_log_q(
     parts = [inputs[name] for name in sorted(inputs) if inputs[name].dim() == 2]
     if not parts:
         raise ValueError(
-            f"symmetry_breaking='clusters' needs a gate that reads prompts or metadata; this one reads "
+            f"start kind='clusters' needs a gate that reads prompts or metadata; this one reads "
             f"{sorted(inputs) or 'nothing'}: use 'random_responsibilities'"
         )
     columns = []

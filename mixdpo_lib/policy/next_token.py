@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..base.head import place_of
 from ..base.model import Base
 from ..elbo import check_log_w
-from ..experts.contract import Experts, Voices, place_of
-from ..experts.heads import HeadVoices
+from ..experts.contract import Experts, Voices
+from ..experts.head_voices import HeadVoices
 from .sampling import truncated_log_probs
 
 
@@ -27,7 +28,10 @@ class NextToken:
         self._expert = expert
         self._voices: Voices = HeadVoices(base)
         if experts is not None:
-            chosen = None if expert is None else nn.functional.one_hot(expert, experts.n_experts) > 0
+            chosen = None
+            if expert is not None:  # -1 speaks as the reference
+                chosen = nn.functional.one_hot(expert.clamp(min=0), experts.n_experts) > 0
+                chosen &= (expert >= 0)[:, None]
             self._voices = experts.voices(chosen)
         self._spoken = False
         self._logits: Tensor | None = None
@@ -48,12 +52,23 @@ class NextToken:
     @torch.inference_mode()
     def observe(self, tokens: Int[Tensor, "rows"]) -> None:
         """Keep what policy and reference say of the tokens just drawn from the last logits."""
-        assert self._logits is not None and self._ref_logits is not None
-        ref = self._ref_logits.gather(1, tokens[:, None]).squeeze(1) - self._ref_logits.logsumexp(1)
+        logits, ref_logits = self.last_logits()
+        ref = ref_logits.gather(1, tokens[:, None]).squeeze(1) - ref_logits.logsumexp(1)
         own = ref
         if self._spoken:
-            own = self._logits.gather(1, tokens[:, None]).squeeze(1) - self._logits.logsumexp(1)
+            own = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
         self._seen.append((own - ref, ref))
+
+    def last_logits(self) -> tuple[Tensor, Tensor]:
+        """Logits of the last call: of what speaks, and of the reference.
+
+        Raises
+        ------
+        ValueError : nothing was called yet.
+        """
+        if self._logits is None or self._ref_logits is None:
+            raise ValueError("no logits yet: call the next-token function before it observes a token")
+        return self._logits, self._ref_logits
 
     def scores(self) -> tuple[Float[Tensor, "rows steps"], Float[Tensor, "rows steps"]]:
         """(log pi_k - log pi_ref, log pi_ref) of every token observed, nats."""
@@ -131,10 +146,10 @@ class MixtureNextToken(NextToken):
 
     def reorder(self, source: Int[Tensor, "rows"]) -> None:
         """Row i goes on from row source[i], whose weights are the same (beams)."""
-        assert self._logits is not None and self._ref_logits is not None
+        logits, ref_logits = self.last_logits()
         self._voices.reorder(source)
         self._log_q = [log_q[source] for log_q in self._log_q]
-        self._logits, self._ref_logits = self._logits[source], self._ref_logits[source]
+        self._logits, self._ref_logits = logits[source], ref_logits[source]
         self._seen = [(ratio[source], ref[source]) for ratio, ref in self._seen]
         for i, (k, rows, log_p) in enumerate(self._log_p):
             self._log_p[i] = (k, rows, log_p[place_of(rows, len(source))[source[rows]]])

@@ -1,15 +1,14 @@
 """How much do the base and the experts' capacity matter? The same small study over bases, ranks and adapter depths.
 
-Users, comparisons and texts are those of the movie-review study, cut to fewer prompts; every base reads the same texts.
-`run_families` is a smaller one still, which every family of experts can run, whole models and tables too.
+Users, comparisons and texts are those of the study of review users, cut to fewer prompts; every base reads the same
+texts. `run_families` is a smaller one still, which every family of experts can run, whole models and tables too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,22 @@ import pandas as pd
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from ..base.features import PairFeatures, pair_features
 from ..base.model import Base, load_base
-from ..elbo import correct, log_responsibilities, predictive_probability
+from ..data.pairs import Pairs, Text, Texts
+from ..elbo import correct, predictive_probability
 from ..evaluation import accuracy_gain, prompt_accuracy, summarise_accuracy
-from ..experts.adapters import AdapterExperts
-from ..experts.contract import Experts
-from ..experts.heads import HeadExperts
-from ..experts.tables import TabularExperts
-from ..experts.whole import IndependentExperts
+from ..experts import AdapterExperts, Experts, HeadExperts, IndependentExperts, TabularExperts
 from ..gates.weights import LearnedWeights
 from ..learning.config import FitConfig
 from ..learning.fit import fit
+from ..learning.starts import Start
 from ..policy.mixture import MixturePolicy
 from ..store import cached, read_json, write_json_atomic
-from .review_users import Study
-from .simulated_people import GROUPS, DesignConfig, simulate_preferences
-from .tables import user_groups
+from .fits import group_of, kept_fit
+from .review_users import ReviewUsers
+from .simulated_people import DesignConfig, simulate_preferences
 
-VERSION = 1
+VERSION = 2
 METHODS = ("dpo", "mix_dpo")
 
 
@@ -79,70 +75,72 @@ class SizeStudy:
     study, design : where pairs come from. bases : names, folders or hub ids (see `load_base`).
     n_training_prompts, n_validation_prompts, n_test_prompts : how many of each part's prompts are kept; validation
         pairs of users who have no training pair left go too.
-    options : of `FitConfig`, for heads; adapters take AdamW with `adapter_learning_rate`.
+    fit : of heads, by names of `FitConfig.change`; adapters take AdamW with `adapter_learning_rate`.
     """
 
     def __init__(
-        self, study: Study, design: str, n_training_prompts: int, n_validation_prompts: int, n_test_prompts: int,
-        adapter_learning_rate: float = 1e-3, device: str = "cpu", dtype: str = "float32", **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        study: ReviewUsers,
+        design: str,
+        n_training_prompts: int,
+        n_validation_prompts: int,
+        n_test_prompts: int,
+        adapter_learning_rate: float = 1e-3,
+        device: str = "cpu",
+        dtype: str = "float32",
+        **fit: Any,
+    ) -> None:
         sets = study.preferences(design)
         sizes = {"train": n_training_prompts, "validation": n_validation_prompts, "test": n_test_prompts}
         self.sets = {part: cut(sets[part], n) for part, n in sizes.items()}
         known = set(self.sets["train"]["user"])  # a user all of whose training pairs were cut has no latent
         rows = self.sets["validation"]
         self.sets["validation"] = rows.select([i for i, user in enumerate(rows["user"]) if user in known])
-        self.study, self.adapter_learning_rate, self.options = study, adapter_learning_rate, options
+        texts = Texts.of(
+            Text(prompt, answer, False)
+            for rows in self.sets.values()
+            for side in ("chosen", "rejected")
+            for prompt, answer in zip(rows["prompt"], rows[side], strict=True)
+        )
+        self.pairs = {part: Pairs.of(rows, texts) for part, rows in self.sets.items()}
+        self.study, self.adapter_learning_rate, self.fit = study, adapter_learning_rate, fit
         self.device, self.dtype = device, dtype
         self._base: tuple[str, Base] | None = None
-        self._pairs: dict[str, PairFeatures] = {}
 
-    def _load(self, name: str) -> Base:
+    def base(self, name: str) -> Base:
+        """The base of this name; one at a time is held."""
         if self._base is None or self._base[0] != name:
-            base = self.study.base if name == self.study.config.base and self.device == "cpu" else load_base(
-                name, device=self.device, dtype=self.dtype)  # fmt: skip
-            self._base = (name, base)
-            self._pairs = {part: pair_features(base, rows) for part, rows in self.sets.items()}
+            own = name == self.study.config.base and self.device == "cpu"
+            self._base = (name, self.study.base if own else load_base(name, device=self.device, dtype=self.dtype))
         return self._base[1]
 
     def fitted(self, name: str, capacity: Capacity, method: str, seed: int) -> tuple[pd.DataFrame, dict[str, Any]]:
-        """Test accuracy by group and prompt (see `prompt_accuracy`), and what it took; kept in the cache."""
+        """Test accuracy by group and prompt (see `prompt_accuracy`), and what the fit took."""
         if method not in METHODS:
             raise ValueError(f"method={method!r}: possible are {METHODS}")
-        base, config = self._load(name), self.study.config
-        options = {**asdict(config.fit), **self.options, "seed": seed}
+        study, chosen = self.study.config, self.study.config.fit.change(seed=seed, **self.fit)
         if capacity.blocks:
-            options |= {"optimizer": "adamw", "learning_rate": self.adapter_learning_rate}
-        chosen = FitConfig(**options)
-        digest = hashlib.sha256(repr([rows.to_dict() for rows in self.sets.values()]).encode()).hexdigest()
-        n_experts = config.n_experts if method == "mix_dpo" else 1
-        parameters = {"base": base.fingerprint, "capacity": asdict(capacity), "n_experts": n_experts, "pairs": digest,
-                      "fit": asdict(chosen), "beta": config.beta, "min_count": config.min_count}  # fmt: skip
-
-        def build(folder: Path) -> None:
-            start = time.monotonic()
-            experts = capacity.experts(base, n_experts, config.min_count)
-            policy = MixturePolicy(experts, LearnedWeights(n_experts), config.beta)
-            train, test = self._pairs["train"], self._pairs["test"]
-            result = fit(policy, train, chosen, self._pairs["validation"])
-            policy.load_state_dict(result.snapshots[result.best_step])
-            seconds = time.monotonic() - start
-            ids, users = train.units("user")
-            log_w = policy.gate().detach()
-            log_q = log_responsibilities(policy.loglik(train), log_w, ids, n_units=len(users))
-            groups = user_groups(train)
-            rows = {g: log_q[torch.tensor([groups[u] == g for u in users])] for g in GROUPS}
-            prompt_accuracy(policy, test, rows).to_csv(folder / "accuracy.csv", index=False)
-            best = result.history.set_index("step").loc[result.best_step]
-            write_json_atomic(folder / "facts.json", {
-                "parameters_an_expert": sum(p.numel() for p in experts.parameters()) // n_experts, "seconds": seconds,
-                "best_step": result.best_step, "steps": int(result.history["step"].iloc[-1]),
-                "validation_loglik": float(best["validation_loglik"]), "stop_reason": result.stop_reason,
-            })  # fmt: skip
-
-        folder = cached("sizes", VERSION, parameters, build)
+            chosen = chosen.change(optimizer="adamw", learning_rate=self.adapter_learning_rate)
+        n_experts = study.n_experts if method == "mix_dpo" else 1
+        experts = capacity.experts(self.base(name), n_experts, study.min_count)
+        policy = MixturePolicy(experts, LearnedWeights(n_experts), study.beta)
+        train, test = self.pairs["train"], self.pairs["test"]
+        result, rewards, seconds = kept_fit(policy, train, self.pairs["validation"], chosen, train.texts)
+        log_q, users = policy.log_posterior(train, "user", rewards)
+        groups = group_of(train, "user")
+        rows = {g: log_q[torch.tensor([groups[u] == g for u in users])] for g in self.study.groups}
+        best = result.history.set_index("step").loc[result.best_step]
         head = {"base": name, "capacity": capacity.name, "method": method, "seed": seed}
-        return pd.read_csv(folder / "accuracy.csv").assign(**head), {**head, **read_json(folder / "facts.json")}
+        facts = {
+            "parameters_an_expert": sum(p.numel() for p in experts.parameters()) // n_experts,
+            "seconds": seconds,
+            "best_step": result.best_step,
+            "steps": int(result.history["step"].iloc[-1]),
+            "validation_loglik": float(best["validation_loglik"]),
+            "stop_reason": result.stop_reason,
+        }
+        table = prompt_accuracy(policy, test, rows, policy.loglik(test, rewards))
+        return table.assign(**head), {**head, **facts}
 
     def run(
         self, bases: Sequence[str], capacities: Sequence[Capacity], seeds: Sequence[int]
@@ -164,28 +162,36 @@ def by_capacity(by_prompt: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return accuracy, pd.concat(gains, ignore_index=True)
 
 
-FAMILIES: dict[str, dict[str, Any]] = {  # of FitConfig; rates at which the training bound rises and no expert dies
-    "HeadExperts": {"optimizer": "sgd", "learning_rate": 0.1},
-    "AdapterExperts": {"learning_rate": 0.005},
-    "IndependentExperts": {"learning_rate": 2e-5},
-    "TabularExperts": {"learning_rate": 0.1},
+@dataclass(frozen=True)
+class Family:
+    """A family of experts in the comparison of families: how they are made and at which rate they learn.
+
+    make : from base, K, rank, beta and all pairs. learning_rate : at which the training bound rises and no expert dies.
+    """
+
+    make: Callable[[Base, int, int, float, Dataset], Experts]
+    learning_rate: float
+    optimizer: str = "adamw"
+
+
+FAMILIES: dict[str, Family] = {
+    "HeadExperts": Family(lambda base, k, rank, beta, pairs: HeadExperts(base, k, rank), 0.1, "sgd"),
+    "AdapterExperts": Family(lambda base, k, rank, beta, pairs: AdapterExperts(base, k, rank), 0.005),
+    "IndependentExperts": Family(lambda base, k, rank, beta, pairs: IndependentExperts([base] * k), 2e-5),
+    "TabularExperts": Family(lambda base, k, rank, beta, pairs: TabularExperts.of(base, pairs, k, beta=beta), 0.1),
 }
 
 
-def _family(name: str, base: Base, n_experts: int, rank: int, beta: float, everything: Dataset) -> Experts:
-    if name == "HeadExperts":
-        return HeadExperts(base, n_experts, rank)
-    if name == "AdapterExperts":
-        return AdapterExperts(base, n_experts, rank)
-    if name == "IndependentExperts":
-        return IndependentExperts([base] * n_experts)
-    return TabularExperts.of(base, everything, n_experts, beta=beta)
-
-
 def run_families(
-    study: Study, n_prompts: int = 3, n_users: int = 12, pairs_per_user: int = 12, passes: float = 10.0, rank: int = 8,
-    families: Sequence[str] = tuple(FAMILIES), seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
+    study: ReviewUsers,
+    n_prompts: int = 3,
+    n_users: int = 12,
+    pairs_per_user: int = 12,
+    passes: float = 10.0,
+    rank: int = 8,
+    families: Sequence[str] = tuple(FAMILIES),
+    seed: int = 0,
+) -> pd.DataFrame:
     """Every family of experts on the same few comparisons: a latent per user, all pairs in each step.
 
     Users of the study's hidden groups answer without noise. As many new users, whom no fit has seen, are served by
@@ -204,41 +210,63 @@ def run_families(
     few = (study.candidates["prompt_id"] < n_prompts).to_numpy()
     candidates, scores = study.candidates[few].reset_index(drop=True), study.scores[few].reset_index(drop=True)
     design = DesignConfig(
-        n_users=n_users, n_new_users=n_users, pairs_per_user=pairs_per_user, context_pairs=pairs_per_user,
-        validation_pairs_per_user=0, flip_rate=0.0, seed=seed,
-    )  # fmt: skip
+        n_users=n_users,
+        n_new_users=n_users,
+        pairs_per_user=pairs_per_user,
+        context_pairs=pairs_per_user,
+        validation_pairs_per_user=0,
+        flip_rate=0.0,
+        seed=seed,
+    )
     world = simulate_preferences(candidates, scores, design, splits={"train": range(n_prompts)})
     train, new = world["train"], world["context"]
     turn = new.to_pandas().groupby("user").cumcount().to_numpy()
     half = pairs_per_user // 2
     first, last = (new.select(np.flatnonzero(mask)) for mask in (turn < half, turn >= half))
     base, config, rows = study.base, study.config, []
-    digest = hashlib.sha256(repr([train.to_dict(), new.to_dict()]).encode()).hexdigest()
+    everything = concatenate_datasets([train, new])
     for name in families:
+        family = FAMILIES[name]
         options = FitConfig(
-            passes=passes, batch_size=len(train), evaluations_per_pass=1 / passes, start_temperature=4.0,
-            tempering_passes=passes / 4, seed=seed, **FAMILIES[name],
-        )  # fmt: skip
-        parameters = {"family": name, "base": base.fingerprint, "rank": rank, "n_experts": config.n_experts,
-                      "beta": config.beta, "fit": asdict(options), "pairs": digest}  # fmt: skip
+            passes=passes,
+            min_steps=0,
+            batch_by="pair",
+            batch_size=len(train),
+            evaluations_per_pass=1 / passes,
+            start=Start(passes=0.25, temperature=4.0, tempering_passes=passes / 4),
+            optimizer=family.optimizer,
+            learning_rate=family.learning_rate,
+            seed=seed,
+        )
+        parameters = {
+            "family": name,
+            "base": base.fingerprint,
+            "rank": rank,
+            "n_experts": config.n_experts,
+            "beta": config.beta,
+            "fit": options.identity(config.n_experts, reads=False),
+            "pairs": everything.to_dict(),
+        }
 
-        def build(folder: Path, name: str = name, options: FitConfig = options) -> None:
-            experts = _family(name, base, config.n_experts, rank, config.beta, concatenate_datasets([train, new]))
+        def build(folder: Path, family: Family = family, options: FitConfig = options) -> None:
+            experts = family.make(base, config.n_experts, rank, config.beta, everything)
             policy = MixturePolicy(experts, LearnedWeights(config.n_experts), config.beta)
             start = time.monotonic()
             result = fit(policy, train, options)
             seconds = time.monotonic() - start
-            ids, users = (context := policy.prepare(first)).units("user")
-            log_q = log_responsibilities(policy.loglik(context), policy.gate().detach(), ids, n_units=len(users))
-            scored = policy.prepare(last)
-            served = log_q[torch.tensor([users.index(user) for user in scored.rows["user"]])]
+            log_q, users = policy.log_posterior(first)
+            served = log_q[torch.tensor([users.index(user) for user in last["user"]])]
+            right = correct(predictive_probability(policy.loglik(last), served))
             end = result.history.iloc[-1]
-            write_json_atomic(folder / "facts.json", {
+            facts = {
                 "parameters_an_expert": sum(p.numel() for p in experts.parameters()) // config.n_experts,
-                "steps": int(end["step"]), "elbo": float(end["elbo"]), "train_accuracy": float(end["train_accuracy"]),
-                "new_user_accuracy": float(correct(predictive_probability(policy.loglik(scored), served)).mean()),
+                "steps": int(end["step"]),
+                "elbo": float(end["elbo"]),
+                "train_accuracy": float(end["train_accuracy"]),
+                "new_user_accuracy": float(right.mean()),
                 "seconds": seconds,
-            })  # fmt: skip
+            }
+            write_json_atomic(folder / "facts.json", facts)
 
         rows.append({"family": name, **read_json(cached("families", VERSION, parameters, build) / "facts.json")})
     return pd.DataFrame(rows)

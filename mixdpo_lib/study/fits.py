@@ -1,45 +1,138 @@
-"""What do the studies keep of a fit?"""
+"""What do the studies share? Base, judges, texts, fits that are kept, and the tables of any fit."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
+import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..base.features import PairFeatures, TextFeatures
-from ..learning.config import FitConfig, FitResult
+from ..base.model import Base, load_base
+from ..data.pairs import Pairs, Text, Texts
+from ..evaluation import align
+from ..learning.config import FitConfig
 from ..learning.fit import fit
+from ..learning.result import FitResult
 from ..policy.mixture import MixturePolicy
 from ..store import artefact_key, cache_folder, cached, read_json, write_json_atomic
+from .judges.panel import Judges, judges, score_texts
 
-VERSION = 4
+VERSION = 5
+FIT_NAMES = {  # flat names of choices that stand in a part of FitConfig
+    "start_temperature": "start__temperature",
+    "tempering_passes": "start__tempering_passes",
+    "restarts": "start__restarts",
+}
+_NOT_FLAT = ("seed", "name", "latent")  # said by the study itself, or ambiguous
+ConfigT = TypeVar("ConfigT")
+
+
+def choose(default: ConfigT, values: Mapping[str, Any]) -> ConfigT:
+    """A study's configuration with other choices by flat name: of its own fields, or of those of its parts.
+
+    Raises
+    ------
+    ValueError : a name that is no choice; the possible ones are listed.
+    """
+    own = {f.name: getattr(default, f.name) for f in fields(default)}  # type: ignore[arg-type]
+    parts = {name: part for name, part in own.items() if dataclasses.is_dataclass(part)}
+    homes = {
+        f.name: name for name, part in parts.items() for f in fields(part) if f.name not in _NOT_FLAT  # type: ignore[arg-type]
+    }
+    homes |= dict.fromkeys(FIT_NAMES, "fit")
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in parts}
+    whole: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in own and name not in parts:
+            whole[name] = value
+        elif name in homes:
+            chosen[homes[name]][FIT_NAMES.get(name, name)] = value
+        else:
+            possible = sorted({*homes, *(set(own) - set(parts))})
+            raise ValueError(f"{name}={value!r} is no choice of the study; possible are {', '.join(possible)}")
+    for name, inner in chosen.items():
+        if inner:
+            part: Any = parts[name]
+            whole[name] = part.change(**inner) if isinstance(part, FitConfig) else replace(part, **inner)
+    return replace(default, **whole)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted method: the policy at its best validation step, its history, and who is served by what.
+
+    design : of the pairs ("" where a study has one). rewards : (texts, K) beta (log pi_k - log pi_ref) of every
+    candidate. log_q : (units, K) of each unit from its own training pairs, nats. units : their names.
+    order : expert of each hidden group, aligned by the training units' responsibilities; -1 where there is none.
+    """
+
+    design: str
+    method: str
+    seed: int
+    policy: MixturePolicy
+    result: FitResult
+    rewards: Tensor
+    log_q: Tensor
+    units: list[Any]
+    order: list[int]
+
+    def named(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with the columns design (where there are several), method and seed in front."""
+        names = {"design": self.design} if self.design else {}
+        head = pd.DataFrame({**names, "method": self.method, "seed": self.seed}, index=table.index)
+        return pd.concat([head, table], axis=1)
+
+
+def _state_hash(policy: MixturePolicy) -> str:
+    """sha256 of what a policy holds before it is fitted: a gate that was told the truth is not one that learns it."""
+    digest = hashlib.sha256(str(policy.gate.learns).encode())
+    for name, value in sorted(policy.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def kept_fit(
-    policy: MixturePolicy, train: PairFeatures, validation: PairFeatures, config: FitConfig, texts: TextFeatures,
-    parameters: dict[str, Any],
-) -> tuple[FitResult, Tensor]:  # fmt: skip
-    """Fit `policy` in place, or read the fit from the cache: the result, and the rewards (texts, experts).
+    policy: MixturePolicy, train: Pairs, validation: Pairs, config: FitConfig, texts: Texts
+) -> tuple[FitResult, Tensor, float]:
+    """Fit `policy` in place, or read the fit from the cache: result, rewards (texts, K), seconds of the fit.
 
-    The policy is left at its best validation step. `parameters` and the texts are the identity of the fit.
+    The policy is left at its best validation step. All that the fit depends on is its identity: pairs, texts, base,
+    experts and gate as they start, beta, and what of the configuration is used.
     """
+    policy.experts.start(train)
+    parameters = {
+        "base": policy.base.fingerprint,
+        "experts": policy.experts.describe(),
+        "gate": policy.gate.describe(),
+        "start": _state_hash(policy),
+        "beta": policy.beta,
+        "fit": config.identity(policy.n_experts, bool(policy.gate.reads)),
+        "pairs": artefact_key("pairs", VERSION, {"train": train.rows.to_dict(), "validation": validation.rows.to_dict()}),
+    }
     inputs = [texts.key]
-    policy.heads.activate_responses(train)
 
     def build(folder: Path) -> None:
         checkpoints = cache_folder() / "checkpoints" / artefact_key("fit", VERSION, parameters, inputs)
-        result = fit(policy, train, config, validation, folder=checkpoints)
+        began = time.monotonic()
+        result = fit(policy, train, config, validation=validation, folder=checkpoints)
+        facts = {"stop_reason": result.stop_reason, "best_step": result.best_step, "summary": result.summary}
+        write_json_atomic(folder / "result.json", {**facts, "seconds": time.monotonic() - began})
         result.history.to_csv(folder / "history.csv", index=False)
         result.restarts.to_csv(folder / "restarts.csv", index=False)
-        facts = {"stop_reason": result.stop_reason, "best_step": result.best_step}
-        write_json_atomic(folder / "result.json", facts)
         states = {f"{s}/{k}": v.clone() for s, state in result.snapshots.items() for k, v in state.items()}
         save_file({k: v for k, v in states.items() if "active_ids" not in k}, folder / "snapshots.safetensors")
-        policy.load_state_dict(result.snapshots[result.best_step])
         save_file({"rewards": policy.text_rewards(texts)}, folder / "rewards.safetensors")
         shutil.rmtree(checkpoints, ignore_errors=True)
 
@@ -49,9 +142,135 @@ def kept_fit(
     for name, value in load_file(folder / "snapshots.safetensors").items():
         step, key = name.split("/", 1)
         snapshots.setdefault(int(step), {})[key] = value
-    result = FitResult(
-        pd.read_csv(folder / "history.csv"), facts["stop_reason"], facts["best_step"],
-        pd.read_csv(folder / "restarts.csv"), snapshots,
-    )  # fmt: skip
-    policy.load_state_dict(snapshots[result.best_step], strict=False)
-    return result, load_file(folder / "rewards.safetensors")["rewards"]
+    history, restarts = (pd.read_csv(folder / f"{name}.csv") for name in ("history", "restarts"))
+    result = FitResult(history, facts["stop_reason"], facts["best_step"], restarts, snapshots, summary=facts["summary"])
+    result.restore(policy)
+    return result, load_file(folder / "rewards.safetensors")["rewards"], float(facts["seconds"])
+
+
+class Study(ABC):
+    """The arrows of a study, each computed once and kept in the cache.
+
+    A study gives its candidates, its preference sets, its methods' gates and configurations; base, judges, texts, fits
+    and the tables of any fit are here.
+    """
+
+    unit: ClassVar[str | None]  # whose posterior aligns experts with groups; None: of each pair
+    group_column: ClassVar[str]
+    groups: Sequence[str]
+    designs: Sequence[str]
+    config: Any
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, dict[str, Pairs]] = {}
+        self._fitted: dict[tuple[str, str, int], Fitted] = {}
+
+    @cached_property
+    def base(self) -> Base:
+        """The frozen base model."""
+        return load_base(self.config.base)
+
+    @cached_property
+    def judges(self) -> Judges:
+        """The rewards, each with a training and an evaluation judge, fitted on reviews of films."""
+        return judges(self.config.reviews, self.config.judges)
+
+    @property
+    @abstractmethod
+    def candidates(self) -> pd.DataFrame:
+        """What can be answered: prompt_id, prompt, response, one row a continuation."""
+
+    @abstractmethod
+    def preferences(self, design: str) -> Mapping[str, Dataset]:
+        """The preference sets of a design, train, validation and test among them."""
+
+    @property
+    @abstractmethod
+    def methods(self) -> Mapping[str, Any]:
+        """The methods that are compared, by name."""
+
+    @abstractmethod
+    def new_policy(self, method: str, train: Pairs) -> MixturePolicy:
+        """An untrained policy of a method."""
+
+    @abstractmethod
+    def fit_config(self, method: str, seed: int) -> FitConfig:
+        """How a method is fitted."""
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """What the training judges say of prompt and response together: the hidden rewards."""
+        return self.judged(self.candidates["prompt"], self.candidates["response"], "training")
+
+    def judged(self, prompts: Sequence[str], responses: Sequence[str], role: str) -> pd.DataFrame:
+        """What the judges of a role ("training", "evaluation") say of each prompt and response together."""
+        whole = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        return score_texts(whole, getattr(self.judges, role))
+
+    @cached_property
+    def texts(self) -> Texts:
+        """All candidates."""
+        table = self.candidates
+        return Texts.of(Text(p, r, False) for p, r in zip(table["prompt"], table["response"], strict=True))
+
+    def pairs(self, design: str = "") -> dict[str, Pairs]:
+        """The preference sets of a design (of the only one, by default) over the candidates' texts."""
+        design = design or self.designs[0]
+        if design not in self._pairs:
+            sets = self.preferences(design)
+            self._pairs[design] = {name: Pairs.of(rows, self.texts) for name, rows in sets.items()}
+        return self._pairs[design]
+
+    # ------------------------------------------------------------------------------------------------------- fits
+
+    def fitted(self, method: str, seed: int, design: str = "") -> Fitted:
+        """Fit a method on a design's training pairs, or read the fit from the cache."""
+        design = design or self.designs[0]
+        if method not in self.methods:
+            raise ValueError(f"method={method!r}: possible are {list(self.methods)}")
+        key = (design, method, seed)
+        if key not in self._fitted:
+            sets = self.pairs(design)
+            train, policy = sets["train"], self.new_policy(method, sets["train"])
+            config = self.fit_config(method, seed)
+            result, rewards, _ = kept_fit(policy, train, sets["validation"], config, self.texts)
+            log_q, units = policy.log_posterior(train, self.unit, rewards)
+            of = group_of(train, self.unit, self.group_column)
+            order = align(log_q.exp().numpy(), [of[unit] for unit in units], self.groups)
+            self._fitted[key] = Fitted(design, method, seed, policy, result, rewards, log_q, units, order)
+        return self._fitted[key]
+
+    def fits(self, methods: Sequence[str], seeds: Sequence[int]) -> list[Fitted]:
+        """Every method on every design with every seed."""
+        return [self.fitted(m, s, d) for d in self.designs for m in methods for s in seeds]
+
+    @staticmethod
+    def history(fits: Sequence[Fitted]) -> pd.DataFrame:
+        """Every evaluation of every fit, one row each."""
+        return pd.concat([f.named(f.result.history) for f in fits], ignore_index=True)
+
+    @staticmethod
+    def restarts(fits: Sequence[Fitted]) -> pd.DataFrame:
+        """Every restart of every fit, with the kept one marked."""
+        return pd.concat([f.named(f.result.restarts) for f in fits], ignore_index=True)
+
+    @staticmethod
+    def stop_reasons(fits: Sequence[Fitted]) -> dict[str, str]:
+        """Why each fit ended."""
+        return {
+            "/".join(str(part) for part in (f.design, f.method, f.seed) if part != ""): f.result.stop_reason for f in fits
+        }
+
+
+def group_of(data: Pairs, unit: str | None, column: str = "group") -> dict[Any, str]:
+    """Hidden group of each unit of a preference set (of each pair, by its row), in order of first appearance."""
+    groups = list(data.rows[column])
+    units = range(len(groups)) if unit is None else data.rows[unit]
+    return dict(zip(units, groups, strict=True))
+
+
+def unit_log_w(policy: MixturePolicy, data: Pairs, unit: str = "user") -> tuple[Tensor, list[str]]:
+    """(units, K): the gate's weights of every unit before any pair of its own counts, nats; and the units' names."""
+    ids, names = data.units(unit)
+    first = torch.tensor([int((ids == i).nonzero()[0]) for i in range(len(names))])
+    return policy.log_w(data).detach()[first], names

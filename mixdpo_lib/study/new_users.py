@@ -1,6 +1,6 @@
 """Can a new user be served without retraining? By metadata, by a few pairs of their own, by fitting the gate alone.
 
-Experts are those of the movie-review study. The pairs of a new user lie on training prompts, the scored ones on test
+Experts are those of the study of review users. The pairs of a new user lie on training prompts, the scored ones on test
 prompts.
 """
 
@@ -16,21 +16,20 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..base.features import PairFeatures, pair_features
-from ..elbo import correct, log_responsibilities
+from ..data.pairs import Pairs
+from ..elbo import correct
 from ..evaluation import bootstrap_means, by_prompt_and_group, group_accuracy, interval, prompt_accuracy
 from ..gates.membership import MixedMembershipGate
-from ..gates.user import UserGate
 from ..learning.fit import fit_gate
 from ..policy.mixture import MixturePolicy
-from .review_users import Fitted, Study
-from .simulated_people import GROUPS, simulate_blends, simulate_preferences
-from .tables import user_groups
+from .fits import Fitted, group_of, unit_log_w
+from .review_users import ReviewUsers
+from .simulated_people import simulate_blends, simulate_preferences
 
 SIZES = (0, 1, 2, 4, 8, 16, 32, 64)
 
 
-def first_pairs(data: PairFeatures, size: int) -> PairFeatures:
+def first_pairs(data: Pairs, size: int) -> Pairs:
     """The first `size` pairs of every user, in the order of the data."""
     seen: dict[str, int] = {}
     keep = []
@@ -40,40 +39,28 @@ def first_pairs(data: PairFeatures, size: int) -> PairFeatures:
     return data.where(keep)
 
 
-def user_prior(policy: MixturePolicy, context: PairFeatures) -> Tensor:
-    """(users, K): the gate's weights of every user of these pairs before any pair of theirs counts, nats."""
-    ids, users = context.units("user")
-    first = torch.tensor([int((ids == i).nonzero()[0]) for i in range(len(users))])
-    log_w = policy.log_w(context).detach()
-    return log_w[first] if log_w.dim() == 2 else log_w.expand(len(users), -1)
-
-
-def serve_by_pairs(policy: MixturePolicy, context: PairFeatures, size: int, rewards: Tensor | None = None) -> Tensor:
+def serve_by_pairs(policy: MixturePolicy, context: Pairs, size: int, rewards: Tensor | None = None) -> Tensor:
     """(users, K): log_q of each user from the gate and the user's first `size` pairs (latent per user)."""
-    prior = user_prior(policy, context)
     if size == 0:
-        return prior
-    _, users = context.units("user")
-    part = first_pairs(context, size)
-    ids, _ = part.units("user")
-    return log_responsibilities(policy.loglik(part, rewards), prior, ids, n_units=len(users))
+        return unit_log_w(policy, context)[0]
+    return policy.log_posterior(first_pairs(context, size), "user", rewards)[0]
 
 
-def serve_by_gate(policy: MixturePolicy, context: PairFeatures, size: int, offset_scale: float = 1.0) -> Tensor:
+def serve_by_gate(policy: MixturePolicy, context: Pairs, size: int, offset_scale: float = 1.0) -> Tensor:
     """(users, K): weights of each user by an offset of their own, fitted to their first `size` pairs (latent per pair).
 
     What else the gate reads stays as it is, and so do the experts.
     """
     _, users = context.units("user")
-    gates = [policy.gate] if isinstance(policy.gate, UserGate) else []
+    gates = [policy.gate] if policy.gate.reads else []
     gate = MixedMembershipGate(gates, policy.n_experts, users, offset_scale)
     own = MixturePolicy(policy.experts, gate, policy.beta)
     if size:
-        fit_gate(own, first_pairs(context, size), latent="pair", only_offsets=True)
-    return user_prior(own, context)
+        fit_gate(own, first_pairs(context, size), latent="pair", frozen=gate.shared)
+    return unit_log_w(own, context)[0]
 
 
-def accuracy_by_pairs(study: Study, design: str, seeds: Sequence[int], sizes: Sequence[int] = SIZES) -> pd.DataFrame:
+def accuracy_by_pairs(study: ReviewUsers, design: str, seeds: Sequence[int], sizes: Sequence[int] = SIZES) -> pd.DataFrame:
     """Test accuracy of new users by way of serving and by m, the number of their own pairs.
 
     Returns one row a (served_by, m, seed, group, prompt_id): `dpo` and `oracle` (one DPO a hidden group) use no pairs.
@@ -82,21 +69,21 @@ def accuracy_by_pairs(study: Study, design: str, seeds: Sequence[int], sizes: Se
     """
     sets, parts = study.pairs(design), []
     context, test = sets["context"], sets["test"]
-    of = user_groups(context)
+    of = group_of(context, "user")
     _, users = context.units("user")
 
     def score(fitted: Fitted, weights: Tensor, name: str, m: int, loglik: Tensor) -> None:
-        rows = {g: weights[[i for i, u in enumerate(users) if of[u] == g]] for g in GROUPS}
+        rows = {g: weights[[i for i, u in enumerate(users) if of[u] == g]] for g in study.groups}
         table = prompt_accuracy(fitted.policy, test, rows, loglik)
         parts.append(table.assign(served_by=name, m=m, seed=fitted.seed))
 
     for seed in seeds:
         for name in ("dpo", "oracle"):
-            fitted = study.fitted(design, name, seed)
+            fitted = study.fitted(name, seed, design)
             loglik = fitted.policy.loglik(test, fitted.rewards)
-            score(fitted, user_prior(fitted.policy, context), name, 0, loglik)
+            score(fitted, unit_log_w(fitted.policy, context)[0], name, 0, loglik)
         for name, method in (("pairs", "mix_dpo"), ("metadata", "moe_dpo"), ("gate", "moe_dpo")):
-            fitted = study.fitted(design, method, seed)
+            fitted = study.fitted(method, seed, design)
             loglik = fitted.policy.loglik(test, fitted.rewards)
             for m in sizes:
                 if name == "gate":
@@ -131,7 +118,7 @@ def share_closed(by_prompt: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def blended_users(study: Study, design: str, seeds: Sequence[int], n_users: int, m: int = 64) -> pd.DataFrame:
+def blended_users(study: ReviewUsers, design: str, seeds: Sequence[int], n_users: int, m: int = 64) -> pd.DataFrame:
     """Users each of whose comparisons is answered by one of two rewards: mixed membership against one latent a user.
 
     Both start from the same experts (`mix_dpo`) and the users' first m pairs; scored on comparisons of the same kind on
@@ -139,15 +126,15 @@ def blended_users(study: Study, design: str, seeds: Sequence[int], n_users: int,
     """
     config = study.design(design)
     sets = simulate_blends(study.candidates, study.scores, replace(config, context_pairs=m), n_users)
-    context, test = (pair_features(study.base, sets[name], study.texts) for name in ("context", "test"))
+    context, test = (Pairs.of(sets[name], study.texts) for name in ("context", "test"))
     ids, users = test.units("user")
     _, order = context.units("user")
     place = torch.tensor([order.index(user) for user in users])[ids]
     parts = []
     for seed in seeds:
-        single, mixture = study.fitted(design, "dpo", seed), study.fitted(design, "mix_dpo", seed)
+        single, mixture = study.fitted("dpo", seed, design), study.fitted("mix_dpo", seed, design)
         ways = {
-            "dpo": (single, user_prior(single.policy, context)),
+            "dpo": (single, unit_log_w(single.policy, context)[0]),
             "one latent a user": (mixture, serve_by_pairs(mixture.policy, context, m, mixture.rewards)),
             "mixed membership": (mixture, serve_by_gate(mixture.policy, context, m)),
         }
@@ -186,7 +173,7 @@ def fingerprint(policy: MixturePolicy) -> str:
     return digest.hexdigest()
 
 
-def add_users(study: Study, design: str, seed: int, n_users: int, m: int = 16) -> pd.DataFrame:
+def add_users(study: ReviewUsers, design: str, seed: int, n_users: int, m: int = 16) -> pd.DataFrame:
     """Serve `n_users` users whom no fit has seen, timed: by the posterior of their m pairs, and by an offset each.
 
     Returns one row a way: seconds, users, pairs, experts_untouched (their bytes before and after).
@@ -195,8 +182,8 @@ def add_users(study: Study, design: str, seed: int, n_users: int, m: int = 16) -
     sets = simulate_preferences(
         study.candidates, study.scores, replace(config, n_new_users=n_users, context_pairs=m)
     )
-    context = pair_features(study.base, sets["context"], study.texts)
-    fitted = study.fitted(design, "moe_dpo", seed)
+    context = Pairs.of(sets["context"], study.texts)
+    fitted = study.fitted("moe_dpo", seed, design)
     rows = []
     for name in ("pairs", "gate"):
         before, start = fingerprint(fitted.policy), time.monotonic()
@@ -211,15 +198,15 @@ def add_users(study: Study, design: str, seed: int, n_users: int, m: int = 16) -
     return pd.DataFrame(rows)
 
 
-def group_weights(study: Study, design: str, seed: int, m: int = 16) -> pd.DataFrame:
+def group_weights(study: ReviewUsers, design: str, seed: int, m: int = 16) -> pd.DataFrame:
     """Mean weight of each group's expert for the new users of each group: by metadata alone and by m pairs."""
-    fitted, context = study.fitted(design, "moe_dpo", seed), study.pairs(design)["context"]
-    of, (_, users) = user_groups(context), context.units("user")
+    fitted, context = study.fitted("moe_dpo", seed, design), study.pairs(design)["context"]
+    of, (_, users) = group_of(context, "user"), context.units("user")
     rows = []
     for name, size in (("metadata", 0), (f"{m} pairs", m)):
         q = serve_by_pairs(fitted.policy, context, size, fitted.rewards).exp().numpy()
-        for group in GROUPS:
+        for group in study.groups:
             mean = q[np.array([of[u] == group for u in users])].mean(0)
             rows += [{"known": name, "group": group, "expert_serves": other, "weight": float(mean[k])}
-                     for other, k in zip(GROUPS, fitted.order, strict=True) if k >= 0]  # fmt: skip
+                     for other, k in zip(study.groups, fitted.order, strict=True) if k >= 0]  # fmt: skip
     return pd.DataFrame(rows)

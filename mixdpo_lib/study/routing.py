@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
 from ..evaluation import bootstrap_means, interval
+from ..gates.inputs import standardise
+from .fits import Fitted
+from .two_domains import TwoDomains
+
+
+@torch.no_grad()
+def routing_of(study: TwoDomains, fits: Sequence[Fitted], less_known: bool = False) -> pd.DataFrame:
+    """The gate on held-out prompts: one row a fit and prompt with `film`, the weight of the films' expert.
+
+    `less_known` : on those of works that were left out because the base hardly knows them, instead.
+
+    `supervised` is a logistic regression that was told the training prompts' domains and reads the same state: an
+    upper line. Its penalty is that of the gate's prior, each training prompt counted with all of its answers.
+    """
+    table = study.asked.less_known if less_known else study.prompts[study.prompts["part"] == "test"]
+    held_out, states = table[["item", "domain", "prompt"]], study.asked.states(table)
+    parts = []
+    for f in fits:
+        weights = f.policy.gate.log_w({"state": states}).exp()
+        film, book = (weights[:, k] for k in f.order[:2])
+        parts.append(held_out.assign(method=f.method, seed=f.seed, film=(film / (film + book)).numpy()))
+    parts.append(held_out.assign(method="supervised", seed=0, film=_supervised(study, states)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _supervised(study: TwoDomains, states: Tensor) -> np.ndarray:
+    train = study.prompts[study.prompts["part"] == "train"]
+    own = study.asked.states(train)
+    mean, scale = standardise(own)
+    answers = len(study.pairs()["train"]) / len(train)
+    model = LogisticRegression(C=answers * study.config.weight_scale**2, max_iter=5000)
+    model.fit(((own - mean) / scale).numpy(), train["domain"] == "film")
+    return model.predict_proba(((states - mean) / scale).numpy())[:, 1]
 
 
 def gate_accuracy(routing: pd.DataFrame) -> pd.DataFrame:

@@ -10,14 +10,8 @@ import numpy as np
 import pandas as pd
 from datasets import DatasetDict
 
-from ..base.features import PairFeatures
 from ..evaluation import accuracy_gain
 from .simulated_people import GROUPS
-
-
-def user_groups(data: PairFeatures, column: str = "user") -> dict[str, str]:
-    """Hidden group of each user of a preference set, in order of first appearance."""
-    return dict(zip(data.rows[column], data.rows["group"], strict=True))
 
 
 def design_gains(by_prompt: pd.DataFrame, baseline: str = "dpo") -> pd.DataFrame:

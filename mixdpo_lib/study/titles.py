@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..base.features import text_store
 from ..base.head import reference_logps
 from ..base.model import Base
-from ..data.pairs import Text
+from ..data.pairs import Text, Texts
 from ..store import MixDPOError
 
 DOMAINS = ("film", "book")
@@ -60,10 +59,11 @@ def familiarity(base: Base, works: pd.DataFrame) -> np.ndarray:
 
     No domain is read. A gate cannot tell what its base does not know.
     """
-    texts = [Text(f"{work.title}, one of the best-known works of", f" {work.maker}", False)
-             for work in works.itertuples()]  # fmt: skip
-    store = text_store(base, texts)
-    return reference_logps(base, store.features)[[store.index[text] for text in texts]]
+    asked = [
+        Text(f"{work.title}, one of the best-known works of", f" {work.maker}", False) for work in works.itertuples()
+    ]
+    texts = Texts.of(asked)
+    return reference_logps(base, texts)[[texts.index[text] for text in asked]]
 
 
 def split_items(n_items: int, seed: int) -> list[str]:

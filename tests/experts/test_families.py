@@ -7,16 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from tiny import KINDS, preference_rows, save_tiny_base, save_tiny_kind
+from tiny import KINDS, plain_fit, preference_rows, save_tiny_base, save_tiny_kind
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from mixdpo_lib.base import model as model_file
-from mixdpo_lib.base.features import pair_features
+from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.experts.adapters import AdapterExperts
 from mixdpo_lib.experts.heads import HeadExperts
 from mixdpo_lib.experts.whole import IndependentExperts
 from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
-from mixdpo_lib.learning.config import FitConfig
 from mixdpo_lib.learning.fit import fit
 from mixdpo_lib.policy.mixture import MixturePolicy
 from mixdpo_lib.policy.next_token import MixtureNextToken, NextToken
@@ -51,7 +50,7 @@ def kinds(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tiny_base):
-    return pair_features(tiny_base, preference_rows())
+    return Pairs.of(preference_rows())
 
 
 def whole_logps(model, base, row, side):
@@ -95,7 +94,7 @@ def test_one_expert_is_plain_dpo(tiny_base, data, family):
     losses = []
     for step in range(20):
         rows = torch.arange(step % 3 * 8, step % 3 * 8 + 8)
-        own = -policy.batch_loglik(experts.batch(data.texts, constants, data.pairs[rows])).mean()
+        own = -policy.batch_loglik(experts.batch(constants, data.index[rows])).mean()
         other = 0.0
         for row in (data.rows[int(i)] for i in rows):
             with torch.no_grad():
@@ -116,10 +115,10 @@ def test_one_expert_is_plain_dpo(tiny_base, data, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_architectures(kinds, kind, family):
     base = kinds[kind]
-    data = pair_features(base, preference_rows(8))
+    data = Pairs.of(preference_rows(8))
     experts = moved(make(family, base, 3, data))
     policy = MixturePolicy(experts, FixedWeights(WEIGHTS), beta=0.5)
-    batch = experts.batch(data.texts, policy.constants(data.texts), data.pairs)
+    batch = experts.batch(policy.constants(data.texts), data.index)
     logps, refs = experts.logps(batch), experts.ref_logps(batch)
     models = [policy.export_model(k) for k in range(3)]
     for n, row in enumerate(data.rows):
@@ -141,7 +140,7 @@ def test_other_architectures(kinds, kind, family):
 def test_gradients_of_every_expert_arrive(tiny_base, data, family):
     experts = moved(make(family, tiny_base, 3, data))
     policy = MixturePolicy(experts, FixedWeights(WEIGHTS))
-    batch = experts.batch(data.texts, policy.constants(data.texts), data.pairs[:6])
+    batch = experts.batch(policy.constants(data.texts), data.index[:6])
     loglik = policy.batch_loglik(batch)
     every = [name for name, _ in experts.named_parameters()]
     names = {k: [name for name in every if name.split(".")[-1].startswith(f"{k}/")] for k in range(3)}
@@ -156,15 +155,15 @@ def test_gradients_of_every_expert_arrive(tiny_base, data, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fit_learns(tiny_base, data, family):
     policy = MixturePolicy(make(family, tiny_base, 2, data), LearnedWeights(2), beta=0.5)
-    result = fit(policy, data, FitConfig(passes=6.0, batch_size=8, learning_rate=5e-3, evaluations_per_pass=1))
+    result = fit(policy, data, plain_fit(passes=6.0, batch_size=8, learning_rate=5e-3, evaluations_per_pass=1))
     assert result.history["elbo"].iloc[-1] > result.history["elbo"].iloc[0] + 0.05
 
 
 def test_independent_experts_may_differ(tiny_base, kinds, tmp_path):
-    data = pair_features(tiny_base, preference_rows(8))
+    data = Pairs.of(preference_rows(8))
     experts = IndependentExperts([tiny_base, kinds["gpt2"]])
     policy = MixturePolicy(experts, FixedWeights.uniform(2), beta=0.5)
-    batch = experts.batch(data.texts, policy.constants(data.texts), data.pairs)
+    batch = experts.batch(policy.constants(data.texts), data.index)
     refs = experts.ref_logps(batch)
     assert refs.shape == (8, 2, 2) and float((refs[..., 0] - refs[..., 1]).abs().min()) > 1e-3
     torch.testing.assert_close(experts.logps(batch), refs, atol=1e-4, rtol=1e-4)
@@ -184,7 +183,7 @@ def test_independent_experts_may_differ(tiny_base, kinds, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma", "phi"])
 def test_an_expert_leaves_the_mixture(kinds, kind, family, tmp_path):
     base = kinds[kind]
-    data = pair_features(base, preference_rows(8))
+    data = Pairs.of(preference_rows(8))
     policy = MixturePolicy(moved(make(family, base, 3, data)), FixedWeights(WEIGHTS), beta=0.5)
     ids = torch.tensor([[2, 5, 9, 4, 7]])
     step = NextToken(policy.base, policy.experts, torch.tensor([2]))
@@ -267,7 +266,7 @@ def test_a_chat_template_is_used_where_asked_for(tmp_path):
 def test_half_precision_blocks(tiny_folder, data):
     half = model_file.load_base(tiny_folder, dtype="bfloat16")
     assert half.model.dtype == torch.bfloat16
-    own = pair_features(half, data.rows)
+    own = Pairs.of(data.rows)
     policy = MixturePolicy(moved(AdapterExperts(half, 2, rank=4, blocks=1)), FixedWeights.uniform(2))
     exact = MixturePolicy(moved(AdapterExperts(model_file.load_base(tiny_folder), 2, rank=4, blocks=1)),
                           FixedWeights.uniform(2))  # fmt: skip

@@ -7,9 +7,9 @@ import torch
 from tiny import UNUSED, VOCABULARY, full_logps, preference_rows
 from torch import nn
 
-from mixdpo_lib.base.features import gather_positions, pair_features, text_store, tokenise
-from mixdpo_lib.data.pairs import Text
-from mixdpo_lib.experts import heads, low_rank
+from mixdpo_lib.base.features import gather_positions, text_features, tokenise
+from mixdpo_lib.data.pairs import Pairs, Text, Texts
+from mixdpo_lib.experts import head_voices, low_rank
 from mixdpo_lib.experts.heads import HeadExperts
 from mixdpo_lib.policy.next_token import MixtureNextToken, NextToken, reference_next_token
 from mixdpo_lib.policy.sampling import sample
@@ -18,7 +18,7 @@ from mixdpo_lib.store import MixDPOError
 
 @pytest.fixture(scope="module")
 def data(tiny_base):
-    return pair_features(tiny_base, preference_rows(10))
+    return Pairs.of(preference_rows(10))
 
 
 def make(base, data, n_experts=3, active="responses", scale=0.5):
@@ -30,7 +30,7 @@ def make(base, data, n_experts=3, active="responses", scale=0.5):
 
 
 def batch_of(experts, data, rows=slice(None)):
-    return experts.batch(data.texts, experts.constants(data.texts), data.pairs[rows])
+    return experts.batch(experts.constants(data.texts), data.index[rows])
 
 
 def plain(base, experts, data, rows=slice(None)):
@@ -82,8 +82,8 @@ def test_active_tokens_are_those_of_the_training_responses(tiny_base, data):
 @pytest.mark.parametrize("active", ["responses", "all"])
 def test_probabilities_of_all_tokens_sum_to_one(tiny_base, data, active):
     experts = make(tiny_base, data, active=active, scale=2.0)
-    store = text_store(tiny_base, [Text("the film was", word, False) for word in VOCABULARY])
-    logps, refs = experts.all_text_logps(store.features, experts.constants(store.features), block=7)
+    store = Texts.of([Text("the film was", word, False) for word in VOCABULARY])
+    logps, refs = experts.all_text_logps(experts.constants(store), torch.arange(len(store)), block=7)
     assert logps.shape == (len(VOCABULARY), 3)
     torch.testing.assert_close(logps.double().logsumexp(0).exp(), torch.ones(3).double(), atol=1e-5, rtol=0)
     assert float(refs.logsumexp(0)) == pytest.approx(0, abs=1e-5)
@@ -115,8 +115,8 @@ def test_perturb_parts_the_experts_by_its_seed(tiny_base, data):
 def test_a_reads_the_hidden_states_of_the_training_responses(tiny_base, data):
     """Each row has mean square 1/r on them, the first reads their mean, and every expert starts with the same A."""
     experts = make(tiny_base, data)
-    ids = torch.unique(data.pairs)
-    hidden, _, _ = gather_positions(data.texts, ids)
+    ids = torch.unique(data.index)
+    hidden, _, _ = gather_positions(text_features(tiny_base, data.texts), ids)
     read = hidden @ experts.down[0].detach().T
     deviation = read.var(0, correction=0)[1:]
     torch.testing.assert_close(deviation, torch.full_like(deviation, 1 / experts.rank), rtol=1e-3, atol=1e-4)
@@ -127,8 +127,8 @@ def test_a_reads_the_hidden_states_of_the_training_responses(tiny_base, data):
 def test_next_tokens_agree_with_whole_sequences(tiny_base, data):
     experts = make(tiny_base, data)
     texts = [Text("the film", "was very good and bright", True), Text("a long long story", "is dull", True)]
-    store = text_store(tiny_base, texts)
-    whole, refs = experts.all_text_logps(store.features, experts.constants(store.features))
+    store = Texts.of(texts)
+    whole, refs = experts.all_text_logps(experts.constants(store), torch.arange(len(store)))
     speak = NextToken(experts.base[0], experts, torch.tensor([2, 0]))
     ids = [tokenise(tiny_base, t) for t in texts]
     forced = [iter([*response, *[0] * 9]) for _, response in ids]
@@ -163,8 +163,8 @@ def test_rows_of_a_batch_speak_as_their_own_expert(tiny_base, data):
 
 def test_a_text_is_computed_once_in_a_batch(tiny_base, data):
     experts = make(tiny_base, data)
-    pairs = torch.stack([data.pairs[0], data.pairs[0].flip(0), data.pairs[1]])
-    once = experts.batch(data.texts, experts.constants(data.texts), pairs)
+    pairs = torch.stack([data.index[0], data.index[0].flip(0), data.index[1]])
+    once = experts.batch(experts.constants(data.texts), pairs)
     assert len(once["text_ref_logps"]) == 4 and len(once["hidden"]) == len(batch_of(experts, data, slice(2))["hidden"])
     logps = experts.logps(once)
     assert torch.equal(logps[0], logps[1].flip(0))
@@ -177,8 +177,8 @@ def test_a_text_is_computed_once_in_a_batch(tiny_base, data):
 def test_blocks_and_buffers_do_not_change_the_values(tiny_base, data):
     experts = make(tiny_base, data)
     constants = experts.constants(data.texts)
-    one, refs = experts.all_text_logps(data.texts, constants, block=3)
-    all_at_once, same = experts.all_text_logps(data.texts, constants, block=100)
+    one, refs = experts.all_text_logps(constants, torch.arange(len(data.texts)), block=3)
+    all_at_once, same = experts.all_text_logps(constants, torch.arange(len(data.texts)), block=100)
     torch.testing.assert_close(one, all_at_once, atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(refs, same)
 
@@ -200,7 +200,7 @@ def test_a_head_with_a_bias(tiny_base, data):
     head.weight.data.copy_(tiny_base.model.get_output_embeddings().weight)
     head.bias.data.copy_(torch.linspace(-1, 1, len(VOCABULARY)))
     base = replace(tiny_base, model=model.requires_grad_(False), fingerprint="with-bias")
-    biased = pair_features(base, data.rows)
+    biased = Pairs.of(data.rows)
     experts = make(base, biased)
     own, ref = plain(base, experts, biased, slice(4))
     batch = batch_of(experts, biased, slice(4))
@@ -212,7 +212,7 @@ def test_loaded_parameters_bring_their_active_tokens(tiny_base, data):
     ours, theirs = make(tiny_base, data), make(tiny_base, data)
     ours.activate(torch.arange(10, 20))
     theirs.activate(torch.arange(20, 30))
-    ours._require_active()
+    ours.active_head()
     ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(ours.logps(batch_of(ours, data)), theirs.logps(batch_of(theirs, data)))
 
@@ -265,7 +265,7 @@ def computed(monkeypatch):
             counts.append(len(hidden) * len(down) if groups is None else sum(map(len, groups)))
             return function.apply(*arguments)
 
-    monkeypatch.setattr(heads, "LowRankTokenLogps", Counting)
+    monkeypatch.setattr(low_rank, "LowRankTokenLogps", Counting)
     return counts
 
 
@@ -282,8 +282,8 @@ def test_chosen_experts_equal_the_dense_ones(tiny_base, data, routing, active, c
     for mine, a in zip(torch.autograd.grad(loss, [experts.down, experts.up]), full, strict=True):
         torch.testing.assert_close(mine, a, atol=1e-4 * float(a.abs().max()), rtol=1e-4)
     # each chosen (text, expert) once: the texts of these pairs are all different
-    lengths = torch.from_numpy(data.texts.offsets).diff()[data.pairs].sum(1)
-    assert len(torch.unique(data.pairs)) == 20 and computed == [3 * lengths.sum(), (lengths[:, None] * chosen).sum()]
+    lengths = torch.from_numpy(text_features(tiny_base, data.texts).offsets).diff()[data.index].sum(1)
+    assert len(torch.unique(data.index)) == 20 and computed == [3 * lengths.sum(), (lengths[:, None] * chosen).sum()]
 
 
 def test_all_experts_chosen_are_the_dense_result_to_the_last_bit(tiny_base, data):
@@ -310,13 +310,13 @@ def test_infinite_entries_leave_no_nan_in_the_gradients(tiny_base, data):
 
 def test_a_text_that_pairs_share_is_computed_for_all_their_experts_once(tiny_base, data, computed):
     experts = make(tiny_base, data)
-    a, b, c = data.pairs[0, 0], data.pairs[0, 1], data.pairs[1, 0]
+    a, b, c = data.index[0, 0], data.index[0, 1], data.index[1, 0]
     pairs = torch.stack([torch.stack([a, b]), torch.stack([c, a]), torch.stack([a, b])])
     chosen = torch.tensor([[True, False, False], [False, True, False], [True, False, False]])
-    batch = experts.batch(data.texts, experts.constants(data.texts), pairs)
+    batch = experts.batch(experts.constants(data.texts), pairs)
     sparse, dense = experts.logps(batch, chosen), experts.logps(batch)
     torch.testing.assert_close(sparse, dense.masked_fill(~chosen[:, None], -torch.inf), atol=2e-5, rtol=1e-6)
-    length = torch.from_numpy(data.texts.offsets).diff()
+    length = torch.from_numpy(text_features(tiny_base, data.texts).offsets).diff()
     assert computed[0] == 2 * length[a] + length[b] + length[c]
 
 
@@ -326,12 +326,12 @@ def test_all_texts_with_experts_of_their_own(tiny_base, data, block, computed):
     constants = experts.constants(data.texts)
     ids = torch.tensor([4, 0, 9, 9, 2, 7, 5, 1, 3, 11])  # one of them twice, with different experts
     chosen = ROUTINGS["two each"]
-    dense, refs = experts.all_text_logps(data.texts, constants, ids)
+    dense, refs = experts.all_text_logps(constants, ids)
     computed.clear()
-    sparse, same = experts.all_text_logps(data.texts, constants, ids, block, chosen)
+    sparse, same = experts.all_text_logps(constants, ids, block, chosen)
     torch.testing.assert_close(sparse, dense.masked_fill(~chosen, -torch.inf), atol=2e-5, rtol=1e-6)
     torch.testing.assert_close(same, refs)
-    assert sum(computed) < 3 * torch.from_numpy(data.texts.offsets).diff()[ids].sum()
+    assert sum(computed) < 3 * torch.from_numpy(text_features(tiny_base, data.texts).offsets).diff()[ids].sum()
 
 
 def test_choices_of_another_shape_are_refused(tiny_base, data):
@@ -345,7 +345,7 @@ def test_choices_of_another_shape_are_refused(tiny_base, data):
 
 def test_only_experts_that_speak_are_computed(tiny_base, data, monkeypatch):
     experts, seen = make(tiny_base, data), []
-    monkeypatch.setattr(heads._Group, "logits", lambda self, h, ref: (
+    monkeypatch.setattr(head_voices.HeadGroup, "logits", lambda self, h, ref: (
         seen.append((self.expert, self.rows.tolist())), ref[self.rows])[1])  # fmt: skip
     ids, mask = torch.tensor([[2, 5, 7]]).repeat(4, 1), torch.ones(4, 3, dtype=torch.long)
     NextToken(experts.base[0], experts, torch.tensor([2, 0, 2, 2]))(ids, mask)

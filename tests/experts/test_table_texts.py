@@ -6,14 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import concatenate_datasets
-from tiny import preference_rows
+from tiny import plain_fit, preference_rows
 
-from mixdpo_lib.base.features import pair_features, text_store
 from mixdpo_lib.base.head import reference_logps
-from mixdpo_lib.data.pairs import Text
+from mixdpo_lib.data.pairs import Pairs, Text, Texts
 from mixdpo_lib.experts.tables import TabularExperts
 from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
-from mixdpo_lib.learning.config import FitConfig
 from mixdpo_lib.learning.fit import fit
 from mixdpo_lib.policy.mixture import MixturePolicy
 
@@ -53,13 +51,13 @@ def test_each_prompt_shares_a_probability_of_one_among_its_answers(tiny_base, ro
     for own in (prompts, ~prompts):
         torch.testing.assert_close(experts.log_policy()[:, own].exp().sum(1), torch.ones(2).double())
         torch.testing.assert_close(experts.log_ref[own].exp().sum(), torch.ones(()).double())
-    data = pair_features(tiny_base, rows)
+    data = Pairs.of(rows)
     policy = MixturePolicy(experts, FixedWeights(WEIGHTS), beta=0.5)
     place = {answer: i for i, answer in enumerate(experts.answers)}
     numbers = torch.tensor([[place[Text(r["prompt"], r[side], r["ended"])] for side in ("chosen", "rejected")]
                             for r in data.rows])  # fmt: skip
     torch.testing.assert_close(policy.loglik(data), experts.loglik(numbers).float())
-    batch = experts.batch(data.texts, policy.constants(data.texts), data.pairs)
+    batch = experts.batch(policy.constants(data.texts), data.index)
     torch.testing.assert_close(experts.logps(batch), experts.logps(numbers))
     torch.testing.assert_close(experts.ref_logps(batch), experts.ref_logps(numbers))
     chosen = torch.tensor([[True, False]] * len(data))
@@ -67,7 +65,7 @@ def test_each_prompt_shares_a_probability_of_one_among_its_answers(tiny_base, ro
 
 
 def test_the_reference_is_the_bases_among_the_answers(tiny_base, rows, experts):
-    texts = text_store(tiny_base, experts.answers).features
+    texts = Texts.of(experts.answers)
     other = MixturePolicy(TabularExperts.of(tiny_base, rows, 1), FixedWeights.uniform(1), beta=1.0)
     heads = other.experts.log_ref
     plain = torch.from_numpy(reference_logps(tiny_base, texts)).double()
@@ -77,10 +75,10 @@ def test_the_reference_is_the_bases_among_the_answers(tiny_base, rows, experts):
 
 
 def test_one_table_is_plain_dpo(tiny_base, rows):
-    data = pair_features(tiny_base, rows)
+    data = Pairs.of(rows)
     experts = TabularExperts.of(tiny_base, data, 1, beta=0.5)
     policy = MixturePolicy(experts, FixedWeights.uniform(1), beta=0.5)
-    batch = experts.batch(data.texts, policy.constants(data.texts), data.pairs)
+    batch = experts.batch(policy.constants(data.texts), data.index)
     logits = experts.log_ref.clone().requires_grad_(True)  # a policy over the answers, beta (log pi - log pi_ref)
     prompts = experts.prompt
     steps = [torch.optim.SGD(experts.parameters(), lr=0.5), torch.optim.SGD([logits], lr=0.5 / 0.25)]
@@ -99,7 +97,7 @@ def test_one_table_is_plain_dpo(tiny_base, rows):
 
 def test_a_fit_finds_who_wants_what(tiny_base, rows):
     policy = MixturePolicy(TabularExperts.of(tiny_base, rows, 2, beta=0.5), LearnedWeights(2), beta=0.5)
-    config = FitConfig(passes=60.0, batch_size=48, learning_rate=0.1, tempering_passes=10.0)
+    config = plain_fit(passes=60.0, batch_size=48, learning_rate=0.1, start__tempering_passes=10.0)
     result = fit(policy, rows, config)
     assert result.history["elbo"].iloc[-1] > -0.2 > result.history["elbo"].iloc[0]
     q = policy.responsibilities(rows)
@@ -154,7 +152,7 @@ def test_what_a_table_cannot_do_is_said(tiny_base, rows, experts, tmp_path):
         policy.loglik(concatenate_datasets([rows.select([5]), other]))
     with pytest.raises(ValueError, match="row 1: its prompt is not in the table"):
         policy.generate(["the film", "it was"])
-    with pytest.raises(ValueError, match="TabularExperts change no model: they have no adapter"):
+    with pytest.raises(ValueError, match="TabularExperts have no adapter to export"):
         policy.export_adapter(0, tmp_path / "adapter")
     with pytest.raises(ValueError, match="TabularExperts change no model: there is nothing to merge"):
         policy.merge(0, tmp_path / "merged")

@@ -1,32 +1,31 @@
 """Gates inside EM: M-steps that cannot fall, fits that route, top-S in training, experts that stay as they are."""
 
 import math
-from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from tiny import sentence
+from tiny import plain_fit, sentence
 
-from mixdpo_lib.base.features import pair_features, prompt_states
+from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.elbo import certified_gap, mixture_log_likelihood, restricted_log_likelihood
 from mixdpo_lib.experts.heads import HeadExperts
-from mixdpo_lib.gates.contract import distinct_rows
+from mixdpo_lib.gates.inputs import distinct_rows
 from mixdpo_lib.gates.m_step import gate_em, gate_loss, gate_m_step
 from mixdpo_lib.gates.membership import MixedMembershipGate
 from mixdpo_lib.gates.prompt import ContextGate
 from mixdpo_lib.gates.user import UserGate, given_gate
 from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
 from mixdpo_lib.learning import full_batch, trainer
-from mixdpo_lib.learning.config import FitConfig
 from mixdpo_lib.learning.fit import fit, fit_gate
+from mixdpo_lib.learning.inference import Relaxed
 from mixdpo_lib.learning.starts import cluster_log_q
 from mixdpo_lib.policy.mixture import MixturePolicy
 from mixdpo_lib.study.new_users import first_pairs, serve_by_gate, serve_by_pairs
 
-CONFIG = FitConfig(latent="pair", batch_size=8, passes=6.0, learning_rate=0.02, start_temperature=1.0,
-                   symmetry_breaking="clusters", symmetry_passes=1.0)  # fmt: skip
+CONFIG = plain_fit(latent="pair", batch_size=8, passes=6.0, learning_rate=0.02, start__temperature=1.0,
+                   start__kind="clusters", start__passes=1.0)  # fmt: skip
 
 
 def routed_rows(n=48, seed=0):
@@ -43,7 +42,7 @@ def routed_rows(n=48, seed=0):
 
 @pytest.fixture(scope="module")
 def data(tiny_base):
-    return pair_features(tiny_base, routed_rows())
+    return Pairs.of(routed_rows())
 
 
 def make(base, data, gate, n_experts=2, scale=0.0):
@@ -54,9 +53,8 @@ def make(base, data, gate, n_experts=2, scale=0.0):
     return MixturePolicy(experts, gate, 0.3)
 
 
-def context_gate(data, n_experts=2, **options):
-    states = prompt_states(data.texts, data.pairs[:, 0])
-    return ContextGate.from_states(states, n_experts, **({"weight_scale": 1.0} | options))
+def context_gate(base, data, n_experts=2, **options):
+    return ContextGate.from_prompts(base, data.rows["prompt"], n_experts, **({"weight_scale": 1.0} | options))
 
 
 # -------------------------------------------------------------------------------------------------------- the M-step
@@ -66,7 +64,7 @@ def random_problem(rows=60, features=5, k=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, features, generator=generator)
     log_q = (2 * torch.randn(rows, k, generator=generator)).log_softmax(1)
-    return {"context": x}, log_q
+    return {"state": x}, log_q
 
 
 @pytest.mark.parametrize("options", [{}, {"entropy_weight": 0.1}, {"balance_weight": 0.5}])
@@ -92,9 +90,9 @@ def test_an_m_step_reaches_the_minimum_and_never_rises(options):
 @pytest.mark.parametrize("options", [{}, {"entropy_weight": 0.1}, {"balance_weight": 0.5}])
 def test_equal_rows_are_computed_once(options):
     inputs, log_q = random_problem(rows=9)
-    repeated = {"context": inputs["context"][torch.tensor([0, 3, 0, 1, 3, 3, 2, 0, 1])]}
-    distinct, place = distinct_rows(repeated)
-    assert len(distinct["context"]) == 4 and torch.equal(distinct["context"][place], repeated["context"])
+    repeated = {"state": inputs["state"][torch.tensor([0, 3, 0, 1, 3, 3, 2, 0, 1])]}
+    distinct, place = distinct_rows(repeated, 9)
+    assert len(distinct["state"]) == 4 and torch.equal(distinct["state"][place], repeated["state"])
     gates = [ContextGate(5, 3, weight_scale=0.7) for _ in range(2)]
     whole = gate_m_step(gates[0], repeated, log_q, max_iter=80, **options)
     once = gate_m_step(gates[1], distinct, log_q, max_iter=80, place=place, **options)
@@ -125,10 +123,10 @@ def test_em_of_the_gate_alone_finds_who_answers_what():
     gate = ContextGate(2, 2, weight_scale=3.0)
     with torch.no_grad():
         gate.outer.weight[0, 0] = -0.1
-    found = gate_em(gate, {"context": x}, loglik)
+    found = gate_em(gate, {"state": x}, loglik)
     rise = found.history["objective"].diff().dropna()
     assert found.converged and (rise > -1e-7).all() and len(found.history) > 3
-    assert (gate({"context": x}).argmax(1) == expert).double().mean() > 0.97
+    assert (gate({"state": x}).argmax(1) == expert).double().mean() > 0.97
     best = loglik.max(1).values.mean()
     assert found.history["loglik"].iloc[-1] == pytest.approx(float(best), abs=0.05)
 
@@ -138,21 +136,21 @@ def test_em_of_input_free_weights_is_the_fixed_point():
     gate = LearnedWeights(3, alpha=1.0)
     found = gate_em(gate, {}, loglik, tolerance=1e-9, max_iter=2000)
     assert found.converged
-    torch.testing.assert_close(found.log_q.exp().mean(0), gate().exp(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found.log_q.exp().mean(0), gate.log_w()[0].exp(), atol=1e-3, rtol=1e-3)
     fixed = gate_em(FixedWeights([0.5, 0.5]), {}, loglik[:, :2])
     expected = mixture_log_likelihood(loglik[:, :2], torch.tensor([0.5, 0.5]).log()).mean()
     assert fixed.history["loglik"].tolist() == [pytest.approx(float(expected))]
 
 
 def test_clusters_are_seeded_and_need_something_to_read():
-    inputs = {"context": torch.cat([torch.randn(20, 3), torch.randn(20, 3) + 8])}
+    inputs = {"state": torch.cat([torch.randn(20, 3), torch.randn(20, 3) + 8])}
     log_q = cluster_log_q(inputs, 2, seed=0)
     assert torch.equal(log_q, cluster_log_q(inputs, 2, seed=0))
     label = log_q.argmax(1)
     assert len(set(label[:20].tolist())) == 1 and label[0] != label[20]
     torch.testing.assert_close(log_q.exp().sum(1), torch.ones(40))
     crossed = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 1.0], [9.0, 1.0]])  # two works, two templates far apart
-    label = cluster_log_q({"context": crossed}, 2, seed=0, together=["a", "a", "b", "b"]).argmax(1).tolist()
+    label = cluster_log_q({"state": crossed}, 2, seed=0, together=["a", "a", "b", "b"]).argmax(1).tolist()
     assert label[0] == label[1] != label[2] == label[3]
     with pytest.raises(ValueError, match="needs a gate that reads prompts or metadata; this one reads nothing"):
         cluster_log_q({}, 2, seed=0)
@@ -166,14 +164,14 @@ def test_clusters_are_seeded_and_need_something_to_read():
 
 
 def test_a_fit_routes_prompts(tiny_base, data):
-    routed = make(tiny_base, data, context_gate(data))
-    result = fit(routed, data, CONFIG, data)
+    routed = make(tiny_base, data, context_gate(tiny_base, data))
+    result = fit(routed, data, CONFIG, validation=data)
     weights = routed.log_w(data).detach().exp()
     films = torch.tensor([d == "film" for d in data.rows["domain"]])
     gap = (weights[films].mean(0) - weights[~films].mean(0)).abs()
     assert float(gap.min()) > 0.5
     free = make(tiny_base, data, LearnedWeights(2))  # the same experts' worth of parameters, and nothing to read
-    plain = fit(free, data, replace(CONFIG, symmetry_breaking="random_responsibilities"), data)
+    plain = fit(free, data, CONFIG.change(start__kind="random_responsibilities"), validation=data)
     last = [r.history["validation_loglik"].iloc[-1] for r in (result, plain)]
     assert last[0] > last[1] + 0.005
     expected = (routed.loglik(data) + routed.log_w(data).detach()).logsumexp(1).exp()
@@ -181,35 +179,35 @@ def test_a_fit_routes_prompts(tiny_base, data):
 
 
 def test_a_latent_of_a_prompt_may_read_the_prompt_and_one_of_a_user_may_not(tiny_base, data):
-    config = replace(CONFIG, latent="unit", passes=1.0)
-    with pytest.raises(ValueError, match="context differs from the first row of its user: with latent='unit'"):
-        fit(make(tiny_base, data, context_gate(data)), data, config)
-    policy = make(tiny_base, data, context_gate(data))
+    config = CONFIG.change(latent="unit", passes=1.0)
+    with pytest.raises(ValueError, match="state differs from the first row of its user: with latent='unit'"):
+        fit(make(tiny_base, data, context_gate(tiny_base, data)), data, config)
+    policy = make(tiny_base, data, context_gate(tiny_base, data))
     half = data.where([i < 24 for i in range(48)])
     other = data.where([i >= 24 for i in range(48)])  # new prompts: the gate alone predicts them
-    result = fit(policy, half, replace(config, unit="prompt"), other)
+    result = fit(policy, half, config.change(unit="prompt"), validation=other)
     assert math.isfinite(result.history["validation_loglik"].iloc[-1])
     with pytest.raises(ValueError, match="have no training pairs; expected units with some, or a gate that reads"):
         fit(make(tiny_base, data, LearnedWeights(2)), half,
-            replace(config, unit="prompt", symmetry_breaking="none"), other)  # fmt: skip
+            config.change(unit="prompt", start__kind="none"), validation=other)  # fmt: skip
 
 
 def test_a_gate_of_users_is_fitted_by_unit(tiny_base, data):
     metadata = {"country": ["x", "y"]}
     policy = make(tiny_base, data, UserGate.from_metadata(metadata, 2), scale=0.3)
-    config = replace(CONFIG, latent="unit", symmetry_breaking="none")
+    config = CONFIG.change(latent="unit", start__kind="none")
     result = fit(policy, data, config)
     assert bool(policy.gate.outer.weight.any()) and result.stop_reason == "max_iter"
     frozen = make(tiny_base, data, given_gate("country", ["x", "y"], 2))
     before = frozen.gate.outer.weight.clone()
     fit(frozen, data, config)
     assert torch.equal(frozen.gate.outer.weight, before)
-    table = frozen.responsibilities(data)
+    table = frozen.posterior(data)
     assert sorted(table.iloc[:, 0].round(6).tolist()) == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_a_fit_with_a_gate_resumes_exactly(tiny_base, data, tmp_path, monkeypatch):
-    whole = make(tiny_base, data, context_gate(data))
+    whole = make(tiny_base, data, context_gate(tiny_base, data))
     expected = fit(whole, data, CONFIG)
 
     def stop(stage, done, total, *_):
@@ -219,8 +217,8 @@ def test_a_fit_with_a_gate_resumes_exactly(tiny_base, data, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "progress", stop)
         with pytest.raises(KeyboardInterrupt):
-            fit(make(tiny_base, data, context_gate(data)), data, CONFIG, folder=tmp_path)
-    again = make(tiny_base, data, context_gate(data))
+            fit(make(tiny_base, data, context_gate(tiny_base, data)), data, CONFIG, folder=tmp_path)
+    again = make(tiny_base, data, context_gate(tiny_base, data))
     result = fit(again, data, CONFIG, folder=tmp_path)
     for name, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
@@ -233,8 +231,8 @@ def test_a_fit_with_a_gate_resumes_exactly(tiny_base, data, tmp_path, monkeypatc
 def test_training_with_all_experts_kept_is_training_with_all(tiny_base, data):
     states = []
     for top_s in (None, 2):
-        policy = make(tiny_base, data, context_gate(data))
-        fit(policy, data, replace(CONFIG, top_s=top_s))
+        policy = make(tiny_base, data, context_gate(tiny_base, data))
+        fit(policy, data, CONFIG.change(routing__top_s=top_s))
         states.append(policy.state_dict())
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-5)
@@ -242,7 +240,7 @@ def test_training_with_all_experts_kept_is_training_with_all(tiny_base, data):
 
 def test_only_the_kept_experts_are_computed_in_training(tiny_base, data, monkeypatch):
     asked = []
-    policy = make(tiny_base, data, context_gate(data, 3), n_experts=3, scale=0.1)
+    policy = make(tiny_base, data, context_gate(tiny_base, data, 3), n_experts=3, scale=0.1)
     inner = policy.experts.logps
 
     def logps(batch, chosen=None):
@@ -250,7 +248,7 @@ def test_only_the_kept_experts_are_computed_in_training(tiny_base, data, monkeyp
         return inner(batch, chosen)
 
     monkeypatch.setattr(policy.experts, "logps", logps)
-    config = replace(CONFIG, top_s=1, symmetry_breaking="none", evaluate_training=True)
+    config = CONFIG.change(routing__top_s=1, start__kind="none", evaluate_training=True)
     result = fit(policy, data, config)
     kept = [chosen for chosen in asked if chosen is not None]  # evaluations compute all
     assert len(kept) == 36 and all((chosen.sum(1) == 1).all() for chosen in kept)
@@ -263,12 +261,12 @@ def test_only_the_kept_experts_are_computed_in_training(tiny_base, data, monkeyp
 
 
 def test_degenerate_routing_trains(tiny_base, data):
-    gate = context_gate(data, 3)
+    gate = context_gate(tiny_base, data, 3)
     with torch.no_grad():
         gate.outer.bias.copy_(torch.tensor([50.0, 0.0, 0.0]))  # one expert takes all, the others are never chosen
     policy = make(tiny_base, data, gate.requires_grad_(False), n_experts=3, scale=0.1)
     start = policy.experts.up.detach().clone()
-    result = fit(policy, data, replace(CONFIG, top_s=1, symmetry_breaking="none"))
+    result = fit(policy, data, CONFIG.change(routing__top_s=1, start__kind="none"))
     assert not torch.equal(policy.experts.up[0], start[0])
     assert torch.equal(policy.experts.up[1:], start[1:])
     assert torch.isfinite(policy.experts.up).all() and math.isfinite(result.history["elbo"].iloc[-1])
@@ -317,29 +315,27 @@ def test_an_offset_of_one_user_is_that_of_all_users_at_once(fitted, data):
         pairs = data.where([u == user for u in data.rows["user"]])
         torch.testing.assert_close(own.user(pairs).exp(), both[i].exp(), atol=5e-3, rtol=5e-3)
     torch.testing.assert_close(own.user(metadata={"country": "x"}).exp(), torch.tensor([0.5, 0.5]))
-    with pytest.raises(ValueError, match="the gate reads metadata: give the user's metadata, or pairs"):
+    with pytest.raises(ValueError, match=r"metadata column 'country' is absent; found \[\]: the gate was trained with it"):
         own.user()
 
 
 def test_what_a_fit_with_a_gate_refuses(tiny_base, data):
-    reading, free = context_gate(data), LearnedWeights(2)
+    reading, free = context_gate(tiny_base, data), LearnedWeights(2)
     for gate, options, message in (
-        (free, {"top_s": 1, "symmetry_breaking": "none"}, "top_s=1 with LearnedWeights: the same experts"),
-        (reading, {"top_s": 3}, r"top_s=3 with 2 experts: expected 1 ... 2"),
-        (reading, {"top_s": 0}, r"top_s=0 with 2 experts"),
-        (reading, {"inference": "relaxed"}, "inference='relaxed' with ContextGate: expected 'exact'"),
-        (free, {}, "symmetry_breaking='clusters' needs a gate that reads"),
+        (free, {"routing__top_s": 1, "start__kind": "none"}, "top_s=1.* with LearnedWeights, .* the same experts"),
+        (free, {"routing__balance": 0.1, "start__kind": "none"}, "balance=0.1.* with LearnedWeights"),
+        (reading, {"routing__top_s": 3}, r"top_s=3 with 2 experts: expected 1 ... 2"),
+        (reading, {"inference": Relaxed()}, r"inference=Relaxed.* with ContextGate: expected Exact\(\)"),
+        (free, {}, "start kind='clusters' needs a gate that reads"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit(make(tiny_base, data, gate), data, replace(CONFIG, **options))
-    with pytest.raises(ValueError, match="top_s=1 with inference='relaxed'"):
-        FitConfig(top_s=1, inference="relaxed")
-    with pytest.raises(ValueError, match="only_offsets with LearnedWeights: it has none"):
-        fit_gate(make(tiny_base, data, free), data, only_offsets=True)
-    with pytest.raises(ValueError, match="all 3 prompts have the same pooled state"):
+            fit(make(tiny_base, data, gate), data, CONFIG.change(**options))
+    with pytest.raises(ValueError, match="top_s=1 with Relaxed"):
+        plain_fit(routing__top_s=1, inference=Relaxed())
+    with pytest.raises(ValueError, match="top_s=0: expected at least 1 expert"):
+        plain_fit(routing__top_s=0)
+    with pytest.raises(ValueError, match="all 3 prompts have the same state"):
         ContextGate.from_states(torch.ones(3, 4), 2)
-    with pytest.raises(ValueError, match="pooling='first' with n_features=4"):
-        ContextGate(4, 2, pooling="first")
     offsets = make(tiny_base, data, MixedMembershipGate([], 2, ["user0"], column="person"))
     with pytest.raises(ValueError, match="column 'person' is missing"):
         offsets.predict(data)

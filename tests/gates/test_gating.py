@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from mixdpo_lib import elbo
 from mixdpo_lib import gates as gates_file
-from mixdpo_lib.gates import contract, weights
-from mixdpo_lib.gates.contract import standardise
+from mixdpo_lib.elbo import keep_top_s
+from mixdpo_lib.gates import weights
+from mixdpo_lib.gates.inputs import standardise
 from mixdpo_lib.gates.m_step import gate_loss
 from mixdpo_lib.gates.membership import MixedMembershipGate
 from mixdpo_lib.gates.prompt import ContextGate
 from mixdpo_lib.gates.user import UserGate
+from mixdpo_lib.store import MixDPOError
 
 
 def test_fixed_weights_say_what_they_were_given():
@@ -24,20 +26,20 @@ def test_fixed_weights_say_what_they_were_given():
         weights.FixedWeights(log_w=torch.tensor([0.25, 0.75, 0.0]).log()),
     ):
         assert gate.n_experts == 3
-        assert gate().exp().tolist() == pytest.approx([0.25, 0.75, 0.0])
-        assert (gate({"prompt": ["not read"]}) == gate.log_w).all()
+        assert gate.log_w()[0].exp().tolist() == pytest.approx([0.25, 0.75, 0.0])
+        assert (gate({"prompt": torch.ones(1, 3)}) == gate.log_weights).all()
         assert list(gate.parameters()) == []
-    assert weights.FixedWeights([1.0])().tolist() == [0.0]
-    assert weights.FixedWeights.uniform(3)().tolist() == pytest.approx([-math.log(3)] * 3)
+    assert weights.FixedWeights([1.0]).log_w().tolist() == [[0.0]]
+    assert weights.FixedWeights.uniform(3).log_w()[0].tolist() == pytest.approx([-math.log(3)] * 3)
 
 
 def test_m_step_by_hand():
     gate = weights.LearnedWeights(3, alpha=1.5)
     gate.update(torch.tensor([0.5, 0.5, 0.0]), n_units=10)
-    assert gate().exp().tolist() == pytest.approx([5.5 / 11.5, 5.5 / 11.5, 0.5 / 11.5])
+    assert gate.log_w()[0].exp().tolist() == pytest.approx([5.5 / 11.5, 5.5 / 11.5, 0.5 / 11.5])
     plain = weights.LearnedWeights(3, alpha=1)
     plain.update(torch.tensor([0.5, 0.5, 0.0]), n_units=10)
-    assert plain().exp().tolist() == pytest.approx([0.5, 0.5, 0.0])
+    assert plain.log_w()[0].exp().tolist() == pytest.approx([0.5, 0.5, 0.0])
 
 
 def test_m_step_is_the_mode_of_the_posterior():
@@ -45,17 +47,17 @@ def test_m_step_is_the_mode_of_the_posterior():
     q, units = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64), 7
     gate = weights.LearnedWeights(3, alpha=1.7).double()
     gate.update(q, n_units=units)
-    best = units * (q * gate()).sum() + gate.log_prior()
+    best = units * (q * gate.log_w()[0]).sum() + gate.log_prior()
     draw = torch.Generator().manual_seed(0)
     for _ in range(200):
-        other = (gate() + 0.3 * torch.randn(3, generator=draw, dtype=torch.float64)).log_softmax(-1)
+        other = (gate.log_w()[0] + 0.3 * torch.randn(3, generator=draw, dtype=torch.float64)).log_softmax(-1)
         assert units * (q * other).sum() + 0.7 * other.sum() <= best
 
 
 def test_stochastic_form_by_hand():
     gate = weights.LearnedWeights(2, alpha=1)
     gate.update(torch.tensor([1.0, 0.0]), rho=0.25, n_units=5)
-    assert gate().exp().tolist() == pytest.approx([0.75 * 0.5 + 0.25, 0.75 * 0.5])
+    assert gate.log_w()[0].exp().tolist() == pytest.approx([0.75 * 0.5 + 0.25, 0.75 * 0.5])
 
 
 def test_robbins_monro_steps_reach_the_mean():
@@ -65,14 +67,14 @@ def test_robbins_monro_steps_reach_the_mean():
     for t in range(2000):
         z = torch.multinomial(shares, 8, replacement=True, generator=draw)
         gate.update(torch.bincount(z, minlength=3) / 8, rho=1 / (t + 2), n_units=1000)
-    assert gate().exp().tolist() == pytest.approx(shares.tolist(), abs=0.02)
+    assert gate.log_w()[0].exp().tolist() == pytest.approx(shares.tolist(), abs=0.02)
 
 
 def test_prior_keeps_every_expert_alive_and_yields_to_data():
     gate = weights.LearnedWeights(2)
     gate.update(torch.tensor([1.0, 0.0]), n_units=60)
-    assert 0 < gate().exp()[1] < 0.01
-    elbo.check_log_w(gate())
+    assert 0 < gate.log_w()[0].exp()[1] < 0.01
+    elbo.check_log_w(gate.log_w())
 
 
 def test_em_with_learned_weights_never_falls():
@@ -83,16 +85,16 @@ def test_em_with_learned_weights_never_falls():
     gate = weights.LearnedWeights(3, alpha=1.2).double()
     before = -math.inf
     for _ in range(50):
-        value = (elbo.mixture_log_likelihood(loglik, gate(), unit).sum() + gate.log_prior()).item()
+        value = (elbo.mixture_log_likelihood(loglik, gate.log_w(), unit).sum() + gate.log_prior()).item()
         assert value >= before - 1e-10
         before = value
-        gate.update(elbo.log_responsibilities(loglik, gate(), unit).exp().mean(0), n_units=10)
+        gate.update(elbo.log_responsibilities(loglik, gate.log_w(), unit).exp().mean(0), n_units=10)
 
 
 def test_one_expert_stays_certain():
     gate = weights.LearnedWeights(1)
     gate.update(torch.tensor([1.0]), rho=0.3, n_units=12)
-    assert gate().tolist() == [0.0]
+    assert gate.log_w().tolist() == [[0.0]]
 
 
 def test_state_is_saved_with_the_module():
@@ -105,9 +107,9 @@ def test_state_is_saved_with_the_module():
 
 def test_top_s_keeps_the_largest_without_renormalising():
     log_w = torch.tensor([[0.2, 0.5, 0.3], [0.4, 0.2, 0.4]]).log()
-    assert torch.allclose(contract.top_s(log_w, 2).exp(), torch.tensor([[0.0, 0.5, 0.3], [0.4, 0.0, 0.4]]))
-    assert torch.allclose(contract.top_s(log_w, 1).exp(), torch.tensor([[0.0, 0.5, 0.0], [0.4, 0.0, 0.0]]))
-    assert (contract.top_s(log_w, 3) == log_w).all()
+    assert torch.allclose(keep_top_s(log_w, 2).exp(), torch.tensor([[0.0, 0.5, 0.3], [0.4, 0.0, 0.4]]))
+    assert torch.allclose(keep_top_s(log_w, 1).exp(), torch.tensor([[0.0, 0.5, 0.0], [0.4, 0.0, 0.0]]))
+    assert (keep_top_s(log_w, 3) == log_w).all()
 
 
 @settings(max_examples=50, deadline=None)
@@ -116,7 +118,7 @@ def test_top_s_is_nested_and_keeps_s(values):
     log_w = torch.tensor(values)
     before = torch.zeros(4, dtype=torch.bool)
     for s in range(1, 5):
-        kept = contract.top_s(log_w, s)
+        kept = keep_top_s(log_w, s)
         alive = kept > -math.inf
         assert alive.sum() == min(s, int((log_w > -math.inf).sum()))
         assert (alive | ~before).all()
@@ -161,7 +163,7 @@ def test_bad_updates_are_refused():
         gate.update(even, n_units=0)
     with pytest.raises(ValueError, match="alpha=0.5: the Dirichlet concentration is at least 1"):
         weights.LearnedWeights(2, alpha=0.5)
-    assert gate().exp().tolist() == pytest.approx([0.5, 0.5])
+    assert gate.log_w()[0].exp().tolist() == pytest.approx([0.5, 0.5])
 
 
 # ------------------------------------------------------------------------------------------------- gates that read
@@ -183,10 +185,12 @@ def learn(gate, batch, log_q, steps=300, **options):
 def test_gates_start_at_equal_weights():
     context, user = ContextGate(5, 3), UserGate.from_metadata(METADATA, 3)
     both = MixedMembershipGate([context, user], n_experts=3, units=list("abcd"))
-    batch = {"context": torch.randn(4, 5), "metadata": user.encode(METADATA), "unit": torch.arange(4)}
+    own = {"state": torch.randn(4, 5), "metadata": user.encode(METADATA)}
+    batch = {**own, "0/state": own["state"], "1/metadata": own["metadata"], "unit": torch.arange(4)}
     for gate in (context, user, both):
-        torch.testing.assert_close(gate(batch).exp(), torch.full((4, 3), 1 / 3))
-    assert both.reads == ("context", "metadata", "unit") and both.log_prior().item() == 0
+        torch.testing.assert_close(gate.log_w(batch).exp(), torch.full((4, 3), 1 / 3))
+    assert both.reads == ("prompt", "country", "age", "user") and both.of_prompt == ("prompt",)
+    assert both.log_prior().item() == 0
 
 
 def test_a_context_gate_learns_which_prompts_are_whose():
@@ -196,17 +200,15 @@ def test_a_context_gate_learns_which_prompts_are_whose():
     log_q = torch.tensor([[0.95, 0.05], [0.05, 0.95]])[group].log()
     mean, scale = standardise(x[:200])
     gate = ContextGate(8, 2, mean=mean, scale=scale)
-    learn(gate, {"context": x[:200]}, log_q[:200])
-    held_out = gate({"context": x[200:]}).argmax(1)
+    learn(gate, {"state": x[:200]}, log_q[:200])
+    held_out = gate({"state": x[200:]}).argmax(1)
     assert (held_out == group[200:]).double().mean() > 0.95
 
 
-def test_an_mlp_gate_learns_what_a_linear_one_cannot():
+def test_a_linear_gate_stays_undecided_where_no_line_parts_them():
     x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     log_q = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]).clamp(0.001, 0.999).log()
-    torch.manual_seed(0)
-    assert gate_loss(learn(ContextGate(2, 2), {"context": x}, log_q), log_q) > 0.69  # ln 2: exclusive or
-    assert gate_loss(learn(ContextGate(2, 2, width=8), {"context": x}, log_q, 600), log_q) < 0.1
+    assert gate_loss(learn(ContextGate(2, 2), {"state": x}, log_q), log_q) > 0.69  # ln 2: exclusive or
 
 
 def test_the_loss_is_least_where_the_weights_are_the_responsibilities():
@@ -227,17 +229,14 @@ def test_entropy_and_balance_terms_by_hand():
     assert float(gate_loss(log_w, log_w, balance_weight=3.0)) == pytest.approx(plain + 3 * kl, rel=1e-5)
 
 
-def test_the_gate_temperature_sharpens():
-    gate = ContextGate(2, 2)
+def test_weights_are_the_softmax_of_the_standardised_state():
+    gate = ContextGate(2, 2, mean=torch.tensor([1.0, 2.0]), scale=torch.tensor([2.0, 0.5]))
     with torch.no_grad():
         gate.outer.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    batch = {"context": torch.tensor([[1.0, 0.0]])}
-    expected = [1 / (1 + math.exp(-1 / t)) for t in (1.0, 0.25, 4.0)]  # margin 1 over t
-    found = []
-    for t in (1.0, 0.25, 4.0):
-        gate.gate_temperature = t
-        found.append(gate(batch).exp()[0, 0].item())
-    assert found == pytest.approx(expected)
+    margin = (3.0 - 1.0) / 2.0 - (2.5 - 2.0) / 0.5  # 1 - 1: undecided; then 1 - 0
+    states = torch.tensor([[3.0, 2.5], [3.0, 2.0]])
+    expected = [1 / (1 + math.exp(-m)) for m in (margin, 1.0)]
+    assert gate.log_w({"state": states}).exp()[:, 0].tolist() == pytest.approx(expected)
 
 
 def test_metadata_is_encoded_by_column():
@@ -277,26 +276,26 @@ def test_offsets_shrink_towards_the_prior():
 
 
 def test_a_gate_is_made_anew_from_its_options():
-    user = UserGate.from_metadata(METADATA, 2, gate_temperature=2.0)
-    gates = [weights.FixedWeights([0.5, 0.5]), weights.LearnedWeights(2, 1.5), ContextGate(4, 2, width=3), user,
+    user = UserGate.from_metadata(METADATA, 2, weight_scale=2.0)
+    gates = [weights.FixedWeights([0.5, 0.5]), weights.LearnedWeights(2, 1.5), ContextGate(4, 2, suffix="?", layer=1), user,
              MixedMembershipGate([ContextGate(4, 2), user], 2, ["a", "b"], offset_scale=0.5)]  # fmt: skip
     for gate in gates:
-        options = json.loads(json.dumps(gate.options()))
+        options = json.loads(json.dumps(gate.describe()))
         again = gates_file.make_gate(options)
         assert type(again) is type(gate) and again.options() == gate.options() and again.reads == gate.reads
         again.load_state_dict(gate.state_dict())
-    with pytest.raises(ValueError, match="gate='Oracle': found no gate of this kind"):
+    with pytest.raises(MixDPOError, match="gate='Oracle': no gate of this name is known; found .*'UserGate'.*import the"):
         gates_file.make_gate({"gate": "Oracle"})
 
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: ContextGate(0, 2), "n_features=0"),
     (lambda: ContextGate(2, 0), "n_experts=0"),
-    (lambda: ContextGate(2, 2, gate_temperature=0), "gate_temperature=0: expected above 0"),
+    (lambda: ContextGate(2, 2, weight_scale=0), "weight_scale=0: expected above 0"),
     (lambda: ContextGate(2, 2, scale=torch.tensor([1.0, 0.0])), "scale: expected every entry above 0"),
-    (lambda: ContextGate(2, 2)({}), r"batch\['context'\] is absent; found \[\]"),
-    (lambda: ContextGate(2, 2)({"context": torch.ones(1, 3)}), r"shape \(1, 3\); expected \(rows, 2\)"),
-    (lambda: ContextGate(2, 2)({"context": torch.tensor([[0.0, 1.0], [math.nan, 0.0]])}), "row 1: found a value that"),
+    (lambda: ContextGate(2, 2)({}), r"inputs\['state'\] is absent; found \[\]"),
+    (lambda: ContextGate(2, 2)({"state": torch.ones(1, 3)}), r"shape \(1, 3\); expected \(rows, 2\)"),
+    (lambda: ContextGate(2, 2)({"state": torch.tensor([[0.0, 1.0], [math.nan, 0.0]])}), "row 1: found a value that"),
     (lambda: UserGate({}, 2), "columns: found none"),
     (lambda: UserGate.from_metadata({"a": ["x", "x"]}, 2), "'a' is 'x' in every row: a gate can learn nothing"),
     (lambda: UserGate.from_metadata({"a": [1.0, math.nan]}, 2), "row 1, column 'a': found nan"),
@@ -309,7 +308,7 @@ def test_a_gate_is_made_anew_from_its_options():
     (lambda: MixedMembershipGate([], 2, []), "units: found 0"),
     (lambda: MixedMembershipGate([], 2, ["a", "a"]), "units: found 2, 1 of them distinct"),
     (lambda: MixedMembershipGate([], 2, ["a"], offset_scale=-1), "offset_scale=-1"),
-    (lambda: MixedMembershipGate([], 2, ["a"])({}), r"batch\['unit'\] is absent"),
+    (lambda: MixedMembershipGate([], 2, ["a"])({}), r"inputs\['unit'\] is absent"),
     (lambda: MixedMembershipGate([], 2, ["a"])({"unit": torch.tensor([0, 1])}), r"\[1\] = 1; expected -1 ... 0"),
     (lambda: gate_loss(torch.zeros(1, 2), torch.zeros(2, 2)), "log_w has shape"),
     (lambda: gate_loss(torch.zeros(1, 2), torch.zeros(1, 2), balance_weight=-1), "balance_weight=-1: expected 0"),

@@ -5,23 +5,23 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import preference_rows
+from tiny import plain_fit, preference_rows
 
-from mixdpo_lib.base import features, model
+from mixdpo_lib.base import model
+from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.experts import adapters, heads
 from mixdpo_lib.gates import weights
-from mixdpo_lib.learning import config as config_file
 from mixdpo_lib.learning import fit, trainer
 from mixdpo_lib.policy import mixture
 
 
 def run(base, family, options, folder=None, stop_after=None):
     """Losses of a fit, and its final parameters as one list."""
-    data = features.pair_features(base, preference_rows(26))
+    data = Pairs.of(preference_rows(26))
     torch.manual_seed(0)
     made = heads.HeadExperts(base, 2, rank=4) if family == "head" else adapters.AdapterExperts(base, 2, 4, 1)
     policy = mixture.MixturePolicy(made, weights.LearnedWeights(2), beta=0.5)
-    config = config_file.FitConfig(**{"passes": 8.0, "learning_rate": 5e-3, "batch_size": 8, **options})
+    config = plain_fit(**{"passes": 8.0, "learning_rate": 5e-3, "batch_size": 8, **options})
     if stop_after is not None:  # as a machine that goes down
         step = trainer.MixDPOTrainer.training_step
 
@@ -38,7 +38,7 @@ def run(base, family, options, folder=None, stop_after=None):
         trainer.MixDPOTrainer.training_step = step
     result = fit.fit(policy, data, config, folder=folder)
     final = torch.cat([p.detach().flatten() for p in policy.experts.parameters()]).tolist()
-    return {"losses": result.losses, "final": final, "w": policy.gate().exp().tolist()}
+    return {"losses": result.losses, "final": final, "w": policy.gate.log_w()[0].exp().tolist()}
 
 
 CASES = {

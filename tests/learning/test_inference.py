@@ -7,7 +7,7 @@ import torch
 
 from mixdpo_lib.elbo import correct, entropy, gumbel_softmax_samples, predictive_probability
 from mixdpo_lib.learning.config import STOP_REASONS, Monitor
-from mixdpo_lib.learning.inference import GumbelSchedule, RecognitionNetwork
+from mixdpo_lib.learning.inference import Annealed, EffectiveExperts, RecognitionNetwork
 from mixdpo_lib.learning.table import LoglikTable
 
 LOGLIK = torch.tensor([[0.9, 0.3], [0.8, 0.4], [0.2, 0.6]]).log()
@@ -130,31 +130,27 @@ def test_a_dead_expert_is_fatal_only_where_asked():
 # ------------------------------------------------------------------------------------------------------------ schedules
 
 
-def test_schedules_by_hand():
-    assert [GumbelSchedule("constant", 0.7).temperature(share) for share in (0.0, 1.0)] == [0.7, 0.7]
-    falling = GumbelSchedule("exponential", 2.0, 0.02)
-    assert [round(falling.temperature(share), 6) for share in (0.0, 0.5, 1.0, 2.0)] == [2.0, 0.2, 0.02, 0.02]
+def test_an_annealed_temperature_by_hand():
+    falling = Annealed(2.0, 0.02)
+    assert [round(falling.at(share), 6) for share in (0.0, 0.5, 1.0, 2.0)] == [2.0, 0.2, 0.02, 0.02]
+    assert [round(Annealed(1, 4).at(share), 6) for share in (-1.0, 0.5)] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("wanted", [1.2, 1.8, 2.5])
 def test_the_effective_number_of_experts_is_held(wanted):
     log_q = torch.randn(3000, 3, generator=torch.Generator().manual_seed(0)).log_softmax(1)
-    tau = GumbelSchedule("effective_experts", effective_experts=wanted).temperature(
-        0.3, log_q, torch.Generator().manual_seed(1)
-    )
+    tau = EffectiveExperts(wanted).at(0.3, log_q, torch.Generator().manual_seed(1))
     z = gumbel_softmax_samples(log_q, tau, generator=torch.Generator().manual_seed(2))[0]  # other draws
     assert float(entropy(z.clamp_min(1e-30).log()).exp().mean()) == pytest.approx(wanted, rel=0.03)
 
 
 def test_bad_schedules_are_named():
-    with pytest.raises(ValueError, match="gumbel_schedule='cosine': possible are"):
-        GumbelSchedule("cosine")
-    with pytest.raises(ValueError, match="gumbel_temperature end=0.0: expected above 0"):
-        GumbelSchedule("exponential", 1.0, 0.0)
+    with pytest.raises(ValueError, match="temperature end=0.0: expected above 0"):
+        Annealed(1.0, 0.0)
     with pytest.raises(ValueError, match="needs the responsibilities of the step"):
-        GumbelSchedule("effective_experts").temperature(0.0)
-    with pytest.raises(ValueError, match="effective_experts=3.0 with 3 experts: expected below K"):
-        GumbelSchedule("effective_experts", effective_experts=3.0).temperature(0.0, torch.zeros(2, 3).log_softmax(1))
+        EffectiveExperts(1.5).at(0.0)
+    with pytest.raises(ValueError, match=r"EffectiveExperts\(3.0\) with 3 experts: expected below K"):
+        EffectiveExperts(3.0).at(0.0, torch.zeros(2, 3).log_softmax(1))
 
 
 def test_a_recognition_network_starts_at_the_gate_and_standardises_its_input():

@@ -10,6 +10,8 @@ import numpy as np
 import processes
 import pytest
 
+from mixdpo_lib.learning.inference import Recognition
+
 HERE = Path(__file__).parent
 
 
@@ -64,5 +66,5 @@ def test_mixed_precision_is_near(tiny_base, single):
 
 
 def test_recognition_takes_whole_steps(tiny_base):
-    with pytest.raises(ValueError, match="inference='recognition' with accumulate=2 and 1 processes"):
-        processes.run(tiny_base, "head", {"inference": "recognition", "accumulate": 2})
+    with pytest.raises(ValueError, match=r"inference=Recognition.* with accumulate=2 and 1 processes"):
+        processes.run(tiny_base, "head", {"inference": Recognition(), "accumulate": 2})

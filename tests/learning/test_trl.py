@@ -7,8 +7,9 @@ from tiny import preference_rows
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from mixdpo_lib.base.features import pair_features
-from mixdpo_lib.experts.adapters import AdapterExperts, adapter_tensors, lora_config
+from mixdpo_lib.data.pairs import Pairs
+from mixdpo_lib.experts.adapters import AdapterExperts
+from mixdpo_lib.experts.leaving import adapter_tensors
 from mixdpo_lib.experts.whole import IndependentExperts
 from mixdpo_lib.gates.weights import FixedWeights
 from mixdpo_lib.policy.mixture import MixturePolicy
@@ -44,7 +45,7 @@ def trl_losses(model, config, tokenizer, rows, folder, start=None):
 
 def own_losses(experts, data):
     policy = MixturePolicy(experts, FixedWeights.uniform(1), beta=BETA)
-    batch = experts.batch(data.texts, policy.constants(data.texts), data.pairs)
+    batch = experts.batch(policy.constants(data.texts), data.index)
     optimizer = torch.optim.AdamW(experts.parameters(), lr=RATE, eps=EPSILON, weight_decay=0.0)
     losses = []
     for _ in range(STEPS):
@@ -59,7 +60,7 @@ def own_losses(experts, data):
 @pytest.mark.parametrize("family", ["adapter", "independent"])
 def test_one_expert_learns_as_trl_does(tiny_base, tmp_path, family):
     rows = preference_rows(8).map(lambda _: {"ended": True})  # TRL ends every answer
-    data = pair_features(tiny_base, rows)
+    data = Pairs.of(rows)
     tokenizer = tiny_base.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(tiny_base.name, dtype=torch.float32)
@@ -67,7 +68,7 @@ def test_one_expert_learns_as_trl_does(tiny_base, tmp_path, family):
     given = Dataset.from_list([{"prompt": row["prompt"], **{a: " " + row[a] for a in answers}} for row in rows])
     if family == "adapter":
         experts = AdapterExperts(tiny_base, 1, rank=4, blocks=1)
-        config, start = lora_config(tiny_base, 4, experts.blocks, experts.target_modules), dict(experts.tensors(0))
+        config, start = experts.lora_config(), dict(experts.tensors(0))
     else:
         experts, config, start = IndependentExperts([tiny_base]), None, None
     other = torch.tensor(trl_losses(model, config, tokenizer, given, tmp_path, start), dtype=torch.float64)

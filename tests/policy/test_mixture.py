@@ -9,10 +9,10 @@ import torch
 from tiny import VOCABULARY, full_logps, preference_rows, save_tiny_base
 
 from mixdpo_lib import elbo
-from mixdpo_lib.base.features import encode_prompts, pair_features, prompt_states, text_store
-from mixdpo_lib.data.pairs import Text
+from mixdpo_lib.base.features import encode_prompts, text_features, tokenise
+from mixdpo_lib.data.pairs import Pairs, Text, Texts, as_pairs
+from mixdpo_lib.elbo import keep_top_s
 from mixdpo_lib.experts.heads import HeadExperts
-from mixdpo_lib.gates.contract import top_s
 from mixdpo_lib.gates.membership import MixedMembershipGate
 from mixdpo_lib.gates.prompt import ContextGate
 from mixdpo_lib.gates.user import UserGate
@@ -25,7 +25,7 @@ PROMPTS = ["the film", "a long story with the actor", "it", "this music was"]
 
 @pytest.fixture(scope="module")
 def data(tiny_base):
-    return pair_features(tiny_base, preference_rows(8))
+    return Pairs.of(preference_rows(8))
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +62,17 @@ def test_a_user_by_hand(policy, data):
     assert float((user.exp() - torch.tensor(WEIGHTS)).abs().max()) > 0.005
     torch.testing.assert_close(policy.user().exp(), torch.tensor(WEIGHTS))
     # the same posterior, however it is asked for
-    table = policy.responsibilities(data)
+    with pytest.warns(DeprecationWarning, match="is called `posterior` now"):
+        assert policy.responsibilities(data).equals(policy.posterior(data))
+    table = policy.posterior(data)
     assert table.index.tolist() == ["user0", "user1", "user2", "user3"] and table.index.name == "user"
     torch.testing.assert_close(torch.tensor(table.loc["user1"].to_numpy()), user.exp(), atol=1e-5, rtol=1e-4)
-    single = policy.responsibilities(data, unit=None)
+    single = policy.posterior(data, unit=None)
     joint = torch.tensor(WEIGHTS) * probabilities(policy, data.rows[5])
     torch.testing.assert_close(torch.tensor(single.loc[5].to_numpy()), joint / joint.sum(), atol=1e-4, rtol=1e-4)
     assert len(single) == 8
     with pytest.raises(ValueError, match="unit column 'club' is missing"):
-        policy.responsibilities(data, unit="club")
+        policy.posterior(data, unit="club")
 
 
 def test_log_probability_of_the_mixture(policy):
@@ -105,7 +107,7 @@ def test_a_user_by_metadata_and_by_pairs(by_metadata, data):
     p = torch.stack([probabilities(by_metadata, row) for row in rows])
     expected = (p * torch.stack([x, y] * 4)).sum(1)
     torch.testing.assert_close(by_metadata.predict(rows), expected, atol=1e-4, rtol=1e-4)
-    table = by_metadata.responsibilities(rows)
+    table = by_metadata.posterior(rows)
     joint = y * p[1] * p[5]
     torch.testing.assert_close(torch.tensor(table.loc["user1"].to_numpy()), joint / joint.sum(), atol=1e-4, rtol=1e-4)
 
@@ -113,22 +115,30 @@ def test_a_user_by_metadata_and_by_pairs(by_metadata, data):
 def test_a_gate_of_users_refuses_what_it_cannot_use(policy, by_metadata, data):
     with pytest.raises(ValueError, match="column 'country' is absent"):
         by_metadata.predict(data)
-    with pytest.raises(ValueError, match="give the user's metadata, or pairs with its columns"):
+    with pytest.raises(ValueError, match=r"metadata column 'country' is absent; found \[\]: the gate was"):
         by_metadata.user()
-    with pytest.raises(ValueError, match=r"metadata \['age'\]: this gate reads none"):
+    with pytest.raises(ValueError, match=r"metadata \['age'\]: the gate reads nothing; leave them out"):
         policy.user(metadata={"age": 3})
-    with pytest.raises(ValueError, match="give user=policy.user"):
+    with pytest.raises(ValueError, match=r"metadata \['sex'\]: the gate reads country; leave them out"):
+        by_metadata.user(metadata={"country": "x", "sex": "f"})
+    with pytest.raises(ValueError, match=r"\(country\): give user=policy.user"):
         by_metadata.generate(PROMPTS)
+    for wrong in ({"country": "x"}, "ann"):
+        with pytest.raises(ValueError, match="found (dict|str), expected a datasets.Dataset .* metadata="):
+            as_pairs(wrong)
     moved = data.rows.add_column("country", ["x"] * 4 + ["y"] * 4)  # a user whose country changes
+    with pytest.raises(ValueError, match=r"pairs, column 'country': found \['x', 'y'\], expected one user"):
+        by_metadata.user(moved)
     with pytest.raises(ValueError, match="unit"):
-        by_metadata.responsibilities(moved)
+        by_metadata.posterior(moved)
 
 
 def test_a_gate_of_prompts_routes_each_prompt(policy, data):
     states = encode_prompts(policy.base, PROMPTS)
-    stored = text_store(policy.base, [Text(p, "was good", True) for p in PROMPTS]).features
-    torch.testing.assert_close(states, prompt_states(stored, torch.arange(len(PROMPTS))), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(states[:, :32], torch.from_numpy(stored.prompt_hidden), atol=1e-5, rtol=1e-4)
+    stored = text_features(policy.base, Texts.of(Text(p, "was good", True) for p in PROMPTS))
+    first = torch.from_numpy(stored.hidden[stored.offsets[:-1]])  # what predicts the first token of a response
+    torch.testing.assert_close(states, first, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(encode_prompts(policy.base, PROMPTS[::-1] * 2), states.flip(0).repeat(2, 1))
     gate = ContextGate(states.shape[1], 3, mean=states.mean(0), scale=states.std(0) + 0.1)
     with torch.no_grad():
         gate.outer.weight.copy_(torch.randn(gate.outer.weight.shape, generator=torch.Generator().manual_seed(1)))
@@ -138,9 +148,9 @@ def test_a_gate_of_prompts_routes_each_prompt(policy, data):
     p = torch.stack([probabilities(routed, row) for row in data.rows])
     torch.testing.assert_close(routed.predict(data), (p * log_w.detach().exp()).sum(1), atol=1e-4, rtol=1e-4)
     chosen = routed.generate(PROMPTS, top_s=1, max_new_tokens=2).expert
-    assert chosen == gate({"context": states}).argmax(1).tolist() and len(set(chosen)) > 1
+    assert chosen == gate({"state": states}).argmax(1).tolist() and len(set(chosen)) > 1
     own, _ = full_logps(policy.base, policy.experts, PROMPTS[0], "was very good", True)
-    expected = (own.detach() + gate({"context": states})[0].detach()).logsumexp(0)
+    expected = (own.detach() + gate({"state": states})[0].detach()).logsumexp(0)
     assert routed.logps(PROMPTS[0], "was very good") == pytest.approx(float(expected), rel=1e-5)
     with pytest.raises(ValueError, match="its weights belong to a prompt, not to a user"):
         routed.user()
@@ -151,12 +161,12 @@ def test_a_gate_may_ask_a_question_and_read_an_inner_layer(policy, data):
     ids = policy.base.prompt_ids(prompts[0] + " was the")
     hidden = policy.base.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0].detach()
     states = encode_prompts(policy.base, [prompt + " was the" for prompt in prompts], layer=1)
-    torch.testing.assert_close(states[0], torch.cat([hidden.mean(0), hidden[-1]]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(states[0], hidden[-1], atol=1e-5, rtol=1e-4)
     gate = ContextGate.from_states(states, 3, suffix=" was the", layer=1)
     with torch.no_grad():
         gate.outer.weight.copy_(torch.randn(gate.outer.weight.shape, generator=torch.Generator().manual_seed(1)))
     routed = MixturePolicy(policy.experts, gate, beta=0.1)
-    torch.testing.assert_close(routed.log_w(data), gate({"context": states}), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(routed.log_w(data), gate({"state": states}), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match=r"layer=3: .* has 2 blocks; expected 1 ... 2, or None"):
         encode_prompts(policy.base, PROMPTS, layer=3)
 
@@ -170,16 +180,16 @@ def test_a_mixture_is_saved_with_its_gate(policy, tmp_path, kind):
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
     MixturePolicy(policy.experts, gate, beta=0.1).save_pretrained(tmp_path)
     again = MixturePolicy.from_pretrained(tmp_path, policy.base).gate
-    batch = {"context": torch.ones(1, 32), "metadata": user.encode({"country": ["y"], "age": [3]}),
-             "unit": torch.tensor([0])}  # fmt: skip
-    assert torch.equal(again(batch), gate(batch))
+    columns = {"prompt": ["the film"], "country": ["y"], "age": [3], "user": ["ann"]}
+    assert torch.equal(again(again.inputs(columns, policy.base)), gate(gate.inputs(columns, policy.base)))
+    assert again.reads == gate.reads
 
 
 def test_rewards_are_beta_log_ratios(policy, data):
     rewards = policy.text_rewards(data.texts)
     first = data.rows[0]
     a, ra = full_logps(policy.base, policy.experts, first["prompt"], first["chosen"], first["ended"])
-    torch.testing.assert_close(rewards[data.pairs[0, 0]], (0.1 * (a - ra)).detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rewards[data.index[0, 0]], (0.1 * (a - ra)).detach(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(policy.loglik(data, rewards), policy.loglik(data))
     some = policy.text_rewards(data.texts, torch.tensor([3, 0]))  # only these texts are computed
     torch.testing.assert_close(some[[0, 3]], rewards[[0, 3]])
@@ -195,7 +205,7 @@ def weights_by_pair(policy):
 
 
 def test_the_likelihood_of_the_chosen_experts(policy, data):
-    chosen = top_s(weights_by_pair(policy), 1) > -math.inf
+    chosen = keep_top_s(weights_by_pair(policy), 1) > -math.inf
     assert chosen.any(0).all()
     expected = policy.loglik(data).masked_fill(~chosen, -math.inf)
     torch.testing.assert_close(policy.loglik(data, chosen=chosen), expected, atol=1e-5, rtol=1e-5)
@@ -211,9 +221,9 @@ def test_the_likelihood_of_the_chosen_experts(policy, data):
 
 
 def test_a_batch_of_chosen_experts_and_its_gradients(policy, data):
-    batch = policy.experts.batch(data.texts, policy.constants(data.texts), data.pairs)
+    batch = policy.experts.batch(policy.constants(data.texts), data.index)
     log_w = weights_by_pair(policy)
-    chosen = top_s(log_w, 2) > -math.inf
+    chosen = keep_top_s(log_w, 2) > -math.inf
     parameters = [policy.experts.down, policy.experts.up]
 
     def found(loglik):
@@ -244,7 +254,7 @@ def test_fewer_experts_give_a_lower_bound_with_a_certified_gap(policy, data, by_
     whole = elbo.mixture_log_likelihood(policy.loglik(data), log_w, unit)
     below = torch.full_like(whole, -math.inf)
     for s in (1, 2, 3):
-        chosen = (top_s(log_w, s) > -math.inf).expand(8, 3)
+        chosen = (keep_top_s(log_w, s) > -math.inf).expand(8, 3)
         loglik = policy.loglik(data, chosen=chosen)  # nothing is known of the others
         bound = elbo.restricted_log_likelihood(loglik, log_w, s, unit)
         gap = elbo.certified_gap(loglik, log_w, s, unit)
@@ -297,11 +307,11 @@ def test_the_log_ratio_is_that_of_the_sampled_text(policy):
     assert set(out.ended) == {True, False} and set(out.expert) == {0, 1, 2}
     whole = [i for i, text in enumerate(out.text) if text]  # a response of the end token alone is no text
     texts = [Text((PROMPTS * 6)[i], out.text[i], out.ended[i]) for i in whole]
-    store = text_store(policy.base, texts)
-    logps, refs = policy.experts.all_text_logps(store.features, policy.constants(store.features))
+    store = Texts.of(texts)
+    logps, refs = policy.experts.all_text_logps(policy.constants(store), torch.arange(len(store)))
     for i, text in zip(whole, texts, strict=True):
         place = store.index[text]
-        assert out.n_tokens[i] == store.features.offsets[place + 1] - store.features.offsets[place]
+        assert out.n_tokens[i] == len(tokenise(policy.base, text)[1])
         assert out.ref_logp[i] == pytest.approx(float(refs[place]), abs=2e-4)
         assert out.log_ratio[i] == pytest.approx(float(logps[place, out.expert[i]] - refs[place]), abs=3e-4)
 
@@ -313,8 +323,8 @@ def test_experts_speak_as_often_as_their_weights_say(policy):
     for k, w in enumerate(WEIGHTS):
         assert abs(float(share[k]) - w) < 4 * (w * (1 - w) / n) ** 0.5, k
     # and the tokens follow sum_k w_k pi_k
-    texts = text_store(policy.base, [Text("the film", word, False) for word in VOCABULARY])
-    logps, _ = policy.experts.all_text_logps(texts.features, policy.constants(texts.features))
+    texts = Texts.of([Text("the film", word, False) for word in VOCABULARY])
+    logps, _ = policy.experts.all_text_logps(policy.constants(texts), torch.arange(len(texts)))
     p = (logps + torch.tensor(WEIGHTS).log()).logsumexp(1).exp()
     seen = torch.zeros(len(VOCABULARY))
     for text, ended in zip(out.text, out.ended, strict=True):
@@ -338,12 +348,12 @@ def test_both_forms_speak_alike(policy, options):
 def test_the_token_form_says_what_mixture_and_posterior_say_of_its_texts(policy):
     prompts = PROMPTS * 6
     log_w = torch.tensor(WEIGHTS).log()
-    for kept, s in ((log_w, None), (top_s(log_w, 2).log_softmax(0), 2)):
+    for kept, s in ((log_w, None), (keep_top_s(log_w, 2).log_softmax(0), 2)):
         out = policy.generate(prompts, max_new_tokens=6, seed=1, form="token", top_s=s)
         whole = [i for i, text in enumerate(out.text) if text]
         texts = [Text(prompts[i], out.text[i], out.ended[i]) for i in whole]
-        store = text_store(policy.base, texts)
-        logps, refs = policy.experts.all_text_logps(store.features, policy.constants(store.features))
+        store = Texts.of(texts)
+        logps, refs = policy.experts.all_text_logps(policy.constants(store), torch.arange(len(store)))
         for i, text in zip(whole, texts, strict=True):
             place = store.index[text]
             assert out.ref_logp[i] == pytest.approx(float(refs[place]), abs=2e-4)
@@ -361,8 +371,8 @@ def test_the_token_form_says_what_mixture_and_posterior_say_of_its_texts(policy)
 
 
 def test_greedy_texts_of_the_mixture_take_its_most_probable_token(policy):
-    texts = text_store(policy.base, [Text(p, word, False) for p in PROMPTS for word in VOCABULARY])
-    logps, _ = policy.experts.all_text_logps(texts.features, policy.constants(texts.features))
+    texts = Texts.of([Text(p, word, False) for p in PROMPTS for word in VOCABULARY])
+    logps, _ = policy.experts.all_text_logps(policy.constants(texts), torch.arange(len(texts)))
     best = (logps + torch.tensor(WEIGHTS).log()).logsumexp(1).reshape(len(PROMPTS), -1).argmax(1)
     out = policy.generate(PROMPTS, max_new_tokens=1, greedy=True, form="token")
     assert [VOCABULARY["</s>" if e else t] for t, e in zip(out.text, out.ended, strict=True)] == best.tolist()
@@ -421,7 +431,7 @@ def test_saved_and_read_back(tiny_base, tiny_folder, data, tmp_path, learned, ac
                  MixturePolicy.from_pretrained(str(tmp_path / "mixture"), tiny_base)):  # fmt: skip
         assert back.beta == 0.25 and type(back.gate) is type(gate) and back.experts.active == active
         assert getattr(back.gate, "alpha", None) == getattr(gate, "alpha", None)
-        assert torch.equal(back.gate(), policy.gate()) and torch.equal(back.loglik(data), policy.loglik(data))
+        assert torch.equal(back.gate.log_w()[0], policy.gate.log_w()[0]) and torch.equal(back.loglik(data), policy.loglik(data))
         assert back.logps("the film", "was good") == policy.logps("the film", "was good")
         assert back.generate(PROMPTS, max_new_tokens=6, seed=9) == policy.generate(PROMPTS, max_new_tokens=6, seed=9)
 

@@ -68,7 +68,7 @@ def test_pairs_share_the_candidates_features(study):
     sets = study.pairs("default")
     assert len(sets["train"]) == 72 and len(sets["context"]) == 12
     for part in sets.values():
-        assert part.texts is study.texts.features
+        assert part.texts is study.texts
     assert study.pairs("default") is sets
 
 
@@ -91,7 +91,7 @@ def test_the_policy_is_the_one_of_the_best_step(study, fits):
         assert f.result.best_step == history["validation_loglik"].idxmax()
         sets = study.pairs("default")
         ids, users = sets["train"].units("user")
-        log_q = log_responsibilities(f.policy.loglik(sets["train"]), f.policy.gate(), ids)
+        log_q = log_responsibilities(f.policy.loglik(sets["train"]), f.policy.gate.log_w()[0], ids)
         torch.testing.assert_close(log_q, f.user_log_q)
         assert users == f.users
         weights = log_q[[users.index(u) for u in sets["validation"].rows["user"]]]

@@ -1,0 +1,64 @@
+"""How does an expert leave the mixture? Copies of the base, LoRA around them, and heads of their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def shared_copy(model: nn.Module) -> Any:
+    """The same modules anew around the same tensors: what is put into the copy does not reach the original."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def lora_config(rank: int, modules: Sequence[str], **options: Any) -> Any:
+    """The LoRA configuration of these linear layers; B A is added as it is (alpha = rank)."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        target_modules=list(modules),
+        **options,
+    )
+
+
+def with_lora(model: Any, config: Any) -> Any:
+    """`model` wrapped by peft with one fresh adapter, "default"."""
+    from peft import get_peft_model
+
+    return get_peft_model(model, config)
+
+
+def adapter_tensors(peft_model: Any, adapter: str) -> dict[str, nn.Parameter]:
+    """The tensors of one adapter by the names under which peft saves them."""
+    mark = f".{adapter}."
+    named = peft_model.named_parameters()
+    return {n.replace(mark, "."): p for n, p in named if mark in n and "lora_" in n}
+
+
+@torch.no_grad()
+def replace_head(model: Any, change: Float[Tensor, "tokens hidden"]) -> Any:
+    """`model` with an output head of its own, the old one plus `change`; a tied head is untied. In place."""
+    head = model.get_output_embeddings()
+    new = nn.Linear(
+        head.in_features, head.out_features, bias=head.bias is not None, dtype=head.weight.dtype
+    )
+    new.weight.copy_(head.weight + change.to(head.weight.dtype))
+    if head.bias is not None:
+        new.bias.copy_(head.bias)
+    model.set_output_embeddings(new.requires_grad_(False))
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    model._tied_weights_keys = {}
+    model.all_tied_weights_keys = {}
+    return model

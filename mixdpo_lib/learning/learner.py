@@ -1,0 +1,200 @@
+"""What is trained, and what is one step? Experts, gate, and the table of what was last seen of each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.pairs import Pairs
+from ..elbo import keep_top_s
+from ..gates.inputs import distinct_rows
+from ..policy.mixture import MixturePolicy
+from .config import FitConfig
+from .inference import Exact, Moment
+from .starts import cluster_log_q, random_log_q
+from .table import LoglikTable
+
+GATE_EXPONENT = 0.6  # Robbins-Monro: steps (t + 1)^-0.6; sum rho = inf and sum rho^2 < inf between 0.5 and 1
+GATE_ITERATIONS = 5  # of L-BFGS in each M-step of a gate that reads: the responsibilities move on anyway
+
+
+def latent_inputs(policy: MixturePolicy, data: Pairs, config: FitConfig, unit: Tensor) -> dict[str, Tensor]:
+    """What the gate reads of each latent of the training data.
+
+    Raises
+    ------
+    ValueError : with latent="unit", a gate that reads what differs inside a unit; routing that the gate cannot do;
+        another inference than `Exact` with a gate that reads.
+    """
+    gate = policy.gate
+    config.routing.check(gate)
+    if not gate.reads:
+        return {}
+    if not isinstance(config.inference, Exact):
+        raise ValueError(
+            f"inference={config.inference} with {type(gate).__name__}: expected Exact() with a gate that reads"
+        )
+    inputs = policy.gate_inputs(data)
+    if config.latent == "pair":
+        return inputs
+    _, first = np.unique(unit.numpy(), return_index=True)
+    shared = {name: value[first] for name, value in inputs.items()}
+    for name, value in inputs.items():
+        differs = ~torch.isclose(value.float(), shared[name][unit].float(), atol=1e-3, rtol=1e-3)
+        rows = differs if differs.dim() == 1 else differs.any(1)
+        if rows.any():
+            row = int(rows.nonzero()[0])
+            raise ValueError(
+                f"row {row}: {name} differs from the first row of its {config.unit}: with latent='unit' a gate may "
+                f"read only what the pairs of a {config.unit} share; use latent='pair', or a gate that reads the "
+                f"{config.unit}"
+            )
+    return shared
+
+
+def _cluster_names(data: Pairs, config: FitConfig, unit: Tensor) -> list[str] | None:
+    """Of each latent, the name in the column `start.together`."""
+    if not config.start.together:
+        return None
+    ids, names = data.units(config.start.together)
+    _, first = np.unique(unit.numpy(), return_index=True)
+    return [names[int(i)] for i in ids[first]]
+
+
+def _from_all(row: Tensor, loglik: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that all processes have just computed; of one process: its own."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return row, loglik
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (row.cpu(), loglik.cpu()))
+    rows, logliks = zip(*found, strict=True)
+    return torch.cat(rows).to(row.device), torch.cat(logliks).to(loglik.device)
+
+
+class Learner(nn.Module):
+    """What is trained and what a checkpoint holds: experts, gate, tables, network. The frozen base is not in it.
+
+    Parameters
+    ----------
+    unit : (pairs,), the latent of each training pair. steps_per_pass : how many steps count as a pass for the start.
+    """
+
+    start_log_q: Tensor
+    steps: Tensor
+    gate_place: Tensor
+
+    def __init__(
+        self, policy: MixturePolicy, data: Pairs, unit: Tensor, config: FitConfig, steps_per_pass: float | int
+    ) -> None:
+        super().__init__()
+        self.policy, self.steps_per_pass = policy, steps_per_pass
+        self.options = config  # not `config`: Trainer writes to an attribute of that name
+        self.table = LoglikTable(unit, policy.n_experts)
+        inputs = latent_inputs(policy, data, config, unit)
+        start, n_latents = config.start, self.table.n_units
+        if start.kind == "clusters":
+            together = _cluster_names(data, config, unit)
+            log_q = cluster_log_q(inputs, policy.n_experts, config.seed, together, start.certainty)
+        else:
+            log_q = random_log_q(n_latents, policy.n_experts, config.seed)
+        self.register_buffer("start_log_q", log_q.float())
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        distinct, place = distinct_rows(inputs, n_latents)
+        self._read: Sequence[str] = list(distinct)
+        for name, value in {**distinct, "place": place}.items():  # from the data, so no checkpoint holds them
+            self.register_buffer(f"gate_{name}", value, persistent=False)
+        if start.kind == "clusters" and policy.n_experts > 1:  # the gate starts from them
+            policy.gate.m_step(self.inputs, self.start_log_q, self.gate_place)
+        inference = config.inference if policy.n_experts > 1 else Exact()
+        self.inference = inference.part(self.table, data, policy.base, config.seed)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the gate reads, each distinct row once; `gate_place` says which one a latent (pair or unit) has."""
+        return {name: getattr(self, f"gate_{name}") for name in self._read}
+
+    @torch.no_grad()
+    def log_w(self) -> Tensor:
+        """The gate's weights of each latent, nats."""
+        return self.policy.gate.log_w(self.inputs)[self.gate_place]
+
+    def temperature(self) -> float:
+        """Of the responsibilities at this step: geometric from the start's to 1."""
+        start = self.options.start
+        share = float(self.steps) / max(start.tempering_passes * self.steps_per_pass, 1)
+        return start.temperature ** max(0.0, 1 - share)
+
+    def starting(self) -> bool:
+        """Whether the responsibilities are still those that break the symmetry."""
+        start = self.options.start
+        given = start.given and self.policy.n_experts > 1
+        return given and bool(self.steps < start.passes * self.steps_per_pass)
+
+    def chosen(self, row: Tensor, log_w: Tensor) -> Tensor | None:
+        """Which experts are computed for these rows: all, or the `top_s` of largest weight once tempering is over."""
+        top_s = self.options.routing.top_s
+        if top_s is None or self.starting() or self.temperature() > 1:
+            return None
+        return keep_top_s(log_w[self.table.unit[row]], top_s) > -torch.inf
+
+    def forward(
+        self,
+        row: Tensor,
+        described: Tensor | None = None,
+        scale: float = 1.0,
+        part: str = "whole",
+        **batch: Tensor,
+    ) -> dict[str, Tensor]:
+        """loss = - mean_n sum_k q_nk log sigma(D_nk) + penalty, nats per pair; see inference.py for q.
+
+        A step in several parts: each is looked at ("look": the table is brought up to date and nothing else), then
+        learned from ("learn", and "last", which closes the step), its loss times `scale`, its share of the step.
+        """
+        log_w = self.log_w()
+        chosen = self.chosen(row, log_w)
+        loglik = self.policy.batch_loglik(batch, chosen)
+        last = part in ("whole", "last")
+        if self.training and part in ("whole", "look"):
+            self.table.update(*_from_all(row, loglik.detach()))
+        if part == "look":
+            return {}
+        penalty = loglik.new_zeros(())
+        if self.starting():
+            q = self.start_log_q[self.table.unit[row]].exp()
+        else:
+            top_s = self.options.routing.top_s
+            kept = log_w if chosen is None or top_s is None else keep_top_s(log_w, top_s)
+            q, penalty = self.inference.weights(row, kept, self.now(), described)
+        if self.training and last:
+            self._move_gate(log_w)
+            self.steps += 1
+        return {"loss": scale * (penalty - (q * loglik.masked_fill(q == 0, 0.0)).sum(1).mean())}
+
+    def now(self) -> Moment:
+        """Where this step stands."""
+        share = float(self.steps) / (self.options.passes * self.steps_per_pass)
+        return Moment(int(self.steps), share, self.temperature(), self.training)
+
+    def _move_gate(self, log_w: Tensor) -> None:
+        """The weights move towards the responsibilities of the whole table, once these are no longer tempered.
+
+        Tempered responsibilities say little of the weights: a start could kill an expert.
+        """
+        if self.policy.n_experts == 1 or self.starting() or self.temperature() > 1:
+            return
+        log_q = self.inference.table.log_q(log_w)
+        if not log_q.isfinite().any() or bool(log_q.isnan().any()):  # the next evaluation ends the fit as non-finite
+            return
+        self.policy.gate.m_step(
+            self.inputs,
+            log_q,
+            self.gate_place,
+            share=(float(self.steps) + 1) ** -GATE_EXPONENT,
+            max_iter=GATE_ITERATIONS,
+            entropy_weight=self.options.routing.entropy,
+            balance_weight=self.options.routing.balance,
+        )

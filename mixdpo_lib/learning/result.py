@@ -1,0 +1,121 @@
+"""What does a fit leave? Its history, its best parameters, and one sentence for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from ..policy.mixture import MixturePolicy
+
+DEAD = 0.02  # mean responsibility below which an expert is called dead: less than a fiftieth of the pairs are its own
+EQUAL = 0.02  # mean difference of sigma(D) below which two experts are called equal: one pair in fifty decided otherwise
+PARTED = 0.5  # how far the latents' weights must stand, on average, between equal (0) and certain (1)
+LEARNED = 0.01  # nats per pair that the bound must have risen
+
+
+@dataclass
+class FitResult:
+    """What a fit leaves: one row an evaluation, why it stopped, every restart, parameters of evaluated steps.
+
+    history : step, pairs_seen, elbo and the other columns of docs/reading-your-result.md.
+    best_step : of the best validation likelihood (without validation pairs: of the best bound).
+    snapshots : parameters by step, of the best and the last evaluation; of all with keep="all".
+    losses : of each step since the start or the last resumption, nats per pair.
+    summary : one sentence: steps, bound from and to, whether experts parted, what to turn if nothing was learned.
+    """
+
+    history: pd.DataFrame
+    stop_reason: str
+    best_step: int
+    restarts: pd.DataFrame
+    snapshots: dict[int, dict[str, Tensor]] = field(repr=False, default_factory=dict)
+    losses: list[float] = field(repr=False, default_factory=list)
+    summary: str = ""
+
+    def __repr__(self) -> str:
+        return f"FitResult: {self.summary or self.stop_reason}"
+
+    def restore(self, policy: MixturePolicy, step: int | str = "best") -> None:
+        """Put the parameters of an evaluated step into the policy: "best", "last", or its number.
+
+        Raises
+        ------
+        ValueError : a step whose parameters were not kept; those that were are named.
+        """
+        last = max(self.snapshots, default=0)
+        number = {"best": self.best_step, "last": last}.get(step, step) if isinstance(step, str) else step
+        if number not in self.snapshots:
+            raise ValueError(
+                f"step={step!r}: kept are {sorted(self.snapshots)}, 'best' and 'last'; fit with keep='all' keeps every "
+                "evaluated step"
+            )
+        policy.load_state_dict(self.snapshots[int(number)], strict=False)
+
+    def plot(self) -> Any:
+        """Bound, validation likelihood and usage of the experts along the fit: a matplotlib figure."""
+        from matplotlib import pyplot as plt
+
+        from .. import figures
+
+        usage = [name for name in self.history if name.startswith("usage_")]
+        shown = [name for name in ("elbo", "validation_loglik") if name in self.history]
+        fig, axes = plt.subplots(1, len(shown) + bool(usage), figsize=(7.0, 2.6), squeeze=False, layout="constrained")
+        for ax, name in zip(axes[0], shown, strict=False):
+            figures.training_curves(self.history, ax, column=name)
+        if usage:
+            long = self.history.melt("step", usage, "expert", "usage")
+            long["expert"] = long["expert"].str.replace("usage_", "expert ")
+            figures.curves(long, axes[0, -1], "step", "usage", "expert", "step", "mean responsibility (share)")
+        return fig
+
+
+def summarise(
+    history: pd.DataFrame,
+    stop_reason: str,
+    kept_step: int | None,
+    log_q: Float[Tensor, "latents experts"],
+    loglik: Float[Tensor, "pairs experts"],
+) -> str:
+    """One sentence for people.
+
+    Parameters
+    ----------
+    kept_step : the best step where it was put back; None where the last one stays.
+    log_q, loglik : responsibilities of the latents and log-likelihoods of the training pairs at the end, nats.
+    """
+    first, last = history.iloc[0], history.iloc[-1]
+    said = [f"{int(last['step'])} steps; bound {first['elbo']:.3f} to {last['elbo']:.3f} nats per pair"]
+    if stop_reason != "max_iter":
+        said.append(f"ended early: {stop_reason}")
+    if kept_step is not None:
+        at = history[history["step"] == kept_step].iloc[0]
+        said.append(f"step {kept_step} is kept, the best on validation pairs ({at['validation_loglik']:.3f} nats)")
+    n_experts = log_q.shape[1]
+    turned = last["elbo"] - first["elbo"] < LEARNED
+    if turned:
+        said.append("almost nothing was learned: raise passes, min_steps or learning_rate")
+    elif n_experts > 1:
+        q = log_q.exp()
+        certainty = (q.amax(1).mean() - 1 / n_experts) / (1 - 1 / n_experts)
+        dead = [k for k, usage in enumerate(q.mean(0).tolist()) if usage < DEAD]
+        p = loglik.exp()
+        alike = [
+            f"{i} and {j}"
+            for i in range(n_experts)
+            for j in range(i)
+            if float((p[:, i] - p[:, j]).abs().mean()) < EQUAL and not {i, j} & set(dead)
+        ]
+        parted = float(certainty) >= PARTED and not alike
+        said.append(f"experts have {'' if parted else 'not '}parted (mean certainty {float(certainty):.2f})")
+        if dead:
+            said.append(f"{'experts' if len(dead) > 1 else 'expert'} {', '.join(map(str, dead))} almost unused: fewer "
+                        "experts may do, or another seed")
+        if alike:
+            said.append(f"experts {', '.join(alike)} nearly equal")
+        if not parted:
+            said.append("if groups are expected, raise passes or min_steps, or give each unit more pairs")
+    return "; ".join(said) + "."
