@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
 from jaxtyping import Float
-
-from .probes import piece
 
 REWARDS = ("sentiment", "informativeness", "grammar")
 ROLES = ("training", "evaluation")
@@ -115,15 +112,6 @@ class Judge(ABC):
     @classmethod
     @abstractmethod
     def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> Judge: ...
-
-
-def cut_pieces(texts: Iterable[str], n_pieces: int, piece_words: int, rng: Random) -> list[list[str]]:
-    """Of each text: itself, its first piece, and `n_pieces - 1` from random places, 0.6 to 1.5 x `piece_words` long."""
-    low, high = round(0.6 * piece_words), round(1.5 * piece_words)
-    return [
-        [t] + [piece(t, rng.randint(low, high), rng, start=0 if i == 0 else None) for i in range(n_pieces)]
-        for t in texts
-    ]
 
 
 def least_reviews(reviews: Dataset, config: JudgeConfig) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, ClassVar
 
@@ -15,26 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .contract import Judge, JudgeConfig, State, least_reviews
+from .corruptions import EMOJI, SYMBOLS
 from .nets import Encoder, NetJudge, TextNet, fit_net, pad
-from .probes import EMOJI, FILLER_FIT, STAND_INS_FIT, SYMBOLS, WORD, diluted, generic, padded, piece, repeated
+from .probes import FILLER_FIT, STAND_INS_FIT, diluted, generic, padded, repeated
+from .words import WORD, common_words, count_reviews, piece
 
 _SAYS_LITTLE = frozenset(
     "movie movies film films really very quite just like good bad great thing things lot lots bit way watch watched "
     "watching seen make made makes making got get gets getting say said know think thought people time times best "
     "worst better".split()
 )
-
-
-def count_reviews(texts: Iterable[str]) -> Counter[str]:
-    """In how many of the texts each lower-cased word occurs.
-
-    >>> count_reviews(["A dog, a cat", "The dog"])["dog"]
-    2
-    """
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update({w.lower().replace("’", "'") for w in WORD.findall(text)})
-    return counts
 
 
 class InformativenessTraining(Judge):
@@ -97,7 +86,7 @@ class InformativenessEvaluation(NetJudge):
 
     reward, role, unit, family = "informativeness", "evaluation", "mean rating, -1 to 1", "convolutional ranker"
     shape: ClassVar[dict[str, Any]] = {"width": 32, "blocks": 1, "dropout": 0.1, "per_token": True}
-    n_epochs, n_common, steepness = 2, 300, 15.0  # 10 ranks as well and agrees less with the other judge
+    n_epochs, steepness = 2, 15.0  # 10 ranks as well and agrees less with the other judge
 
     @classmethod
     def worse(cls, text: str, common: frozenset[str], rng: Random) -> str:
@@ -121,7 +110,7 @@ class InformativenessEvaluation(NetJudge):
     def fit(cls, reviews: Dataset, config: JudgeConfig) -> InformativenessEvaluation:
         texts, rng = list(reviews["text"]), Random(config.seed + 2)
         encoder = Encoder.fit(texts, least_reviews(reviews, config))
-        common = frozenset(w for w, _ in count_reviews(texts).most_common(cls.n_common))
+        common = common_words(texts)
         low, high = round(0.6 * config.piece_words), round(1.4 * config.piece_words)
 
         def passes() -> Iterator[tuple[np.ndarray, Callable[[TextNet, np.ndarray], Tensor]]]:

@@ -12,21 +12,10 @@ from datasets import Dataset
 from scipy.stats import rankdata
 
 from ...store import progress
-from .informativeness import InformativenessEvaluation, count_reviews
+from .corruptions import CORRUPTIONS, DAMAGE
 from .panel import Judges
-from .probes import (
-    CORRUPTIONS,
-    DAMAGE,
-    PROBES,
-    diluted,
-    generic,
-    negated_pairs,
-    padded,
-    piece,
-    repeated,
-    sentences,
-    written_pairs,
-)
+from .probes import PROBES, diluted, generic, negated_pairs, padded, repeated, written_pairs
+from .words import common_words, piece, sentences
 
 BARS: Mapping[tuple[str, str], float] = {  # (reward, task) -> what a judge should reach; nothing is promised elsewhere
     ("sentiment", "whole reviews"): 0.88,
@@ -57,7 +46,7 @@ def _interval(statistic: Callable[[np.ndarray], float], n: int, rng: np.random.G
 
 
 def _pairs_of_content(texts: Sequence[str], reviews: Sequence[str], rng: Random) -> dict[str, list[tuple[str, str]]]:
-    common = frozenset(w for w, _ in count_reviews(reviews).most_common(InformativenessEvaluation.n_common))
+    common = common_words(reviews)
     return {
         "filler after it": [(t, padded(t, rng)) for t in texts],
         "half filler": [(t, diluted(t, rng)) for t in texts],

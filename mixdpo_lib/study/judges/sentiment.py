@@ -13,8 +13,9 @@ from scipy.sparse import csr_matrix, diags
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from .contract import Judge, JudgeConfig, State, cut_pieces, least_reviews
+from .contract import Judge, JudgeConfig, State, least_reviews
 from .nets import AveragingNet, fit_averaging_net, load_arrays, net_arrays
+from .words import cut_pieces
 
 _FEATURE = r"[a-zA-Z]+(?:'[a-zA-Z]+)*|[!?]"
 

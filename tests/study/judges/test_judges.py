@@ -14,8 +14,9 @@ from datasets import Dataset  # noqa: E402
 
 from mixdpo_lib.store import MixDPOError  # noqa: E402
 from mixdpo_lib.study import figures as study_figures  # noqa: E402
-from mixdpo_lib.study.judges import contract, informativeness, nets, panel, probes, report, sentiment  # noqa: E402
+from mixdpo_lib.study.judges import contract, corruptions, informativeness, nets, panel, probes, report, sentiment  # noqa: E402
 from mixdpo_lib.study.judges import grammar as grammar_file
+from mixdpo_lib.study.judges.words import piece
 from mixdpo_lib.study.reviews import load_reviews  # noqa: E402
 
 SMALL = contract.JudgeConfig(pieces_per_review=2)
@@ -98,13 +99,13 @@ def test_articles():
     wrong = {"a": ["apple", "hour", "uninteresting", "honest"], "an": ["user", "one", "film", "European", "unique"]}
     for article, words in wrong.items():
         for word in words:
-            assert probes.wants_an(word) is (article == "a"), word
+            assert grammar_file.wants_an(word) is (article == "a"), word
 
 
 # --- corruptions
-@pytest.mark.parametrize("kind", sorted({**probes.CORRUPTIONS, **probes.DAMAGE}))
+@pytest.mark.parametrize("kind", sorted({**corruptions.CORRUPTIONS, **corruptions.DAMAGE}))
 def test_corruptions_change_something_and_follow_the_seed(kind):
-    make = {**probes.CORRUPTIONS, **probes.DAMAGE}[kind]
+    make = {**corruptions.CORRUPTIONS, **corruptions.DAMAGE}[kind]
     text = "It was a pleasure to see the old man, who has an odd way of walking to the river."
     changed = [make(text, Random(seed)) for seed in range(20)]
     assert all(c is not None and c != text for c in changed)
@@ -180,7 +181,7 @@ def test_what_few_reviews_can_teach(judges, reviews):
     for role in contract.ROLES:
         assert (getattr(judges, role)["sentiment"].score(good) > getattr(judges, role)["sentiment"].score(bad)).all()
     rng = Random(0)
-    pieces = [probes.piece(t, 32, rng) for t in reviews["text"][:60]]
+    pieces = [piece(t, 32, rng) for t in reviews["text"][:60]]
     for role in contract.ROLES:
         judge = getattr(judges, role)["informativeness"]
         rank = report.paired_rank(judge.score(pieces), judge.score([probes.diluted(t, rng) for t in pieces]))
@@ -199,7 +200,7 @@ def test_report_card(card):
     assert ((validity["low"] <= validity["value"]) & (validity["value"] <= validity["high"])).all()
     assert validity["value"].between(0, 1).all() and (validity["n"] > 0).all()
     kinds = set(validity.query("reward == 'grammar'")["task"])
-    assert kinds == {*probes.CORRUPTIONS, *probes.DAMAGE, "all kinds"}
+    assert kinds == {*corruptions.CORRUPTIONS, *corruptions.DAMAGE, "all kinds"}
     assert len(card["agreement"]) == 36 and set(card["probes"]["probe"]) == set(probes.PROBES)
     assert len(card["scores"]) == 6 * 24
     rule = validity.query("reward == 'grammar' and judge == 'training' and measure == 'paired rank'").set_index("task")
