@@ -13,7 +13,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
 
 
 def sentences(text: str, shortest: int = 8, longest: int = 40) -> list[str]:
-    """Sentences of `text` with `shortest` to `longest` words that begin with a capital and end with a full stop.
+    """Sentences of `shortest` to `longest` words that begin with a capital and end with a full stop.
 
     >>> sentences("I saw it twice with my old friend Tom. Bad. it was, um, fine")
     ['I saw it twice with my old friend Tom.']
@@ -26,7 +26,7 @@ def sentences(text: str, shortest: int = 8, longest: int = 40) -> list[str]:
 
 
 def piece(text: str, n_words: int, rng: Random, start: int | None = None) -> str:
-    """`n_words` consecutive words of `text` from word `start` (default: a random place); all of a shorter text.
+    """`n_words` consecutive words from word `start` (default: a random place); all of a shorter text.
 
     >>> piece("one two three four", 2, Random(0), start=1)
     'two three'
@@ -40,7 +40,10 @@ def piece(text: str, n_words: int, rng: Random, start: int | None = None) -> str
 def cut_pieces(
     texts: Iterable[str], n_pieces: int, piece_words: int, rng: Random
 ) -> list[list[str]]:
-    """Of each text: itself, its first piece, and `n_pieces - 1` from random places, 0.6 to 1.5 x `piece_words` long."""
+    """Of each text: itself, its first piece, and `n_pieces - 1` from random places.
+
+    A piece has 0.6 to 1.5 times `piece_words` words, drawn evenly.
+    """
     low, high = round(0.6 * piece_words), round(1.5 * piece_words)
     return [
         [t]
@@ -53,22 +56,22 @@ def cut_pieces(
 
 
 def count_reviews(texts: Iterable[str]) -> Counter[str]:
-    """In how many of the texts each lower-cased word occurs.
+    """In how many texts each lower-cased word occurs; in order of first appearance.
 
-    >>> count_reviews(["A dog, a cat", "The dog"])["dog"]
-    2
+    >>> count_reviews(["the dog, the cat", "A dog"])
+    Counter({'dog': 2, 'cat': 1, 'the': 1, 'a': 1})
     """
     counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update({w.lower().replace("’", "'") for w in WORD.findall(text)})
+    for text in texts:  # sorted: a set has another order in every process, and ties are broken by it
+        counts.update(sorted({w.lower().replace("’", "'") for w in WORD.findall(text)}))
     return counts
 
 
 def common_words(texts: Iterable[str], n_words: int = N_COMMON) -> frozenset[str]:
-    """The `n_words` lower-cased words that the most texts use.
+    """The `n_words` lower-cased words that most texts use; of equally common ones the first to appear.
 
-    >>> sorted(common_words(["A dog, a cat", "The dog", "the bird"], 2))
-    ['dog', 'the']
+    >>> sorted(common_words(["A dog, a cat", "The dog", "the bird"], 3))
+    ['a', 'dog', 'the']
     """
     return frozenset(word for word, _ in count_reviews(texts).most_common(n_words))
 

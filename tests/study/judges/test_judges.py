@@ -16,7 +16,7 @@ from mixdpo_lib.store import MixDPOError  # noqa: E402
 from mixdpo_lib.study import figures as study_figures  # noqa: E402
 from mixdpo_lib.study.judges import contract, corruptions, informativeness, nets, panel, probes, report, sentiment  # noqa: E402
 from mixdpo_lib.study.judges import grammar as grammar_file
-from mixdpo_lib.study.judges.words import piece
+from mixdpo_lib.study.judges.words import common_words, count_reviews, piece
 from mixdpo_lib.study.reviews import load_reviews  # noqa: E402
 
 SMALL = contract.JudgeConfig(pieces_per_review=2)
@@ -59,6 +59,12 @@ def test_idf_counts_reviews_not_mentions():
     assert judge.idf["dragon"] == pytest.approx(math.log(20))
     assert "house" not in judge.idf  # in 5 of 20 reviews: more than 10 %
     assert "the" not in judge.idf
+
+
+def test_the_common_words_are_the_same_in_every_process():
+    texts = [" ".join(f"word{chr(97 + i)}" for i in range(20)), "wordz"]
+    assert list(count_reviews(texts))[:3] == ["worda", "wordb", "wordc"]  # a set would have any order
+    assert common_words(texts, 3) == {"worda", "wordb", "wordc"}
 
 
 @pytest.fixture(scope="module")
