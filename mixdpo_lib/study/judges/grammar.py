@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ...store import progress
 from .contract import Judge, JudgeConfig, State, least_reviews
 from .corruptions import CORRUPTIONS, DAMAGE
+from .exam import Exam, Mark
 from .nets import Encoder, NetJudge, TextNet, fit_net, pad, tokens_of
 from .words import WORD, count_reviews, piece, sentences
 
@@ -93,7 +94,26 @@ def wants_an(word: str) -> bool | None:
     return word[0].lower() in "aeiou" and not _A_THOUGH_VOWEL.match(word)
 
 
-class GrammarTraining(Judge):
+class Grammar(Judge):
+    """What both judges are asked: does a sentence score above a corrupted version of itself?"""
+
+    reward = "grammar"
+
+    def examine(self, exam: Exam) -> Iterator[Mark]:
+        """Paired rank and AUC by kind of corruption and damage, and over all corruptions."""
+        own, pairs = self.score(exam.sentences), []
+        for task, versions in exam.corrupted.items():
+            good, bad = self.score_versions(own, versions)
+            if task in CORRUPTIONS:  # damage is what samplers do, not what people write
+                pairs.append((good, bad))
+            yield Mark.paired_rank(task, good, bad)
+            yield Mark.auc(task, good, bad)
+        good, bad = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        yield Mark.paired_rank("all kinds", good, bad)
+        yield Mark.auc("all kinds", good, bad)
+
+
+class GrammarTraining(Grammar):
     """Minus the weighted findings per word: a grammar checker, rules, and pairs of neighbours that nobody writes.
 
     score = -(sum of weight x count) / max(words, 8). Counted are: findings of Harper by `HARPER_RULES`;
@@ -106,7 +126,8 @@ class GrammarTraining(Judge):
     Limits: agreement, tense and dropped articles are seen through odd neighbours alone (report card).
     """
 
-    reward, role, unit, family = "grammar", "training", "-findings per word", "rules and counts (Harper)"
+    role, unit, family = "training", "-findings per word", "rules and counts (Harper)"
+    bars = dict.fromkeys(("spelling", "article", "repetition"), 0.85)  # what rules can see
     weights: ClassVar[dict[str, float]] = {
         "checker": 0.5,  # Harper's taste is stricter than a reviewer's: half
         "non_words": 1.5,
@@ -181,7 +202,7 @@ class GrammarTraining(Judge):
         length = max(len(_without_fragment(text).split()), self.shortest)
         return -sum(self.weights[kind] * count for kind, count in found.items()) / length
 
-    def _score(self, texts: list[str]) -> np.ndarray:
+    def rate(self, texts: list[str]) -> np.ndarray:
         scores = []
         for done, value in enumerate(_threads().map(self._one, texts), start=1):
             scores.append(value)
@@ -198,7 +219,7 @@ class GrammarTraining(Judge):
         return cls(values["words"], values["common"], **arrays, total=values["total"])
 
 
-class GrammarEvaluation(NetJudge):
+class GrammarEvaluation(NetJudge, Grammar):
     """Mean log-probability that a word is right, by a convolutional net that was taught to find corrupted words.
 
     score = mean over tokens of log(1 - p_t), p_t the probability that token t was corrupted; nats per token. The net
@@ -210,7 +231,8 @@ class GrammarEvaluation(NetJudge):
     Limits: it knows the kinds of corruption that it was taught; a last word without a full stop is not judged.
     """
 
-    reward, role, unit, family = "grammar", "evaluation", "nats per token", "convolutional error detector"
+    role, unit, family = "evaluation", "nats per token", "convolutional error detector"
+    bars = {"all kinds": 0.85}
     shape: ClassVar[dict[str, Any]] = {"width": 64, "blocks": 3, "dropout": 0.05, "per_token": True}
     n_epochs, per_review = 2, 3  # passes; sentences, and as many pieces, of each review
 
@@ -265,6 +287,6 @@ class GrammarEvaluation(NetJudge):
         )  # fmt: skip
         return cls(encoder, net)
 
-    def _score(self, texts: list[str]) -> np.ndarray:
-        logits = self._of_tokens([_without_fragment(t) for t in texts])
+    def rate(self, texts: list[str]) -> np.ndarray:
+        logits = self.of_tokens([_without_fragment(t) for t in texts])
         return np.array([-np.logaddexp(0.0, row).mean() for row in logits])

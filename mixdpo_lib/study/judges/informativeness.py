@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .contract import Judge, JudgeConfig, State, least_reviews
 from .corruptions import EMOJI, SYMBOLS
+from .exam import Exam, Mark, paired_rank
 from .nets import Encoder, NetJudge, TextNet, fit_net, pad
 from .probes import FILLER_FIT, STAND_INS_FIT, diluted, generic, padded, repeated
 from .words import WORD, common_words, count_reviews, piece
@@ -26,7 +27,24 @@ _SAYS_LITTLE = frozenset(
 )
 
 
-class InformativenessTraining(Judge):
+class Informativeness(Judge):
+    """What both judges are asked: does a text score above a version of itself that says less?"""
+
+    reward = "informativeness"
+    bars = {"all kinds": 0.90}
+
+    def examine(self, exam: Exam) -> Iterator[Mark]:
+        """Paired rank by kind of loss of content, and over all of them."""
+        ranks = {
+            task: paired_rank(self.score([a for a, _ in pairs]), self.score([b for _, b in pairs]))
+            for task, pairs in exam.emptied.items()
+        }
+        ranks["all kinds"] = np.concatenate(list(ranks.values()))
+        for task, rank in ranks.items():
+            yield Mark.mean("paired rank", task, rank)
+
+
+class InformativenessTraining(Informativeness):
     """Distinct content words, weighted by inverse document frequency, per word of the text.
 
     score = sum over distinct content words w of ln(N / n_w) / max(words, `shortest`); n_w of N reviews hold w. A
@@ -36,7 +54,7 @@ class InformativenessTraining(Judge):
     Limit: a bare list of rare words beats every sentence (report card: the shuffle costs nothing).
     """
 
-    reward, role, unit, family = "informativeness", "training", "nats per word", "inverse document frequency"
+    role, unit, family = "training", "nats per word", "inverse document frequency"
     shortest = 16  # words; below, the text counts as this long: three rare words are not a review
 
     def __init__(self, words: Sequence[str], idf: np.ndarray) -> None:
@@ -57,7 +75,7 @@ class InformativenessTraining(Judge):
             )
         return cls(words, np.log(n / np.array([counts[w] for w in words])))
 
-    def _score(self, texts: list[str]) -> np.ndarray:
+    def rate(self, texts: list[str]) -> np.ndarray:
         scores = []
         for text in texts:
             words = {w.lower() for w in WORD.findall(text)}
@@ -73,7 +91,7 @@ class InformativenessTraining(Judge):
         return cls(values["words"], arrays["idf"])
 
 
-class InformativenessEvaluation(NetJudge):
+class InformativenessEvaluation(NetJudge, Informativeness):
     """Mean rating of the tokens by a convolutional net that ranks pieces of real reviews above worse versions of them.
 
     score = mean over tokens of tanh(r_t), r_t the logit of token t with its two neighbours in sight (and whether it was
@@ -84,7 +102,7 @@ class InformativenessEvaluation(NetJudge):
     Limit: it knows these ways of saying little, and no others (filler and stand-ins of the probes were not seen).
     """
 
-    reward, role, unit, family = "informativeness", "evaluation", "mean rating, -1 to 1", "convolutional ranker"
+    role, unit, family = "evaluation", "mean rating, -1 to 1", "convolutional ranker"
     shape: ClassVar[dict[str, Any]] = {"width": 32, "blocks": 1, "dropout": 0.1, "per_token": True}
     n_epochs, steepness = 2, 15.0  # 10 ranks as well and agrees less with the other judge
 
@@ -132,5 +150,5 @@ class InformativenessEvaluation(NetJudge):
         )  # fmt: skip
         return cls(encoder, net)
 
-    def _score(self, texts: list[str]) -> np.ndarray:
-        return np.array([np.tanh(row).mean() for row in self._of_tokens(texts)])
+    def rate(self, texts: list[str]) -> np.ndarray:
+        return np.array([np.tanh(row).mean() for row in self.of_tokens(texts)])

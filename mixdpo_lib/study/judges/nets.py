@@ -307,20 +307,23 @@ def fit_averaging_net(
 
 
 class NetJudge(Judge):
-    """A judge that is an encoder and a convolutional `TextNet`."""
+    """A judge that is an encoder and a convolutional `TextNet` of this `shape` (its options)."""
 
     shape: ClassVar[dict[str, Any]]
 
     def __init__(self, encoder: Encoder, net: TextNet) -> None:
         self.encoder, self.net = encoder, net
 
-    def _of_tokens(self, texts: list[str]) -> list[np.ndarray]:
+    def of_tokens(self, texts: list[str]) -> list[np.ndarray]:
+        """What the net says of each token of each text: logits."""
         return apply_net(self.net, [self.encoder(t) for t in texts])
 
     def state(self) -> State:
+        """Weights, and the vocabulary."""
         return net_arrays(self.net), {"words": self.encoder.words}
 
     @classmethod
-    def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> Any:
+    def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> NetJudge:
+        """The judge that gave this `state`."""
         encoder = Encoder(values["words"])
         return cls(encoder, load_arrays(TextNet(encoder.n_words, **cls.shape), arrays))

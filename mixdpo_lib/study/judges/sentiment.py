@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -14,8 +14,10 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from .contract import Judge, JudgeConfig, State, least_reviews
+from .exam import Exam, Mark, paired_rank
 from .nets import AveragingNet, fit_averaging_net, load_arrays, net_arrays
-from .words import cut_pieces
+from .probes import negated_pairs
+from .words import cut_pieces, piece
 
 _FEATURE = r"[a-zA-Z]+(?:'[a-zA-Z]+)*|[!?]"
 
@@ -26,7 +28,30 @@ def _log_count_ratio(counts: csr_matrix, labels: np.ndarray) -> np.ndarray:
     return np.log(up / up.sum()) - np.log(down / down.sum())
 
 
-class SentimentTraining(Judge):
+class Sentiment(Judge):
+    """What both judges are asked: does the sign of the score tell the label of a review?"""
+
+    reward, unit = "sentiment", "logit"
+    bars = {"whole reviews": 0.88, "first words": 0.75, "words anywhere": 0.75}
+
+    def examine(self, exam: Exam) -> Iterator[Mark]:
+        """Accuracy on whole reviews, their first words, and words from anywhere in them.
+
+        Also the order of hand-written pairs of sentences that differ by one "not".
+        """
+        cuts = {
+            "whole reviews": exam.texts,
+            "first words": [piece(t, exam.piece_words, exam.rng, start=0) for t in exam.texts],
+            "words anywhere": [piece(t, exam.piece_words, exam.rng) for t in exam.texts],
+        }
+        for task, texts in cuts.items():
+            right = (self.score(texts) > 0) == (exam.labels == 1)
+            yield Mark.mean("accuracy", task, right.astype(float))
+        better, worse = (self.score(side) for side in zip(*negated_pairs(), strict=True))
+        yield Mark.mean("accuracy", 'one "not"', paired_rank(better, worse))
+
+
+class SentimentTraining(Sentiment):
     """Logit of a linear classifier of word 1- and 2-grams, fitted on pieces of the length that it judges.
 
     logit = b + sum_g a_g u_g / ||u||, u_g = (1 + ln count_g) idf_g: TF-IDF as in scikit-learn. In fitting, g is scaled
@@ -34,7 +59,7 @@ class SentimentTraining(Judge):
     "Baselines and bigrams"); on 40-token pieces this gains .01 over plain TF-IDF.
     """
 
-    reward, role, unit, family = "sentiment", "training", "logit", "linear, word 1-2-grams"
+    role, family = "training", "linear, word 1-2-grams"
 
     def __init__(self, terms: Sequence[str], idf: np.ndarray, weight: np.ndarray, bias: float) -> None:
         self.terms, self.weight, self.bias = list(terms), np.asarray(weight, np.float64), float(bias)
@@ -62,7 +87,7 @@ class SentimentTraining(Judge):
         return cls(vectorizer.get_feature_names_out().tolist(), vectorizer.idf_, model.coef_[0] * scale,
                    float(model.intercept_[0]))  # fmt: skip
 
-    def _score(self, texts: list[str]) -> np.ndarray:
+    def rate(self, texts: list[str]) -> np.ndarray:
         return self._vectorizer.transform(texts) @ self.weight + self.bias
 
     def state(self) -> State:
@@ -73,7 +98,7 @@ class SentimentTraining(Judge):
         return cls(values["terms"], arrays["idf"], arrays["weight"], values["bias"])
 
 
-class SentimentEvaluation(Judge):
+class SentimentEvaluation(Sentiment):
     """Logit of a deep averaging network over word 1- and 2-grams, fitted on other reviews than the training judge.
 
     Embeddings of the distinct terms are summed, divided by the square root of their number, and go through one hidden
@@ -81,7 +106,7 @@ class SentimentEvaluation(Judge):
     against .77). Limit: negation is seen within two words.
     """
 
-    reward, role, unit, family = "sentiment", "evaluation", "logit", "deep averaging network"
+    role, family = "evaluation", "deep averaging network"
 
     def __init__(self, terms: Sequence[str], net: AveragingNet) -> None:
         self.terms, self.net = list(terms), net
@@ -109,7 +134,7 @@ class SentimentEvaluation(Judge):
         number = np.maximum(np.asarray(counts.sum(1)).ravel(), 1)
         return csr_matrix(diags(number**-0.5) @ counts, dtype=np.float32)
 
-    def _score(self, texts: list[str]) -> np.ndarray:
+    def rate(self, texts: list[str]) -> np.ndarray:
         with torch.inference_mode():
             return self.net(self._scaled(self._vectorizer.transform(texts))).double().numpy()
 

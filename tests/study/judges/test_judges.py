@@ -14,7 +14,7 @@ from datasets import Dataset  # noqa: E402
 
 from mixdpo_lib.store import MixDPOError  # noqa: E402
 from mixdpo_lib.study import figures as study_figures  # noqa: E402
-from mixdpo_lib.study.judges import contract, corruptions, informativeness, nets, panel, probes, report, sentiment  # noqa: E402
+from mixdpo_lib.study.judges import contract, corruptions, exam, informativeness, nets, panel, probes, report, sentiment  # noqa: E402
 from mixdpo_lib.study.judges import grammar as grammar_file
 from mixdpo_lib.study.judges.words import common_words, count_reviews, piece
 from mixdpo_lib.study.reviews import load_reviews  # noqa: E402
@@ -190,7 +190,7 @@ def test_what_few_reviews_can_teach(judges, reviews):
     pieces = [piece(t, 32, rng) for t in reviews["text"][:60]]
     for role in contract.ROLES:
         judge = getattr(judges, role)["informativeness"]
-        rank = report.paired_rank(judge.score(pieces), judge.score([probes.diluted(t, rng) for t in pieces]))
+        rank = exam.paired_rank(judge.score(pieces), judge.score([probes.diluted(t, rng) for t in pieces]))
         assert rank.mean() > 0.65  # 350 reviews; 9,500 give .94 (notebook 01)
 
 
@@ -233,7 +233,7 @@ def test_figures_show_the_report_card(card):
 
 
 def test_auc_and_ties_by_hand():
-    assert report._auc(np.array([3.0, 1.0]), np.array([2.0, 1.0])) == (1 + 1 + 0 + 0.5) / 4
+    assert exam.auc(np.array([3.0, 1.0]), np.array([2.0, 1.0])) == (1 + 1 + 0 + 0.5) / 4
 
 
 # --- refusals
