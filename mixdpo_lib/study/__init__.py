@@ -5,8 +5,8 @@ from typing import Any
 
 _HOME = {
     "load_reviews": "reviews", "CandidateConfig": "candidates", "DesignConfig": "simulated_people",
-    "GROUPS": "simulated_people", "simulate_preferences": "simulated_people", "REWARDS": "judges.contract",
-    "score_texts": "judges.panel", "Study": "review_users", "StudyConfig": "review_users",
+    "simulate_preferences": "simulated_people", "REWARDS": "judges.contract", "score_texts": "judges.panel",
+    "Study": "review_users", "StudyConfig": "review_users",
     "study_config": "review_users", "DomainStudy": "two_domains", "DomainConfig": "two_domains",
     "domain_config": "two_domains", "SizeStudy": "capacity", "Capacity": "capacity", "run_families": "capacity",
 }  # fmt: skip

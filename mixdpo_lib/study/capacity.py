@@ -32,8 +32,9 @@ from ..learning.config import FitConfig
 from ..learning.fit import fit
 from ..policy.mixture import MixturePolicy
 from ..store import cached, read_json, write_json_atomic
+from .judges.contract import REWARDS
 from .review_users import Study
-from .simulated_people import GROUPS, DesignConfig, simulate_preferences
+from .simulated_people import DesignConfig, simulate_preferences
 from .tables import user_groups
 
 VERSION = 1
@@ -131,7 +132,7 @@ class SizeStudy:
             log_w = policy.gate().detach()
             log_q = log_responsibilities(policy.loglik(train), log_w, ids, n_units=len(users))
             groups = user_groups(train)
-            rows = {g: log_q[torch.tensor([groups[u] == g for u in users])] for g in GROUPS}
+            rows = {g: log_q[torch.tensor([groups[u] == g for u in users])] for g in REWARDS}
             prompt_accuracy(policy, test, rows).to_csv(folder / "accuracy.csv", index=False)
             best = result.history.set_index("step").loc[result.best_step]
             write_json_atomic(folder / "facts.json", {

@@ -23,8 +23,9 @@ from ..gates.membership import MixedMembershipGate
 from ..gates.user import UserGate
 from ..learning.fit import fit_gate
 from ..policy.mixture import MixturePolicy
+from .judges.contract import REWARDS
 from .review_users import Fitted, Study
-from .simulated_people import GROUPS, simulate_blends, simulate_preferences
+from .simulated_people import simulate_blends, simulate_preferences
 from .tables import user_groups
 
 SIZES = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -86,7 +87,7 @@ def accuracy_by_pairs(study: Study, design: str, seeds: Sequence[int], sizes: Se
     _, users = context.units("user")
 
     def score(fitted: Fitted, weights: Tensor, name: str, m: int, loglik: Tensor) -> None:
-        rows = {g: weights[[i for i, u in enumerate(users) if of[u] == g]] for g in GROUPS}
+        rows = {g: weights[[i for i, u in enumerate(users) if of[u] == g]] for g in REWARDS}
         table = prompt_accuracy(fitted.policy, test, rows, loglik)
         parts.append(table.assign(served_by=name, m=m, seed=fitted.seed))
 
@@ -218,8 +219,8 @@ def group_weights(study: Study, design: str, seed: int, m: int = 16) -> pd.DataF
     rows = []
     for name, size in (("metadata", 0), (f"{m} pairs", m)):
         q = serve_by_pairs(fitted.policy, context, size, fitted.rewards).exp().numpy()
-        for group in GROUPS:
+        for group in REWARDS:
             mean = q[np.array([of[u] == group for u in users])].mean(0)
             rows += [{"known": name, "group": group, "expert_serves": other, "weight": float(mean[k])}
-                     for other, k in zip(GROUPS, fitted.order, strict=True) if k >= 0]  # fmt: skip
+                     for other, k in zip(REWARDS, fitted.order, strict=True) if k >= 0]  # fmt: skip
     return pd.DataFrame(rows)

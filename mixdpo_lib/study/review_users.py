@@ -35,10 +35,10 @@ from ..policy.mixture import MixturePolicy
 from ..store import artefact_key, cached, hash_seed
 from .candidates import CandidateConfig, review_prompts, sample_candidates, split_prompts, usable
 from .fits import VERSION, kept_fit
-from .judges.contract import JudgeConfig, split_reviews
+from .judges.contract import REWARDS, JudgeConfig, split_reviews
 from .judges.panel import Judges, judges, score_texts
 from .reviews import load_reviews
-from .simulated_people import GROUPS, DesignConfig, simulate_preferences
+from .simulated_people import DesignConfig, simulate_preferences
 from .tables import user_groups
 from .texts import prefix_kl, text_table
 
@@ -88,7 +88,7 @@ def study_methods(n_experts: int, rank: int) -> dict[str, Method]:
         "mix_dpo": Method(n_experts, rank, "unit"),
         "mix_dpo_pair": Method(n_experts, rank, "pair"),
         "moe_dpo": Method(n_experts, rank, "unit", "metadata"),
-        "oracle": Method(len(GROUPS), rank, "unit", "given"),
+        "oracle": Method(len(REWARDS), rank, "unit", "given"),
     }
 
 
@@ -120,7 +120,7 @@ class Fitted:
     rewards: Tensor  # (texts, experts) beta (log pi_k - log pi_ref) of every candidate
     user_log_q: Tensor  # (users, experts) from each user's own training pairs
     users: list[str]
-    order: list[int]  # expert of each of GROUPS, aligned by training users' responsibilities
+    order: list[int]  # expert of each of REWARDS, aligned by training users' responsibilities
 
 
 def study_config(designs: Sequence[str] = ("default", "clean"), **values: Any) -> StudyConfig:
@@ -222,7 +222,7 @@ class Study:
         experts = HeadExperts(self.base, m.n_experts, m.rank, min_count=self.config.min_count)
         gate: Gate = LearnedWeights(m.n_experts)
         if m.gate == "given":
-            gate = given_gate("group", GROUPS, m.n_experts)
+            gate = given_gate("group", REWARDS, m.n_experts)
         elif m.gate == "metadata":
             assert train is not None
             users = pd.DataFrame({c: train.rows[c] for c in ("user", *METADATA)}).drop_duplicates("user")
@@ -279,7 +279,7 @@ class Study:
         ids, users = train.units("user")
         log_q = log_responsibilities(policy.loglik(train, rewards), policy.log_w(train), ids, n_units=len(users))
         groups = user_groups(train)
-        order = align(log_q.exp().numpy(), [groups[u] for u in users], GROUPS)
+        order = align(log_q.exp().numpy(), [groups[u] for u in users], REWARDS)
         return Fitted(design, policy, result, method, seed, rewards, log_q, users, order)
 
     # ------------------------------------------------------------------------------------------------- evaluation
@@ -311,7 +311,7 @@ class Study:
             ("seen", fitted.users, sets["train"], fitted.user_log_q), ("new", new_users, sets["context"], new_log_q)
         ):  # fmt: skip
             of = user_groups(data)
-            own = {g: log_q[[i for i, u in enumerate(names) if of[u] == g]] for g in GROUPS}
+            own = {g: log_q[[i for i, u in enumerate(names) if of[u] == g]] for g in REWARDS}
             for routing, weights in _routings(policy, fitted.order, own).items():
                 table = prompt_accuracy(policy, sets["test"], weights, test_loglik)
                 parts.append(_named(fitted, table.assign(routing=routing, users=who)))
@@ -342,7 +342,7 @@ class Study:
         parts = []
         for f in fits:
             of = user_groups(self.pairs(f.design)["train"])
-            names = {k: g for g, k in zip(GROUPS, f.order, strict=True) if k >= 0}
+            names = {k: g for g, k in zip(REWARDS, f.order, strict=True) if k >= 0}
             rows = [
                 {"user": u, "group": of[u], "expert": k, "expert_serves": names.get(k, f"unmatched {k}"),
                  "responsibility": q}
@@ -386,7 +386,7 @@ class Study:
             found.append({"policy": "dpo", "seed": seed, "expert": 0, "scale": 1.0, "prefix_kl": target,
                           "sampled_kl": sampled})  # fmt: skip
             curve = np.log(prefix_kl(mixture.policy, self.texts.features, ids, KL_SCALES).clip(1e-12))
-            for group, expert in zip(GROUPS, mixture.order, strict=True):
+            for group, expert in zip(REWARDS, mixture.order, strict=True):
                 if expert < 0:
                     continue
 
@@ -474,10 +474,10 @@ def _named(fitted: Fitted, table: pd.DataFrame) -> pd.DataFrame:
 
 def _routings(policy: MixturePolicy, order: list[int], own: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """By routing and group the log_w rows that serve it: none (one policy), prior, own_pairs, oracle (the truth)."""
-    prior = {g: policy.gate()[None] for g in GROUPS}
+    prior = {g: policy.gate()[None] for g in REWARDS}
     if policy.n_experts == 1:
         return {"none": prior}
     one = torch.full((policy.n_experts,), -torch.inf)
     oracle = {g: one.index_fill(0, torch.tensor([k]), 0.0)[None] if k >= 0 else prior[g]
-              for g, k in zip(GROUPS, order, strict=True)}  # fmt: skip
+              for g, k in zip(REWARDS, order, strict=True)}  # fmt: skip
     return {"prior": prior, "own_pairs": own, "oracle": oracle}

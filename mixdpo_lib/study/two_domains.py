@@ -7,7 +7,6 @@ templates that name neither domain, or the first words of real reviews.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -34,13 +33,13 @@ from ..gates.weights import FixedWeights, LearnedWeights
 from ..learning.config import FitConfig, FitResult
 from ..policy.mixture import MixturePolicy
 from ..store import MixDPOError, hash_seed, project_root
-from .candidates import CandidateConfig, sample_candidates, usable
+from .candidates import CandidateConfig, first_words, sample_candidates, usable
 from .fits import kept_fit
 from .judges.contract import JudgeConfig, split_reviews
 from .judges.panel import Judges, judges, score_texts
 from .reviews import load_reviews
-from .simulated_people import label_temperature
-from .titles import DOMAINS, TEMPLATES, familiarity, first_tokens, load_titles, split_items
+from .simulated_people import is_flipped, label_temperature, untied_pairs
+from .titles import DOMAINS, TEMPLATES, familiarity, load_titles, split_items
 
 SUFFIXES = {
     "titles": " was good.\n\nThis is about a famous",
@@ -188,7 +187,7 @@ class DomainStudy:
             parts = []
             for domain, texts in zip(DOMAINS, (films, books), strict=True):
                 order = np.random.default_rng(hash_seed(config.seed, domain)).permutation(len(texts))
-                found = (first_tokens(self.base, texts[int(i)], config.prompt_tokens) for i in order)
+                found = (first_words(self.base, texts[int(i)], config.prompt_tokens) for i in order)
                 distinct = list(dict.fromkeys(text for text in found if text))[: config.n_prompts]
                 if len(distinct) < config.n_prompts:
                     place = config.reviews if domain == "film" else config.book_reviews
@@ -236,7 +235,7 @@ class DomainStudy:
         config = self.config
         if config.prompts == "titles" or config.gate_tokens == config.prompt_tokens:
             return prompt
-        return first_tokens(self.base, prompt, config.gate_tokens) or prompt
+        return first_words(self.base, prompt, config.gate_tokens) or prompt
 
     # ------------------------------------------------------------------------------------------------- preferences
 
@@ -274,11 +273,8 @@ class DomainStudy:
         for rows in table.groupby("prompt_id").indices.values():
             domain = of["domain"].iat[rows[0]]
             value = self.rewards[domain].to_numpy()
-            for x in range(len(rows)):
-                for y in range(x + 1, len(rows)):
-                    a, b = (rows[x], rows[y]) if value[rows[x]] > value[rows[y]] else (rows[y], rows[x])
-                    if value[a] != value[b]:
-                        gaps[domain].append((int(a), int(b), float(value[a] - value[b])))
+            for a, b in untied_pairs(value, rows.tolist()):
+                gaps[domain].append((a, b, float(value[a] - value[b])))
         out: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
         for domain in DOMAINS:
             train = np.array([g for a, _, g in gaps[domain] if of["part"].iat[a] == "train"])
@@ -286,13 +282,13 @@ class DomainStudy:
             for better, worse, gap in gaps[domain]:
                 part = of["part"].iat[better]
                 for _ in range(1 if part == "test" else config.labels_per_pair):
-                    flipped = part != "test" and t > 0 and rng.random() < 1 / (1 + math.exp(min(gap / t, 700)))
+                    flipped = is_flipped(gap, t, None if part == "test" else rng)
                     a, b = (worse, better) if flipped else (better, worse)
                     out[part].append({
                         "prompt": table["prompt"].iat[a], "chosen": table["response"].iat[a],
                         "rejected": table["response"].iat[b], "ended": False, "domain": domain, "group": domain,
                         "prompt_id": int(table["prompt_id"].iat[a]), "item": int(of["item"].iat[a]), "gap": gap,
-                        "flipped": bool(flipped),
+                        "flipped": flipped,
                     })  # fmt: skip
         for part, rows_of in out.items():
             empty = set(DOMAINS) - {row["domain"] for row in rows_of}

@@ -11,8 +11,8 @@ from mixdpo_lib.elbo import log_responsibilities
 from mixdpo_lib.policy.generating import Generated
 from mixdpo_lib.study import fits as fits_file
 from mixdpo_lib.study import review_users
+from mixdpo_lib.study.judges import REWARDS
 from mixdpo_lib.study.review_users import Study, study_config, study_methods
-from mixdpo_lib.study.simulated_people import GROUPS
 
 PRESENT = {"sentiment": "good bright quick".split(), "informativeness": "actor scene music plot".split(),
            "grammar": "the a this that it".split()}  # fmt: skip
@@ -101,14 +101,14 @@ def test_the_policy_is_the_one_of_the_best_step(study, fits):
 
 def test_tables(study, fits):
     by_prompt = study.accuracy_by_prompt(fits)
-    assert set(by_prompt["group"]) == set(GROUPS) and by_prompt["accuracy"].between(0, 1).all()
+    assert set(by_prompt["group"]) == set(REWARDS) and by_prompt["accuracy"].between(0, 1).all()
     routings = by_prompt.groupby("method")["routing"].unique().map(set).to_dict()
     assert routings == {"dpo": {"none"}, "mix_dpo": {"prior", "own_pairs", "oracle"}}
     assert set(by_prompt["users"]) == {"seen", "new"} and set(by_prompt["prompt_id"]) <= set(range(32, 40))
     q = study.responsibilities(fits)
     mixture = q[(q["method"] == "mix_dpo") & (q["design"] == "default")]
     assert len(mixture) == 18 and np.allclose(mixture.groupby("user")["responsibility"].sum(), 1, atol=1e-5)
-    assert set(mixture["expert_serves"]) == set(GROUPS)
+    assert set(mixture["expert_serves"]) == set(REWARDS)
     recovered = study.recovery(fits)
     assert {"design", "method", "seed", "nmi", "ari", "aligned_accuracy", "n_users"} <= set(recovered)
     assert len(study.history(fits)) == sum(len(f.result.history) for f in fits)
@@ -121,7 +121,7 @@ def test_oracle_routing_is_one_expert(study, fits):
     test = study.pairs("default")["test"]
     loglik = mixture.policy.loglik(test).exp()
     part = by_prompt.query("design == 'default' and routing == 'oracle' and users == 'new'")
-    for group, expert in zip(GROUPS, mixture.order, strict=True):
+    for group, expert in zip(REWARDS, mixture.order, strict=True):
         rows = np.flatnonzero(np.array(test.rows["group"]) == group)
         own = part[part["group"] == group]
         expected = float((loglik[rows, expert] > 0.5).float().mean())
@@ -136,7 +136,7 @@ def test_experts_are_scaled_to_the_kl_of_dpo(study, fits, monkeypatch):
 
     monkeypatch.setattr(Study, "_generated", generated)
     table = study.matched_scales("default", [0]).set_index("policy")
-    assert list(table.index) == ["dpo", *(f"expert_{g}" for g in GROUPS)] and table.loc["dpo", "scale"] == 1
+    assert list(table.index) == ["dpo", *(f"expert_{g}" for g in REWARDS)] and table.loc["dpo", "scale"] == 1
     mixture = next(f for f in fits if (f.design, f.method) == ("default", "mix_dpo"))
     assert table["expert"].tolist()[1:] == mixture.order
     # the samples of the first match were half as far as DPO's: the last correction doubles the prefix KL
