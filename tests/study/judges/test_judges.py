@@ -1,7 +1,9 @@
 """The judges: numbers worked out by hand, refusals, files, and what they can do on real reviews."""
 
+import ast
 import dataclasses
 import math
+from pathlib import Path
 from random import Random
 
 import matplotlib
@@ -133,6 +135,26 @@ def test_worse_texts_keep_their_length():
         assert len(worse.split()) == 32 and worse != text
     assert len(probes.padded(text, rng).split()) == 56
     assert not set(probes.FILLER_FIT) & set(probes.FILLER_PROBE)
+
+
+# --- a reward is one file and one name
+def test_every_reward_is_one_file_that_registers_both_judges():
+    own = {name: kind for name, kind in contract.registered_judges().items() if kind.__module__.startswith("mixdpo_lib.")}
+    assert set(own) == {f"{reward}/{role}" for reward in contract.REWARDS for role in contract.ROLES}
+    for kind in own.values():
+        assert kind.__module__ == f"mixdpo_lib.study.judges.{kind.reward}" and kind.bars
+    assert len({kind.family for kind in own.values()}) == 6  # no two judges are the same instrument
+
+
+@pytest.mark.parametrize("room", [contract, exam, nets, panel, report])
+def test_no_other_room_knows_a_reward(room):
+    tree = ast.parse(Path(room.__file__).read_text(encoding="utf-8"))
+    rewards = set(contract.REWARDS)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module not in rewards and not {name.name for name in node.names} & rewards
+        elif isinstance(node, ast.Compare):
+            assert not {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)} & rewards, ast.unparse(node)
 
 
 # --- splitting, fitting, files
