@@ -18,13 +18,13 @@ from scipy.optimize import brentq
 from ..store import hash_seed
 from .candidates import split_prompts
 
-# A favourite genre is typical of each group, in this order; a design of G groups knows max(2, G) genres.
+# Each group has its typical genre, in this order; a design of G groups knows max(2, G) of them.
 GENRES = ("drama", "comedy", "thriller", "western", "musical", "documentary")
 
 
 @dataclass(frozen=True)
 class DesignConfig:
-    """Who labels which pairs. The design decides the outcome of a study: state it with every number.
+    """Who labels which pairs. The design decides the outcome of a study: state it with numbers.
 
     Raises
     ------
@@ -61,7 +61,9 @@ def label_temperature(differences: np.ndarray, flip_rate: float) -> float:
 
 
 def is_flipped(gap: float, temperature: float, rng: np.random.Generator | None) -> bool:
-    """Whether a label goes against the reward: with probability sigma(-gap / temperature) (Bradley-Terry).
+    """Whether a label goes against the reward: with probability sigma(-gap / temperature).
+
+    Source: Bradley and Terry 1952, with rewards in units of the temperature.
 
     Parameters
     ----------
@@ -83,15 +85,18 @@ def untied_pairs(
     ----------
     scores : of all candidates. ids : of those of the prompt. clean : only best against worst.
 
-    >>> untied_pairs(np.array([0.0, 2.0, 1.0]), [0, 1, 2]), untied_pairs(np.array([0.0, 2.0, 1.0]), [0, 1, 2], True)
-    ([(1, 0), (2, 0), (1, 2)], [(1, 0)])
+    >>> untied_pairs(np.array([0.0, 2.0, 1.0]), [0, 1, 2])
+    [(1, 0), (2, 0), (1, 2)]
+    >>> untied_pairs(np.array([0.0, 2.0, 1.0]), [0, 1, 2], clean=True)
+    [(1, 0)]
     """
     if len(ids) < 2:
         return []
     if clean:
         best, worst = max(ids, key=lambda i: scores[i]), min(ids, key=lambda i: scores[i])
         return [(best, worst)] if scores[best] > scores[worst] else []
-    ordered = [(a, b) if scores[a] > scores[b] else (b, a) for a, b in itertools.combinations(ids, 2)]
+    both = itertools.combinations(ids, 2)
+    ordered = [(a, b) if scores[a] > scores[b] else (b, a) for a, b in both]
     return [(a, b) for a, b in ordered if scores[a] != scores[b]]
 
 
@@ -104,18 +109,20 @@ def _group_values(scores: pd.DataFrame, n_candidates: int) -> dict[str, np.ndarr
     for group, column in zip(names, scores.columns, strict=True):
         if not pd.api.types.is_numeric_dtype(scores[column]):
             raise ValueError(
-                f"scores: column {group!r} is not of numbers ({scores[column].dtype}); every column "
-                "is a group and its reward: leave out the others"
+                f"scores: column {group!r} is not of numbers ({scores[column].dtype}); every "
+                "column is a group and its reward: leave out the others"
             )
         values[group] = scores[column].to_numpy(float)
         bad = np.flatnonzero(~np.isfinite(values[group]))
         if len(bad):
             raise ValueError(
-                f"scores: row {bad[0]}, column {group!r} is not a finite number; score that text again"
+                f"scores: row {bad[0]}, column {group!r} is not a finite number; score that text "
+                "again"
             )
     if len(scores) != n_candidates:
         raise ValueError(
-            f"scores has {len(scores)} rows, candidates {n_candidates}: one row a candidate expected"
+            f"scores has {len(scores)} rows, candidates {n_candidates}: one row a candidate "
+            "expected"
         )
     return values
 
@@ -185,18 +192,19 @@ def simulate_preferences(
     context : pairs of new users on training prompts.
     test : noise-free labels of each group on test prompts, no users: a user is scored on its group's rows.
 
-    Users are divided evenly over the groups. `genre` is typical of a user's group with probability `metadata_accuracy`,
-    else one of the other genres (see GENRES); `age_band` says nothing.
+    Users are divided evenly over the groups. `genre` is typical of a user's group with probability
+    `metadata_accuracy`, else one of the other genres (see GENRES); `age_band` says nothing.
 
     Raises
     ------
-    ValueError : scores that are not one column of finite numbers a group, more groups than genres, or too few pairs.
+    ValueError : scores that are not one column of finite numbers a group, more groups than genres,
+        or too few pairs.
     """
     world = _World(candidates, scores, config, splits)
     if len(world.groups) > len(GENRES):
         raise ValueError(
-            f"scores: found {len(world.groups)} groups, expected at most {len(GENRES)}, for each has a typical genre; "
-            "give fewer columns, or add to GENRES"
+            f"scores: found {len(world.groups)} groups, expected at most {len(GENRES)}, for each "
+            "has a typical genre; give fewer columns, or add to GENRES"
         )
     genres = GENRES[: max(2, len(world.groups))]
     rng = np.random.default_rng(hash_seed(config.seed, "users", config.name))
@@ -237,7 +245,7 @@ def simulate_preferences(
 def simulate_blends(
     candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig, n_users: int, test_pairs: int = 40
 ) -> DatasetDict:
-    """Blended users: each comparison is answered by one of two rewards of theirs, drawn anew with equal chance.
+    """Blended users: one of two rewards of theirs answers each comparison, with equal chance.
 
     Parameters
     ----------
@@ -254,7 +262,9 @@ def simulate_blends(
     """
     world = _World(candidates, scores, config)
     if len(world.groups) < 2:
-        raise ValueError(f"scores: found one group ({world.groups[0]}), expected two or more to blend")
+        raise ValueError(
+            f"scores: found one group ({world.groups[0]}), expected two or more to blend"
+        )
     rng = np.random.default_rng(hash_seed(config.seed, "blends", config.name))
     blends = list(itertools.combinations(world.groups, 2))
     rows: dict[str, list[dict[str, Any]]] = {"context": [], "test": []}

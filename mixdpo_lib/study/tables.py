@@ -76,7 +76,7 @@ def group_agreement(candidates: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFr
 
     Returns
     -------
-    group_a, group_b, agreement (share), n_pairs: one row for every two groups, each with itself too.
+    group_a, group_b, agreement (share), n_pairs: a row for every two groups, itself included.
     """
     groups = list(scores)
     signs: dict[str, list[float]] = {g: [] for g in groups}

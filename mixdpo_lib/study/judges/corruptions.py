@@ -1,7 +1,8 @@
 """What does a text look like that is badly formed? Corruptions by kind: plain Python.
 
-Each takes a text and a generator of random numbers, and returns None where the text offers no place for it. The judges
-are fitted on some of these versions and reported on all of them. Nothing here knows a judge.
+Each takes a text and a generator of random numbers, and returns None where the text offers no place
+for it. The judges are fitted on some of these versions and reported on all of them. Nothing here
+knows a judge.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .words import WORD, replaced
 
 
 def spelling(text: str, rng: Random) -> str | None:
-    """One lower-case word of four letters or more gets one letter dropped, doubled, replaced or swapped."""
+    """One letter of a word of four or more is dropped, doubled, replaced or swapped."""
     places = [
         m
         for m in WORD.finditer(text)

@@ -146,6 +146,7 @@ class GrammarTraining(Grammar):
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig, n_common: int = 4000) -> GrammarTraining:
+        """Count words, and how often any two of the `n_common` commonest are neighbours."""
         words = sorted(w for w, c in count_reviews(reviews["text"]).items() if c >= config.min_reviews)
         units = [[u.lower() for u in _PAIR_UNIT.findall(t)] for t in reviews["text"]]
         counts = Counter(u for text in units for u in text)
@@ -203,6 +204,7 @@ class GrammarTraining(Grammar):
         return -sum(self.weights[kind] * count for kind, count in found.items()) / length
 
     def rate(self, texts: list[str]) -> np.ndarray:
+        """The score of each text, at most 0."""
         scores = []
         for done, value in enumerate(_threads().map(self._one, texts), start=1):
             scores.append(value)
@@ -211,11 +213,13 @@ class GrammarTraining(Grammar):
         return np.array(scores)
 
     def state(self) -> State:
+        """Counts of common words and of pairs of them; the words."""
         arrays = {"counts": self.counts, "keys": self.keys, "pairs": self.pairs}
         return arrays, {"words": sorted(self.words), "common": list(self.common), "total": self.total}
 
     @classmethod
     def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> GrammarTraining:
+        """The judge that gave this `state`."""
         return cls(values["words"], values["common"], **arrays, total=values["total"])
 
 
@@ -260,6 +264,7 @@ class GrammarEvaluation(NetJudge, Grammar):
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig) -> GrammarEvaluation:
+        """On sentences and pieces of the reviews, corrupted afresh in each pass."""
         rng, texts = Random(config.seed + 3), []
         encoder = Encoder.fit(reviews["text"], least_reviews(reviews, config))
         for text in reviews["text"]:
@@ -288,5 +293,6 @@ class GrammarEvaluation(NetJudge, Grammar):
         return cls(encoder, net)
 
     def rate(self, texts: list[str]) -> np.ndarray:
+        """The score of each text, at most 0."""
         logits = self.of_tokens([_without_fragment(t) for t in texts])
         return np.array([-np.logaddexp(0.0, row).mean() for row in logits])

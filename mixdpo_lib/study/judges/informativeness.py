@@ -62,6 +62,12 @@ class InformativenessTraining(Informativeness):
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig) -> InformativenessTraining:
+        """Count in how many of the reviews each content word is.
+
+        Raises
+        ------
+        ValueError : no content word that `config.min_reviews` of them share.
+        """
         counts, n = count_reviews(reviews["text"]), len(reviews)
         words = sorted(
             w for w, c in counts.items()
@@ -76,6 +82,7 @@ class InformativenessTraining(Informativeness):
         return cls(words, np.log(n / np.array([counts[w] for w in words])))
 
     def rate(self, texts: list[str]) -> np.ndarray:
+        """The score of each text, at least 0."""
         scores = []
         for text in texts:
             words = {w.lower() for w in WORD.findall(text)}
@@ -84,10 +91,12 @@ class InformativenessTraining(Informativeness):
         return np.array(scores)
 
     def state(self) -> State:
+        """Inverse document frequencies; the words."""
         return {"idf": np.array(list(self.idf.values()))}, {"words": list(self.idf)}
 
     @classmethod
     def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> InformativenessTraining:
+        """The judge that gave this `state`."""
         return cls(values["words"], arrays["idf"])
 
 
@@ -126,6 +135,7 @@ class InformativenessEvaluation(NetJudge, Informativeness):
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig) -> InformativenessEvaluation:
+        """On pieces of the reviews and worse versions of them, fresh ones in each pass."""
         texts, rng = list(reviews["text"]), Random(config.seed + 2)
         encoder = Encoder.fit(texts, least_reviews(reviews, config))
         common = common_words(texts)
@@ -151,4 +161,5 @@ class InformativenessEvaluation(NetJudge, Informativeness):
         return cls(encoder, net)
 
     def rate(self, texts: list[str]) -> np.ndarray:
+        """The mean rating of each text's tokens."""
         return np.array([np.tanh(row).mean() for row in self.of_tokens(texts)])

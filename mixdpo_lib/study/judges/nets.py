@@ -74,6 +74,7 @@ class Encoder:
 
     @property
     def n_words(self) -> int:
+        """Words and shapes that stand in for those that are not known."""
         return len(self.words) + len(_SHAPES)
 
     def _one(self, token: str) -> tuple[int, int, int, int, int]:
@@ -82,6 +83,7 @@ class Encoder:
         return self._number.get(low, shape), shape, first, last, min(len(low), 15)
 
     def __call__(self, text: str) -> Int[np.ndarray, "tokens 6"]:
+        """The six integers of each token of a text; a text without any is one odd token."""
         tokens = tokens_of(text) or ["_"]
         rows = np.zeros((len(tokens), 6), np.int32)
         before = earlier = ""
@@ -130,6 +132,7 @@ class TextNet(nn.Module):
     def forward(
         self, ids: Int[Tensor, "texts tokens 6"], mask: Bool[Tensor, "texts tokens"]
     ) -> Float[Tensor, "texts *tokens"]:
+        """Logits: one a text, or one a token (of what is no text: anything)."""
         keep = mask.unsqueeze(-1)
         h = sum(table(ids[..., i]) for i, table in enumerate(self.tables))
         h = self.dropout(h) * keep

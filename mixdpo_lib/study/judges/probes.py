@@ -1,6 +1,7 @@
-"""What does a text look like that says little, or that a policy under optimisation may write? Plain Python.
+"""What does a text look like that says little, or that a policy under optimisation may write?
 
-The judges are fitted on some of these versions and reported on all of them. Nothing here knows a judge.
+The judges are fitted on some of these versions and reported on all of them. Plain Python; nothing
+here knows a judge.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def diluted(text: str, rng: Random, filler: Sequence[str] = FILLER_PROBE) -> str
 
 
 def repeated(text: str, rng: Random) -> str:
-    """The first part (a quarter to a half of the words) is said again and again up to the same number of words."""
+    """The first quarter to half is said again and again, up to the same number of words."""
     words = text.split()
     part = words[: max(3, round(len(words) * rng.uniform(0.25, 0.5)))]
     return " ".join((part * (len(words) // len(part) + 1))[: len(words)])
@@ -85,7 +86,7 @@ def generic(
     common: frozenset[str],
     stand_ins: Mapping[str, Sequence[str]] = STAND_INS_PROBE,
 ) -> str:
-    """Every word outside `common` (lower-cased) is replaced by a word that says little; the number of words stays."""
+    """Every word outside `common` (lower-cased) gives way to one that says little."""
 
     def stand_in(match: re.Match) -> str:
         word = match.group().lower()
@@ -158,7 +159,7 @@ _SLOTS = {
 
 
 def written_pairs(n: int, rng: Random) -> list[tuple[str, str]]:
-    """`n` pairs of a hand-written specific sentence (slots filled at random) and a hand-written unspecific one."""
+    """`n` pairs of hand-written sentences: a specific one (slots filled at random), an unspecific."""
     pairs = []
     for i in range(n):
         chosen = {slot: rng.choice(values) for slot, values in _SLOTS.items()}

@@ -71,6 +71,12 @@ class SentimentTraining(Sentiment):
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig) -> SentimentTraining:
+        """On whole reviews and pieces of them.
+
+        Raises
+        ------
+        ValueError : reviews of one label only.
+        """
         cut = cut_pieces(reviews["text"], config.pieces_per_review, config.piece_words, Random(config.seed))
         texts = [t for pieces in cut for t in pieces]
         labels = np.repeat(np.asarray(reviews["label"]), config.pieces_per_review + 1)
@@ -88,13 +94,16 @@ class SentimentTraining(Sentiment):
                    float(model.intercept_[0]))  # fmt: skip
 
     def rate(self, texts: list[str]) -> np.ndarray:
+        """The logit of each text: above 0 it praises."""
         return self._vectorizer.transform(texts) @ self.weight + self.bias
 
     def state(self) -> State:
+        """Weights and document frequencies of the terms; the terms and the bias."""
         return {"idf": self._vectorizer.idf_, "weight": self.weight}, {"terms": self.terms, "bias": self.bias}
 
     @classmethod
     def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> SentimentTraining:
+        """The judge that gave this `state`."""
         return cls(values["terms"], arrays["idf"], arrays["weight"], values["bias"])
 
 
@@ -116,6 +125,7 @@ class SentimentEvaluation(Sentiment):
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig) -> SentimentEvaluation:
+        """On whole reviews and pieces of them."""
         cut = cut_pieces(reviews["text"], config.pieces_per_review, config.piece_words, Random(config.seed + 1))
         labels = np.repeat(np.asarray(reviews["label"]), config.pieces_per_review + 1)
         whole = np.arange(0, len(labels), config.pieces_per_review + 1)
@@ -135,12 +145,15 @@ class SentimentEvaluation(Sentiment):
         return csr_matrix(diags(number**-0.5) @ counts, dtype=np.float32)
 
     def rate(self, texts: list[str]) -> np.ndarray:
+        """The logit of each text: above 0 it praises."""
         with torch.inference_mode():
             return self.net(self._scaled(self._vectorizer.transform(texts))).double().numpy()
 
     def state(self) -> State:
+        """Weights of the net; the terms."""
         return net_arrays(self.net), {"terms": self.terms}
 
     @classmethod
     def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> SentimentEvaluation:
+        """The judge that gave this `state`."""
         return cls(values["terms"], load_arrays(AveragingNet(len(values["terms"])), arrays))

@@ -13,7 +13,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
 
 
 def sentences(text: str, shortest: int = 8, longest: int = 40) -> list[str]:
-    """Sentences of `shortest` to `longest` words that begin with a capital and end with a full stop.
+    """Sentences of `shortest` to `longest` words, from a capital to a full stop.
 
     >>> sentences("I saw it twice with my old friend Tom. Bad. it was, um, fine")
     ['I saw it twice with my old friend Tom.']
@@ -26,7 +26,7 @@ def sentences(text: str, shortest: int = 8, longest: int = 40) -> list[str]:
 
 
 def piece(text: str, n_words: int, rng: Random, start: int | None = None) -> str:
-    """`n_words` consecutive words from word `start` (default: a random place); all of a shorter text.
+    """`n_words` consecutive words from word `start`, or a random place; all of a shorter text.
 
     >>> piece("one two three four", 2, Random(0), start=1)
     'two three'
@@ -62,13 +62,13 @@ def count_reviews(texts: Iterable[str]) -> Counter[str]:
     Counter({'dog': 2, 'cat': 1, 'the': 1, 'a': 1})
     """
     counts: Counter[str] = Counter()
-    for text in texts:  # sorted: a set has another order in every process, and ties are broken by it
+    for text in texts:  # sorted: a set has another order in every process; ties are broken by it
         counts.update(sorted({w.lower().replace("’", "'") for w in WORD.findall(text)}))
     return counts
 
 
 def common_words(texts: Iterable[str], n_words: int = N_COMMON) -> frozenset[str]:
-    """The `n_words` lower-cased words that most texts use; of equally common ones the first to appear.
+    """The `n_words` lower-cased words that most texts use; of equal ones the first to appear.
 
     >>> sorted(common_words(["A dog, a cat", "The dog", "the bird"], 3))
     ['a', 'dog', 'the']

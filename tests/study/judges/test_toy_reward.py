@@ -1,8 +1,10 @@
 """A reward of one's own, by its own lines alone: fitted, kept, asked, reported, and wanted by simulated people."""
 
 import json
+import re
 import string
 import sys
+from pathlib import Path
 from random import Random
 
 import matplotlib.pyplot as plt
@@ -91,6 +93,7 @@ class LearnedLoudness(Loudness):
 
 # ------------------------------------------------------------------------- what the library does
 
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "adding.md"
 ASKED = ("loudness", "sentiment")
 SMALL = JudgeConfig(pieces_per_review=2)
 TEXTS = ["A film about two brothers.", "A FILM about TWO BROTHERS.", "A FILM ABOUT TWO BROTHERS."]
@@ -206,6 +209,22 @@ def test_people_who_want_it(fitted, reviews):
     louder = judge.score(rows["chosen"].tolist()) > judge.score(rows["rejected"].tolist())
     share = pd.Series(louder).groupby(rows["group"]).mean()
     assert share["loudness"] > 0.85 and abs(share["sentiment"] - 0.5) < 0.15
+
+
+def test_the_page_on_adding_a_reward_runs(tmp_path, monkeypatch):
+    rows = np.random.default_rng(6).permutation(25_000)[:600]
+    load_reviews("imdb-packaged").select(sorted(rows.tolist())).to_csv(tmp_path / "my-reviews.csv")
+    monkeypatch.chdir(tmp_path)
+    section = PAGE.read_text(encoding="utf-8").split("\n## A reward\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 2 and len(section.splitlines()) <= 100  # a page
+    names = {"__name__": "my_reward"}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    own = names["card"]["validity"].query("reward == 'plainness'")
+    assert own["judge"].tolist() == ["training", "evaluation"] and (own["value"] >= own["bar"]).all()
+    assert names["scores"]["plainness"].is_monotonic_decreasing and list(names["scores"])[0] == "sentiment"
+    assert [type(j).__module__ for j in names["again"].everyone if j.reward == "plainness"] == ["my_reward"] * 2
 
 
 # --------------------------------------------------------------------------------------- refusals
