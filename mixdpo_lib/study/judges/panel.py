@@ -87,7 +87,13 @@ class Judges:
                     f"import its module ({module}) first, then load again"
                 )
             made.append(_load(known[name], folder))
-        return cls.of(made, JudgeConfig(**record))
+        try:
+            return cls.of(made, JudgeConfig(**record))
+        except (TypeError, ValueError) as error:
+            raise MixDPOError(
+                f"{folder / 'judges.json'}: found no configuration of judges ({error}); delete the "
+                "folder and fit the judges again"
+            ) from error
 
 
 def _file(folder: Path, name: str, ending: str) -> Path:

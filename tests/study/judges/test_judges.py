@@ -16,6 +16,7 @@ from datasets import Dataset  # noqa: E402
 
 from mixdpo_lib.store import MixDPOError  # noqa: E402
 from mixdpo_lib.study import figures as study_figures  # noqa: E402
+from mixdpo_lib.study import judges as judges_wing  # noqa: E402
 from mixdpo_lib.study.judges import contract, corruptions, exam, informativeness, nets, panel, probes, report, sentiment  # noqa: E402
 from mixdpo_lib.study.judges import grammar as grammar_file
 from mixdpo_lib.study.judges.words import common_words, count_reviews, piece
@@ -144,6 +145,13 @@ def test_every_reward_is_one_file_that_registers_both_judges():
     for kind in own.values():
         assert kind.__module__ == f"mixdpo_lib.study.judges.{kind.reward}" and kind.bars
     assert len({kind.family for kind in own.values()}) == 6  # no two judges are the same instrument
+
+
+def test_the_public_names_are_there():
+    for name in judges_wing.__all__:
+        assert getattr(judges_wing, name) is not None and name in dir(judges_wing)
+    with pytest.raises(AttributeError, match="no attribute 'poetry'"):
+        _ = judges_wing.poetry
 
 
 @pytest.mark.parametrize("room", [contract, exam, nets, panel, report])

@@ -154,6 +154,15 @@ def test_an_unknown_judge_is_refused_and_nothing_is_imported(fitted, tmp_path, m
     assert "my_rewards" not in sys.modules
 
 
+def test_a_damaged_record_is_refused(fitted, tmp_path):
+    fitted.save(tmp_path)
+    record = json.loads((tmp_path / "judges.json").read_text())
+    for wrong in ({"piece_wrods": 3}, {"piece_words": 0}):
+        (tmp_path / "judges.json").write_text(json.dumps(record | wrong))
+        with pytest.raises(MixDPOError, match=r"judges.json: found no configuration of judges \(.*piece_w"):
+            Judges.load(tmp_path)
+
+
 def test_folders_of_before_hold_the_rewards_of_the_study(fitted, tmp_path):
     fitted.save(tmp_path)
     record = json.loads((tmp_path / "judges.json").read_text())
