@@ -14,7 +14,7 @@ from ..policy.mixture import MixturePolicy
 DEAD = 0.02  # mean responsibility below which an expert is called dead: less than a fiftieth of the pairs are its own
 EQUAL = 0.02  # mean difference of sigma(D) below which two experts are called equal: one pair in fifty decided otherwise
 PARTED = 0.5  # how far the latents' weights must stand, on average, between equal (0) and certain (1)
-LEARNED = 0.01  # nats per pair that the bound must have risen
+LEARNED = 0.02  # nats per pair that the bound must have risen: a fiftieth of a nat decides one pair in fifty
 
 
 @dataclass

@@ -38,6 +38,7 @@ def save(policy: MixturePolicy, folder: str | Path, provenance: Mapping[str, Any
         "base": base and base.name,  # tables without words have none
         "base_fingerprint": base and base.fingerprint,
         "chat": bool(base and base.chat),
+        "n_experts": policy.n_experts,
         "experts": policy.experts.describe(),
         "gate": policy.gate.describe(),
         "beta": policy.beta,
@@ -145,7 +146,7 @@ def _from_format_1(
             renamed[name] = value[len(value) // 2 :].contiguous()
     experts = without(config["experts"], {"encoder": 0})
     if experts["family"] == "IndependentExperts":
-        experts.pop("n_experts", None)
+        experts.pop("n_experts", None)  # the number of its bases
     return {**config, "experts": experts, "gate": gate(config["gate"])}, renamed
 
 
@@ -162,7 +163,7 @@ def model_card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     experts, gate = config["experts"], config["gate"]
     lines = [
         "---", f"base_model: {config['base']}", "library_name: mixdpo", "tags: [mix-dpo, moe-dpo, preference, mixture]",
-        "---", "", f"# A mixture of {experts['n_experts']} experts on {config['base']}", "",
+        "---", "", f"# A mixture of {config['n_experts']} experts on {config['base']}", "",
         "Trained by mixture preference optimisation (arXiv 2510.08256). `mixdpo_lib.MixturePolicy.from_pretrained` "
         "reads this folder.", "",
         f"- family: {experts['family']}", f"- gate: {gate['gate']}", f"- beta: {config['beta']}",

@@ -5,7 +5,7 @@ from typing import Any
 
 _HOME = {
     "load_reviews": "reviews", "CandidateConfig": "candidates", "DesignConfig": "simulated_people",
-    "GROUPS": "simulated_people", "simulate_preferences": "simulated_people", "REWARDS": "judges.contract",
+    "simulate_preferences": "simulated_people", "REWARDS": "judges.contract",
     "score_texts": "judges.panel", "Study": "fits", "ReviewUsers": "review_users",
     "ReviewUsersConfig": "review_users", "review_users_config": "review_users", "TwoDomains": "two_domains",
     "TwoDomainsConfig": "domain_prompts", "two_domains_config": "two_domains",

@@ -1,4 +1,4 @@
-"""What could be answered? Prompts, and continuations of them by the base."""
+"""What could be answered? Prompts, their split, and continuations of them by the base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class CandidateConfig:
-    """How prompts are cut and candidates sampled."""
+    """How prompts are cut and candidates sampled: numbers of prompts, tokens and texts."""
 
     n_prompts: int = 700  # 70 % train, 10 % validation, 20 % test
     prompt_tokens: int = 10  # at most; cut back to a whole word
@@ -31,17 +31,36 @@ class CandidateConfig:
     seed: int = 0
 
 
+def first_words(base: Base, text: str, n_tokens: int) -> str | None:
+    """The first tokens of a text, cut back to whole words.
+
+    Parameters
+    ----------
+    n_tokens : of the base's tokenizer, at most.
+
+    Returns
+    -------
+    None for a text that is not longer than that, or of which no word is whole by then.
+    """
+    begin = text[: 40 * n_tokens]  # ten times what is needed
+    ids = base.tokenizer(begin, add_special_tokens=False)["input_ids"][: n_tokens + 1]
+    if len(ids) <= n_tokens:
+        return None
+    return str(base.tokenizer.decode(ids)).rpartition(" ")[0].strip() or None
+
+
 def review_prompts(base: Base, texts: Sequence[str], config: CandidateConfig) -> list[str]:
-    """The first tokens of reviews, cut back to whole words, distinct, in random order (seeded)."""
+    """The first words of reviews, at least four, distinct, in random order (seeded).
+
+    Raises
+    ------
+    ValueError : fewer than `n_prompts` of them.
+    """
     order = np.random.default_rng(config.seed).permutation(len(texts))
     prompts: dict[str, None] = {}
     for i in order:
-        ids = base.tokenizer(texts[i][:400], add_special_tokens=False)["input_ids"][: config.prompt_tokens + 1]
-        if len(ids) <= config.prompt_tokens:
-            continue
-        words = str(base.tokenizer.decode(ids)).split(" ")[:-1]
-        prompt = " ".join(words).strip()
-        if len(words) >= 4:
+        prompt = first_words(base, texts[i], config.prompt_tokens)
+        if prompt is not None and prompt.count(" ") >= 3:
             prompts.setdefault(prompt)
         if len(prompts) == config.n_prompts:
             return list(prompts)

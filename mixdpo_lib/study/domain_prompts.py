@@ -15,9 +15,10 @@ from ..base.model import Base
 from ..learning.config import FitConfig
 from ..learning.starts import Start
 from ..store import MixDPOError, hash_seed, project_root
+from .candidates import first_words
 from .judges.contract import JudgeConfig, split_reviews
 from .reviews import load_reviews
-from .titles import DOMAINS, TEMPLATES, familiarity, first_tokens, load_titles, split_items
+from .titles import DOMAINS, TEMPLATES, familiarity, load_titles, split_items
 
 SUFFIXES = {
     "titles": " was good.\n\nThis is about a famous",
@@ -111,7 +112,7 @@ class DomainPrompts:
             parts = []
             for domain, texts in zip(DOMAINS, (films, books), strict=True):
                 order = np.random.default_rng(hash_seed(config.seed, domain)).permutation(len(texts))
-                found = (first_tokens(self.base, texts[int(i)], config.prompt_tokens) for i in order)
+                found = (first_words(self.base, texts[int(i)], config.prompt_tokens) for i in order)
                 distinct = list(dict.fromkeys(text for text in found if text))[: config.n_prompts]
                 if len(distinct) < config.n_prompts:
                     place = config.reviews if domain == "film" else config.book_reviews
@@ -159,7 +160,7 @@ class DomainPrompts:
         config = self.config
         if config.prompts == "titles" or config.gate_tokens == config.prompt_tokens:
             return prompt
-        return first_tokens(self.base, prompt, config.gate_tokens) or prompt
+        return first_words(self.base, prompt, config.gate_tokens) or prompt
 
     def states(self, prompts: pd.DataFrame) -> Float[Tensor, "prompts hidden"]:
         """What a gate reads of each of these prompts."""

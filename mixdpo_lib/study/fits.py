@@ -27,6 +27,7 @@ from ..learning.fit import fit
 from ..learning.result import FitResult
 from ..policy.mixture import MixturePolicy
 from ..store import artefact_key, cache_folder, cached, read_json, write_json_atomic
+from .judges.contract import REWARDS
 from .judges.panel import Judges, judges, score_texts
 
 VERSION = 5
@@ -173,7 +174,8 @@ class Study(ABC):
     @cached_property
     def judges(self) -> Judges:
         """The rewards, each with a training and an evaluation judge, fitted on reviews of films."""
-        return judges(self.config.reviews, self.config.judges)
+        rewards = getattr(self.config, "rewards", REWARDS)
+        return judges(self.config.reviews, self.config.judges, rewards)
 
     @property
     @abstractmethod

@@ -29,9 +29,9 @@ from ..learning.starts import Start
 from ..policy.mixture import MixturePolicy
 from .candidates import CandidateConfig, review_prompts, sample_candidates, usable
 from .fits import Fitted, Study, choose, group_of, unit_log_w
-from .judges.contract import JudgeConfig, split_reviews
+from .judges.contract import REWARDS, JudgeConfig, split_reviews
 from .reviews import load_reviews
-from .simulated_people import GROUPS, DesignConfig, simulate_preferences
+from .simulated_people import DesignConfig, simulate_preferences
 
 METADATA = ("genre", "age_band")  # what is known of a user
 # Optimiser, rate and passes: chosen on validation pairs of both designs, first seed (docs/log.md has what was tried).
@@ -62,7 +62,7 @@ class Method:
     gate: str = "learned"
 
 
-def study_methods(n_experts: int, rank: int, n_groups: int = len(GROUPS)) -> dict[str, Method]:
+def study_methods(n_experts: int, rank: int, n_groups: int = len(REWARDS)) -> dict[str, Method]:
     """The methods that are compared.
 
     `dpo_rank_3r` is the control with the parameters of all experts in one policy; `oracle` is told each user's hidden
@@ -85,6 +85,7 @@ class ReviewUsersConfig:
     designs: tuple[str, ...] = ("default", "clean")
     base: str = "smollm2-135m"
     reviews: str = "imdb-packaged"
+    rewards: tuple[str, ...] = REWARDS  # of which each group of users follows one
     candidates: CandidateConfig = field(default_factory=CandidateConfig)
     judges: JudgeConfig = field(default_factory=JudgeConfig)
     design: DesignConfig = field(default_factory=DesignConfig)  # of every design, but for its name
@@ -107,19 +108,19 @@ def review_users_config(designs: Sequence[str] = ("default", "clean"), **values:
 class ReviewUsers(Study):
     """Users of hidden groups who answer comparisons of continued movie reviews."""
 
-    unit, group_column, groups = "user", "group", GROUPS
+    unit, group_column = "user", "group"
 
     def __init__(self, config: ReviewUsersConfig | None = None) -> None:
         super().__init__()
         self.config: ReviewUsersConfig = config or ReviewUsersConfig()
-        self.designs = self.config.designs
+        self.designs, self.groups = self.config.designs, self.config.rewards
         for name in self.designs:
             self.design(name)
 
     @property
     def methods(self) -> dict[str, Method]:
         """See `study_methods`."""
-        return study_methods(self.config.n_experts, self.config.rank)
+        return study_methods(self.config.n_experts, self.config.rank, len(self.groups))
 
     @cached_property
     def prompts(self) -> list[str]:

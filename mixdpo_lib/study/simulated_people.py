@@ -12,18 +12,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict
+from jaxtyping import Float
 from scipy.optimize import brentq
 
 from ..store import hash_seed
 from .candidates import split_prompts
 
-GROUPS = ("sentiment", "informativeness", "grammar")
-GENRES = ("drama", "comedy", "thriller")
+# Each group has its typical genre, in this order; a design of G groups knows max(2, G) of them.
+GENRES = ("drama", "comedy", "thriller", "western", "musical", "documentary")
 
 
 @dataclass(frozen=True)
 class DesignConfig:
-    """Who labels which pairs. The design decides the outcome of a study: state it with every number."""
+    """Who labels which pairs. The design decides the outcome of a study: state it with numbers.
+
+    Raises
+    ------
+    ValueError : a name that there is not, or a flip_rate outside 0 ... 0.5.
+    """
 
     name: str = "default"  # "default": random pairs, noisy labels; "clean": best against worst, no noise
     n_users: int = 60  # training users, divided evenly over the groups
@@ -54,15 +60,71 @@ def label_temperature(differences: np.ndarray, flip_rate: float) -> float:
     return float(brentq(lambda t: np.mean(1 / (1 + np.exp(np.minimum(size / t, 700)))) - flip_rate, 1e-9, 1e6))
 
 
-def _pairs_of(scores: np.ndarray, ids: Sequence[int], clean: bool) -> list[tuple[int, int]]:
-    """Candidate pairs of one prompt, better first: all untied pairs, or only best against worst."""
+def is_flipped(gap: float, temperature: float, rng: np.random.Generator | None) -> bool:
+    """Whether a label goes against the reward: with probability sigma(-gap / temperature).
+
+    Source: Bradley and Terry 1952, with rewards in units of the temperature.
+
+    Parameters
+    ----------
+    gap : by how much the better answer is better, above 0, in the unit of the reward.
+    temperature : in that unit; 0 is no noise. See `label_temperature`.
+    rng : gives one number where there is noise; None: no noise.
+    """
+    if rng is None or temperature == 0:
+        return False
+    return bool(rng.random() < 1 / (1 + math.exp(min(gap / temperature, 700))))
+
+
+def untied_pairs(
+    scores: Float[np.ndarray, "candidates"], ids: Sequence[int], clean: bool = False
+) -> list[tuple[int, int]]:
+    """Candidate pairs of one prompt, better first: all untied pairs, or only best against worst.
+
+    Parameters
+    ----------
+    scores : of all candidates. ids : of those of the prompt. clean : only best against worst.
+
+    >>> untied_pairs(np.array([0.0, 2.0, 1.0]), [0, 1, 2])
+    [(1, 0), (2, 0), (1, 2)]
+    >>> untied_pairs(np.array([0.0, 2.0, 1.0]), [0, 1, 2], clean=True)
+    [(1, 0)]
+    """
     if len(ids) < 2:
         return []
     if clean:
         best, worst = max(ids, key=lambda i: scores[i]), min(ids, key=lambda i: scores[i])
         return [(best, worst)] if scores[best] > scores[worst] else []
-    ordered = [(a, b) if scores[a] > scores[b] else (b, a) for a, b in itertools.combinations(ids, 2)]
+    both = itertools.combinations(ids, 2)
+    ordered = [(a, b) if scores[a] > scores[b] else (b, a) for a, b in both]
     return [(a, b) for a, b in ordered if scores[a] != scores[b]]
+
+
+def _group_values(scores: pd.DataFrame, n_candidates: int) -> dict[str, np.ndarray]:
+    """The hidden reward of every candidate by group: the columns of `scores`, checked."""
+    names = [str(name) for name in scores.columns]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"scores: found the columns {names}, expected one a group, each once")
+    values = {}
+    for group, column in zip(names, scores.columns, strict=True):
+        if not pd.api.types.is_numeric_dtype(scores[column]):
+            raise ValueError(
+                f"scores: column {group!r} is not of numbers ({scores[column].dtype}); every "
+                "column is a group and its reward: leave out the others"
+            )
+        values[group] = scores[column].to_numpy(float)
+        bad = np.flatnonzero(~np.isfinite(values[group]))
+        if len(bad):
+            raise ValueError(
+                f"scores: row {bad[0]}, column {group!r} is not a finite number; score that text "
+                "again"
+            )
+    if len(scores) != n_candidates:
+        raise ValueError(
+            f"scores has {len(scores)} rows, candidates {n_candidates}: one row a candidate "
+            "expected"
+        )
+    return values
 
 
 class _World:
@@ -72,32 +134,27 @@ class _World:
         self, candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig,
         splits: Mapping[str, range] | None = None,
     ) -> None:  # fmt: skip
-        for group in GROUPS:
-            if group not in scores:
-                raise ValueError(f"scores: column {group!r} is missing, found {list(scores.columns)}")
-            bad = np.flatnonzero(~np.isfinite(scores[group].to_numpy(float)))
-            if len(bad):
-                raise ValueError(
-                    f"scores: row {bad[0]}, column {group!r} is not a finite number; score that text again"
-                )
-        if len(scores) != len(candidates):
-            raise ValueError(
-                f"scores has {len(scores)} rows, candidates {len(candidates)}: one row a candidate expected"
-            )
-        self.clean = config.name == "clean"
+        self.values = _group_values(scores, len(candidates))
+        self.groups = list(self.values)
+        clean = config.name == "clean"
         by_prompt = {i: rows.tolist() for i, rows in candidates.groupby("prompt_id").indices.items()}
         self.splits = split_prompts(int(candidates["prompt_id"].max()) + 1)
         if splits is not None:
             self.splits = {name: splits.get(name, range(0)) for name in self.splits}
-        self.values: dict[str, np.ndarray] = {g: scores[g].to_numpy(float) for g in GROUPS}
         self.pairs = {
-            (g, s): [p for i in self.splits[s] for p in _pairs_of(self.values[g], by_prompt.get(i, []), self.clean)]
-            for g in GROUPS for s in self.splits  # every group, every split
-        }  # fmt: skip
-        self.temperatures = {}
-        for g in GROUPS:
-            difference = np.array([self.values[g][a] - self.values[g][b] for a, b in self.pairs[g, "train"]])
-            self.temperatures[g] = 0.0 if self.clean else label_temperature(difference, config.flip_rate)
+            (group, split): [
+                pair
+                for i in prompts
+                for pair in untied_pairs(value, by_prompt.get(i, []), clean)
+            ]
+            for group, value in self.values.items()
+            for split, prompts in self.splits.items()
+        }
+        self.temperatures = {}  # of the labels, by group
+        for group, value in self.values.items():
+            difference = np.array([value[a] - value[b] for a, b in self.pairs[group, "train"]])
+            rate = 0.0 if clean else config.flip_rate
+            self.temperatures[group] = label_temperature(difference, rate)
         self.text, self.prompt = candidates["response"].to_list(), candidates["prompt"].to_list()
         self.prompt_id = candidates["prompt_id"].to_list()
 
@@ -105,9 +162,8 @@ class _World:
         self, group: str, user: dict[str, str], better: int, worse: int, rng: np.random.Generator | None
     ) -> dict[str, Any]:
         """One answered comparison; without a generator, or in a clean design, there is no noise."""
-        gap, t = self.values[group][better] - self.values[group][worse], self.temperatures[group]
-        noisy = rng is not None and not self.clean and t > 0
-        flipped = bool(noisy and rng.random() < 1 / (1 + math.exp(min(gap / t, 700))))  # type: ignore[union-attr]
+        gap = self.values[group][better] - self.values[group][worse]
+        flipped = is_flipped(gap, self.temperatures[group], rng)
         chosen, rejected = (worse, better) if flipped else (better, worse)
         return {
             "prompt": self.prompt[better], "chosen": self.text[chosen], "rejected": self.text[rejected],
@@ -124,7 +180,7 @@ def simulate_preferences(
     Parameters
     ----------
     candidates : table of `sample_candidates`; prompts in random order.
-    scores : one column a group, one row a candidate (training judges); finite.
+    scores : one column a group, named as it; one row a candidate (training judges); finite.
     config : the design. A user of the default one meets random untied pairs and answers by Bradley-Terry,
         p(better chosen) = sigma(difference / label_temperature); `flip_rate` sets the temperature of each reward.
     splits : prompts of train, validation and test, by number; `split_prompts` by default. An absent one is empty.
@@ -135,18 +191,33 @@ def simulate_preferences(
     validation : the same users and noise, validation prompts.
     context : pairs of new users on training prompts.
     test : noise-free labels of each group on test prompts, no users: a user is scored on its group's rows.
+
+    Users are divided evenly over the groups. `genre` is typical of a user's group with probability
+    `metadata_accuracy`, else one of the other genres (see GENRES); `age_band` says nothing.
+
+    Raises
+    ------
+    ValueError : scores that are not one column of finite numbers a group, more groups than genres,
+        or too few pairs.
     """
     world = _World(candidates, scores, config, splits)
+    if len(world.groups) > len(GENRES):
+        raise ValueError(
+            f"scores: found {len(world.groups)} groups, expected at most {len(GENRES)}, for each "
+            "has a typical genre; give fewer columns, or add to GENRES"
+        )
+    genres = GENRES[: max(2, len(world.groups))]
     rng = np.random.default_rng(hash_seed(config.seed, "users", config.name))
     pairs, splits = world.pairs, world.splits
 
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "context": [], "test": []}
     for kind, count in (("user", config.n_users), ("new", config.n_new_users)):
         for n in range(count):
-            place = n % len(GROUPS)
-            group = GROUPS[place]
+            place = n % len(world.groups)
+            group = world.groups[place]
             typical = rng.random() < config.metadata_accuracy
-            genre = GENRES[place] if typical else GENRES[(place + 1 + int(rng.integers(2))) % 3]
+            away = 0 if typical else 1 + int(rng.integers(len(genres) - 1))
+            genre = genres[(place + away) % len(genres)]
             user = {"user": f"{kind}{n:03d}", "genre": genre, "age_band": str(rng.choice(["18-34", "35-54", "55+"]))}
             wanted = [("context", "train", config.context_pairs)]
             if kind == "user":
@@ -162,7 +233,7 @@ def simulate_preferences(
                 for chosen in rng.choice(len(pool), size, replace=False):
                     better, worse = pool[chosen]
                     rows[name].append(world.row(group, user, better, worse, rng))
-    for group in GROUPS:
+    for group in world.groups:
         nobody = {"user": "", "genre": "", "age_band": ""}
         rows["test"] += [world.row(group, nobody, a, b, None) for a, b in pairs[group, "test"]]
     out = DatasetDict({name: Dataset.from_list(part) for name, part in rows.items()})
@@ -174,7 +245,7 @@ def simulate_preferences(
 def simulate_blends(
     candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig, n_users: int, test_pairs: int = 40
 ) -> DatasetDict:
-    """Blended users: each comparison is answered by one of two rewards of theirs, drawn anew with equal chance.
+    """Blended users: one of two rewards of theirs answers each comparison, with equal chance.
 
     Parameters
     ----------
@@ -184,10 +255,18 @@ def simulate_blends(
     Returns
     -------
     context, test : as in `simulate_preferences`; `group` is the reward that answered, `blend` the user's two.
+
+    Raises
+    ------
+    ValueError : fewer than two groups, scores as in `simulate_preferences`, or no pairs of a group.
     """
     world = _World(candidates, scores, config)
+    if len(world.groups) < 2:
+        raise ValueError(
+            f"scores: found one group ({world.groups[0]}), expected two or more to blend"
+        )
     rng = np.random.default_rng(hash_seed(config.seed, "blends", config.name))
-    blends = list(itertools.combinations(GROUPS, 2))
+    blends = list(itertools.combinations(world.groups, 2))
     rows: dict[str, list[dict[str, Any]]] = {"context": [], "test": []}
     for n in range(n_users):
         blend = blends[n % len(blends)]

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from datasets import DatasetDict
+from datasets import Dataset
 
 from ..evaluation import accuracy_gain
-from .simulated_people import GROUPS
 
 
 def design_gains(by_prompt: pd.DataFrame, baseline: str = "dpo") -> pd.DataFrame:
@@ -29,7 +28,7 @@ def design_gains(by_prompt: pd.DataFrame, baseline: str = "dpo") -> pd.DataFrame
     return pd.concat(parts, ignore_index=True)
 
 
-def preference_counts(sets: Mapping[str, DatasetDict]) -> pd.DataFrame:
+def preference_counts(sets: Mapping[str, Mapping[str, Dataset]]) -> pd.DataFrame:
     """Pairs, users and prompts of every part of every design, and the share of labels against the user's reward."""
     rows = [
         {"design": design, "part": name, "pairs": len(part), "users": len(set(part["user"]) - {""}),
@@ -39,7 +38,7 @@ def preference_counts(sets: Mapping[str, DatasetDict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def label_temperatures(sets: Mapping[str, DatasetDict]) -> pd.DataFrame:
+def label_temperatures(sets: Mapping[str, Mapping[str, Dataset]]) -> pd.DataFrame:
     """The label temperature of each reward (in its own unit) in each design; 0 is no noise."""
     kept = {design: json.loads(parts["train"].info.description) for design, parts in sets.items()}
     return pd.DataFrame(
@@ -51,7 +50,7 @@ def label_temperatures(sets: Mapping[str, DatasetDict]) -> pd.DataFrame:
     )
 
 
-def score_differences(sets: Mapping[str, DatasetDict], scores: pd.DataFrame) -> pd.DataFrame:
+def score_differences(sets: Mapping[str, Mapping[str, Dataset]], scores: pd.DataFrame) -> pd.DataFrame:
     """Score of chosen minus rejected of every training pair, in standard deviations of the user's own reward."""
     parts = []
     for design, data in sets.items():
@@ -63,16 +62,26 @@ def score_differences(sets: Mapping[str, DatasetDict], scores: pd.DataFrame) -> 
 
 
 def group_agreement(candidates: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """On what share of all untied candidate pairs of a prompt two groups prefer the same answer."""
-    signs: dict[str, list[float]] = {g: [] for g in GROUPS}
+    """On what share of all untied candidate pairs of a prompt two groups prefer the same answer.
+
+    Parameters
+    ----------
+    candidates : with the column prompt_id. scores : one column a group, one row a candidate.
+
+    Returns
+    -------
+    group_a, group_b, agreement (share), n_pairs: a row for every two groups, itself included.
+    """
+    groups = list(scores)
+    signs: dict[str, list[float]] = {g: [] for g in groups}
     for rows in candidates.groupby("prompt_id").indices.values():
         for a, b in itertools.combinations(rows, 2):
-            for g in GROUPS:
+            for g in groups:
                 signs[g].append(float(np.sign(scores[g].iat[a] - scores[g].iat[b])))
     table = pd.DataFrame(signs)
     out = []
-    for a in GROUPS:
-        for b in GROUPS:
+    for a in groups:
+        for b in groups:
             untied = (table[a] != 0) & (table[b] != 0)
             share = (table[a] == table[b])[untied].mean()
             out.append({"group_a": a, "group_b": b, "agreement": share, "n_pairs": int(untied.sum())})

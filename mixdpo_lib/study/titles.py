@@ -1,4 +1,4 @@
-"""Works of two domains: titles, what the base knows of them, prompts."""
+"""Which works of two domains are there, and what does the base know of them?"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..base.head import reference_logps
 from ..base.model import Base
 from ..data.pairs import Text, Texts
 from ..store import MixDPOError
+from .candidates import split_prompts
 
 DOMAINS = ("film", "book")
 TITLE_FILES = {"film": "films.csv", "book": "books.csv"}
@@ -67,15 +68,6 @@ def familiarity(base: Base, works: pd.DataFrame) -> np.ndarray:
 
 
 def split_items(n_items: int, seed: int) -> list[str]:
-    """A part for each of n items: train (70 %), validation (10 %), test (20 %), in random order (seeded)."""
-    a, b = round(0.7 * n_items), round(0.8 * n_items)
-    parts = np.array(["train"] * a + ["validation"] * (b - a) + ["test"] * (n_items - b))
-    return parts[np.random.default_rng(seed).permutation(n_items)].tolist()
-
-
-def first_tokens(base: Base, text: str, n_tokens: int) -> str | None:
-    """The first tokens of a text, cut back to whole words; None for a text that is not longer than that."""
-    ids = base.tokenizer(text[: 40 * n_tokens], add_special_tokens=False)["input_ids"][: n_tokens + 1]
-    if len(ids) <= n_tokens:
-        return None
-    return str(base.tokenizer.decode(ids)).rsplit(" ", 1)[0].strip() or None
+    """A part for each of n items in their own order: those of `split_prompts`, drawn (seeded)."""
+    parts = [name for name, rows in split_prompts(n_items).items() for _ in rows]
+    return np.array(parts)[np.random.default_rng(seed).permutation(n_items)].tolist()

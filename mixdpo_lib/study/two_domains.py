@@ -6,7 +6,6 @@ templates that name neither domain, or the first words of real reviews.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -31,7 +30,7 @@ from ..store import MixDPOError, hash_seed
 from .candidates import CandidateConfig, sample_candidates, usable
 from .domain_prompts import DomainPrompts, TwoDomainsConfig
 from .fits import Fitted, Study, choose
-from .simulated_people import label_temperature
+from .simulated_people import is_flipped, label_temperature, untied_pairs
 from .titles import DOMAINS
 
 PROFILES: dict[str, dict[str, float]] = {
@@ -66,11 +65,8 @@ def domain_preferences(
     for rows in candidates.groupby("prompt_id").indices.values():
         domain = of["domain"].iat[rows[0]]
         value = rewards[domain].to_numpy()
-        for x in range(len(rows)):
-            for y in range(x + 1, len(rows)):
-                a, b = (rows[x], rows[y]) if value[rows[x]] > value[rows[y]] else (rows[y], rows[x])
-                if value[a] != value[b]:
-                    gaps[domain].append((int(a), int(b), float(value[a] - value[b])))
+        for a, b in untied_pairs(value, rows.tolist()):
+            gaps[domain].append((a, b, float(value[a] - value[b])))
     out: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
     for domain in DOMAINS:
         train = np.array([g for a, _, g in gaps[domain] if of["part"].iat[a] == "train"])
@@ -78,14 +74,14 @@ def domain_preferences(
         for better, worse, gap in gaps[domain]:
             part = of["part"].iat[better]
             for _ in range(1 if part == "test" else config.labels_per_pair):
-                flipped = part != "test" and t > 0 and rng.random() < 1 / (1 + math.exp(min(gap / t, 700)))
+                flipped = is_flipped(gap, t, None if part == "test" else rng)
                 a, b = (worse, better) if flipped else (better, worse)
                 out[part].append({
                     "prompt": candidates["prompt"].iat[a], "chosen": candidates["response"].iat[a],
                     "rejected": candidates["response"].iat[b], "ended": False, "domain": domain, "group": domain,
                     "prompt_id": int(candidates["prompt_id"].iat[a]), "item": int(of["item"].iat[a]), "gap": gap,
                     "read": of["read"].iat[a],
-                    "flipped": bool(flipped),
+                    "flipped": flipped,
                 })  # fmt: skip
     for part, rows_of in out.items():
         empty = set(DOMAINS) - {row["domain"] for row in rows_of}

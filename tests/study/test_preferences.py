@@ -11,14 +11,23 @@ from tiny import WORDS
 from mixdpo_lib.data.files import load_preferences
 from mixdpo_lib.data.pairs import check_preferences
 from mixdpo_lib.store import hash_seed
-from mixdpo_lib.study.candidates import CandidateConfig, review_prompts, sample_candidates, split_prompts, usable
+from mixdpo_lib.study.candidates import (
+    CandidateConfig,
+    first_words,
+    review_prompts,
+    sample_candidates,
+    split_prompts,
+    usable,
+)
+from mixdpo_lib.study.judges import REWARDS
 from mixdpo_lib.study.simulated_people import (
     GENRES,
-    GROUPS,
     DesignConfig,
-    _pairs_of,
+    is_flipped,
     label_temperature,
+    simulate_blends,
     simulate_preferences,
+    untied_pairs,
 )
 from mixdpo_lib.study.tables import group_agreement, label_temperatures, preference_counts, score_differences
 
@@ -36,7 +45,7 @@ def candidates():
 @pytest.fixture(scope="module")
 def scores(candidates):
     rng = np.random.default_rng(0)
-    table = pd.DataFrame({g: rng.normal(size=len(candidates)) * s for g, s in zip(GROUPS, (1, 20, 0.1), strict=True)})
+    table = pd.DataFrame({g: rng.normal(size=len(candidates)) * s for g, s in zip(REWARDS, (1, 20, 0.1), strict=True)})
     table.loc[:3, "grammar"] = 0.5  # a prompt whose candidates are tied
     return table
 
@@ -59,7 +68,7 @@ def test_sizes_and_columns(sets):
     assert (len(sets["train"]), len(sets["validation"]), len(sets["context"])) == (45 * 30, 45 * 8, 9 * 6)
     for part in sets.values():
         assert {"prompt", "chosen", "rejected", "user", "group", "ended", "prompt_id"} <= set(part.column_names)
-        assert set(part["group"]) == set(GROUPS)
+        assert set(part["group"]) == set(REWARDS)
         check_preferences(part, "simulated")
     users = pd.DataFrame({"user": sets["train"]["user"], "group": sets["train"]["group"]})
     assert (users.groupby("user").size() == 30).all() and (users.groupby("user")["group"].nunique() == 1).all()
@@ -82,7 +91,7 @@ def test_as_many_labels_are_flipped_as_wanted(sets, candidates, scores):
 
 def test_the_temperatures_are_kept_with_the_sets(sets, candidates, scores):
     kept = label_temperatures({"default": sets}).set_index("group")["label_temperature"]
-    for group in GROUPS:
+    for group in REWARDS:
         table = scores[group].to_numpy().reshape(N_PROMPTS, N_CANDIDATES)[:42]
         differences = np.array([row[a] - row[b] for row in table for a in range(4) for b in range(a)])
         assert kept[group] == pytest.approx(label_temperature(differences, 0.10))
@@ -101,6 +110,18 @@ def test_no_temperature_without_noise_or_differences():
     assert label_temperature(np.array([1.0, 2.0]), 0.0) == 0.0 == label_temperature(np.zeros(3), 0.2)
     with_ties = label_temperature(np.array([1.0, 0.0, -2.0]), 0.2)  # ties are no pairs
     assert with_ties == label_temperature(np.array([1.0, -2.0]), 0.2)
+
+
+def test_a_label_is_flipped_with_the_probability_of_bradley_and_terry():
+    rng = np.random.default_rng(0)
+    for gap, temperature in ((1.0, 1.0), (0.5, 2.0), (3.0, 1.0)):
+        share = np.mean([is_flipped(gap, temperature, rng) for _ in range(4000)])
+        assert share == pytest.approx(1 / (1 + np.exp(gap / temperature)), abs=0.02)
+    assert not is_flipped(1e-9, 0.0, rng) and not is_flipped(1e-9, 1.0, None)  # no noise
+    assert not is_flipped(1e6, 1e-9, rng)  # no overflow
+    drawn, other = (np.random.default_rng(1) for _ in range(2))
+    is_flipped(1.0, 0.0, drawn)
+    assert drawn.random() == other.random()  # where there is no noise no number is drawn
 
 
 def test_without_noise_nothing_is_flipped(candidates, scores):
@@ -146,10 +167,11 @@ def test_metadata_tell_something_and_not_everything(candidates, scores):
     config = DesignConfig(n_users=600, n_new_users=3, pairs_per_user=1, validation_pairs_per_user=1, context_pairs=1)
     train = simulate_preferences(candidates, scores, config)["train"]
     users = pd.DataFrame({c: train[c] for c in ("user", "group", "genre", "age_band")}).drop_duplicates()
-    typical = dict(zip(GROUPS, GENRES, strict=True))
+    typical = dict(zip(REWARDS, GENRES[:3], strict=True))
+    assert set(users["genre"]) == set(GENRES[:3])
     share = (users["genre"] == users["group"].map(typical)).mean()
     assert abs(share - 0.60) < 0.06
-    for group in GROUPS:  # the other two genres as often as each other
+    for group in REWARDS:  # the other two genres as often as each other
         others = users[users["group"] == group]["genre"].value_counts(normalize=True).drop(typical[group])
         assert len(others) == 2 and (abs(others - 0.2) < 0.08).all()
     age = users.groupby("group")["age_band"].value_counts(normalize=True)
@@ -164,11 +186,31 @@ def test_the_same_seed_gives_the_same_sets(candidates, scores, sets):
     assert other["train"].to_list() != sets["train"].to_list() and other["test"].to_list() == sets["test"].to_list()
 
 
+@pytest.mark.parametrize("n_groups", [1, 2, 4, 6])
+def test_the_groups_are_the_columns_of_the_scores(candidates, n_groups):
+    rng = np.random.default_rng(2)
+    names = [f"reward_{i}" for i in range(n_groups)]
+    scores = pd.DataFrame({name: rng.normal(size=len(candidates)) for name in names})
+    config = DesignConfig(n_users=60, n_new_users=12, pairs_per_user=4, validation_pairs_per_user=2, context_pairs=3,
+                          metadata_accuracy=0.9)  # fmt: skip
+    sets = simulate_preferences(candidates, scores, config)
+    assert list(dict.fromkeys(sets["train"]["group"])) == names == list(dict.fromkeys(sets["test"]["group"]))
+    users = pd.DataFrame({c: sets["train"][c] for c in ("user", "group", "genre")}).drop_duplicates()
+    assert users["group"].value_counts().nunique() == 1 and set(users["genre"]) == set(GENRES[: max(2, n_groups)])
+    assert all(part["genre"].mode()[0] == GENRES[names.index(group)] for group, part in users.groupby("group"))
+    assert set(label_temperatures({"default": sets})["group"]) == set(names)
+    agreement = group_agreement(candidates, scores)
+    assert list(dict.fromkeys(agreement["group_a"])) == names and len(agreement) == n_groups**2
+    if n_groups > 1:
+        blends = simulate_blends(candidates, scores, config, n_users=30, test_pairs=2)
+        assert len(set(blends["test"]["blend"])) == n_groups * (n_groups - 1) // 2
+
+
 def test_clean_pairs_are_best_against_worst(candidates, scores):
     config = DesignConfig(name="clean", n_users=6, n_new_users=3, pairs_per_user=20, validation_pairs_per_user=4,
                           context_pairs=5)  # fmt: skip
     sets = simulate_preferences(candidates, scores, config)
-    by_prompt = {g: scores[g].groupby(candidates["prompt_id"]) for g in GROUPS}
+    by_prompt = {g: scores[g].groupby(candidates["prompt_id"]) for g in REWARDS}
     for data in sets.values():
         high, low = (reward(data, candidates, scores, side) for side in ("chosen", "rejected"))
         for r, a, b in zip(data, high, low, strict=True):
@@ -179,11 +221,11 @@ def test_clean_pairs_are_best_against_worst(candidates, scores):
     assert set(label_temperatures({"clean": sets})["label_temperature"]) == {0.0}
 
 
-def test_pairs_of_a_prompt():
+def testuntied_pairs_a_prompt():
     scores = np.array([0.0, 2.0, 1.0, 2.0])
-    assert sorted(_pairs_of(scores, [0, 1, 2, 3], False)) == [(1, 0), (1, 2), (2, 0), (3, 0), (3, 2)]
-    assert _pairs_of(scores, [0, 1, 2], True) == [(1, 0)] and _pairs_of(scores, [1, 3], True) == []
-    assert _pairs_of(scores, [], True) == [] == _pairs_of(scores, [2], False)
+    assert sorted(untied_pairs(scores, [0, 1, 2, 3], False)) == [(1, 0), (1, 2), (2, 0), (3, 0), (3, 2)]
+    assert untied_pairs(scores, [0, 1, 2], True) == [(1, 0)] and untied_pairs(scores, [1, 3], True) == []
+    assert untied_pairs(scores, [], True) == [] == untied_pairs(scores, [2], False)
 
 
 @pytest.mark.parametrize("name", ["default", "clean"])
@@ -217,10 +259,21 @@ def test_a_score_that_is_no_number_is_refused(candidates, scores):
         broken.loc[7, "grammar"] = bad
         with pytest.raises(ValueError, match="scores: row 7, column 'grammar' is not a finite number; score that text"):
             simulate_preferences(candidates, broken, DESIGN)
-    with pytest.raises(ValueError, match="scores: column 'sentiment' is missing, found"):
-        simulate_preferences(candidates, scores.drop(columns="sentiment"), DESIGN)
+    with pytest.raises(ValueError, match="scores: column 'grammar' is not of numbers .*leave out the others"):
+        simulate_preferences(candidates, scores.assign(grammar="good"), DESIGN)
+    for none_or_twice in (scores[[]], scores[["sentiment", "grammar", "sentiment"]]):
+        with pytest.raises(ValueError, match=r"scores: found the columns \[.*\], expected one a group, each once"):
+            simulate_preferences(candidates, none_or_twice, DESIGN)
     with pytest.raises(ValueError, match="scores has 239 rows, candidates 240"):
         simulate_preferences(candidates, scores[1:], DESIGN)
+
+
+def test_more_groups_than_genres_are_refused(candidates, scores):
+    many = pd.concat([scores["sentiment"].rename(f"reward_{i}") for i in range(len(GENRES) + 1)], axis=1)
+    with pytest.raises(ValueError, match=f"found {len(GENRES) + 1} groups, expected at most {len(GENRES)}.*GENRES"):
+        simulate_preferences(candidates, many, DESIGN)
+    with pytest.raises(ValueError, match=r"found one group \(grammar\), expected two or more to blend"):
+        simulate_blends(candidates, scores[["grammar"]], DESIGN, 4)
 
 
 def test_too_few_pairs_are_refused(candidates, scores):
@@ -259,6 +312,17 @@ def test_prompts_are_the_first_whole_words_of_reviews(tiny_base, reviews):
     assert prompts != review_prompts(tiny_base, reviews, CandidateConfig(n_prompts=25, prompt_tokens=6, seed=1))
     with pytest.raises(ValueError, match="only 30 distinct prompts of 6 tokens in 65 reviews, n_prompts=31 wanted"):
         review_prompts(tiny_base, [*reviews, *reviews[:30]], CandidateConfig(n_prompts=31, prompt_tokens=6))
+
+
+def test_first_words_are_whole(tiny_base):
+    assert first_words(tiny_base, "the film was very good", 3) == "the film was"
+    assert first_words(tiny_base, "the film was", 3) is None  # not longer than three tokens
+    assert first_words(tiny_base, "the film", 1) == "the"
+    with pytest.MonkeyPatch.context() as patch:  # a token inside a word: the word goes
+        patch.setattr(tiny_base.tokenizer, "decode", lambda _: "unbeliev")
+        assert first_words(tiny_base, "the film was very good", 3) is None
+        patch.setattr(tiny_base.tokenizer, "decode", lambda _: "an unbeliev")
+        assert first_words(tiny_base, "the film was very good", 3) == "an"
 
 
 def test_candidates_are_sampled_once(tiny_base, monkeypatch):

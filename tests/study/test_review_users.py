@@ -1,6 +1,5 @@
 """The arrows of the study on a tiny model with made-up judges: what comes out of each, and that it is kept."""
 
-import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,9 +9,9 @@ from tiny import WORDS
 from mixdpo_lib.elbo import log_responsibilities
 from mixdpo_lib.policy.generating import Generated
 from mixdpo_lib.study import fits as fits_file
-from mixdpo_lib.study import review_users
-from mixdpo_lib.study.review_users import Study, study_config, study_methods
-from mixdpo_lib.study.simulated_people import GROUPS
+from mixdpo_lib.study import texts as texts_file
+from mixdpo_lib.study.judges import REWARDS
+from mixdpo_lib.study.review_users import ReviewUsers, review_users_config, study_methods
 
 PRESENT = {"sentiment": "good bright quick".split(), "informativeness": "actor scene music plot".split(),
            "grammar": "the a this that it".split()}  # fmt: skip
@@ -26,19 +25,18 @@ def judge(texts, _=None):
 
 @pytest.fixture(scope="module")
 def study(tiny_base):
-    config = study_config(
+    config = review_users_config(
         n_prompts=40, prompt_tokens=5, response_tokens=6, n_users=6, n_new_users=3, pairs_per_user=12, context_pairs=4,
         validation_pairs_per_user=3, flip_rate=0.0, rank=4, batch_size=12, passes=4.0, learning_rate=0.05, beta=0.3,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    study = Study(config)
+    study = ReviewUsers(config)
     study.base = tiny_base  # the real ones need a network: what they give is set here
     study.prompts = [" ".join(rng.choice(WORDS, 4)) for _ in range(40)]
     study.judges = type("Judges", (), {"training": None, "evaluation": None})()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(review_users, "score_texts", judge)
-        patch.setattr(review_users, "Dataset", datasets.Dataset, raising=False)  # named by the annotation of DatasetDict
-        patch.setattr(Study, "_whole", staticmethod(lambda p, r: [f"{a} {b}" for a, b in zip(p, r, strict=True)]))
+        patch.setattr(ReviewUsers, "judged", lambda _, prompts, responses, role: judge(
+            [f"{a} {b}" for a, b in zip(prompts, responses, strict=True)]))  # fmt: skip
         yield study
 
 
@@ -48,13 +46,14 @@ def fits(study):
 
 
 def test_flat_values_find_their_place():
-    config = study_config(["clean"], n_prompts=9, pairs_per_user=3, passes=2.0, n_experts=4, beta=0.5)
+    config = review_users_config(["clean"], n_prompts=9, pairs_per_user=3, passes=2.0, n_experts=4, beta=0.5)
     assert config.candidates.n_prompts == 9 and config.fit.passes == 2 and (config.n_experts, config.beta) == (4, 0.5)
-    assert [d.name for d in config.designs] == ["clean"] and config.designs[0].pairs_per_user == 3
-    assert [d.name for d in study_config().designs] == ["default", "clean"]
+    assert config.designs == ("clean",) and config.design.pairs_per_user == 3
+    assert review_users_config().designs == ("default", "clean")
+    assert review_users_config(start_temperature=7.0, restarts=2).fit.start.temperature == 7
     for unknown in ("n_prompt", "seed", "latent"):
         with pytest.raises(ValueError, match=f"{unknown}=1 is no choice of the study; possible are .*n_prompts"):
-            study_config(**{unknown: 1})
+            review_users_config(**{unknown: 1})
 
 
 def test_the_control_has_as_many_parameters_as_the_mixture():
@@ -74,15 +73,15 @@ def test_pairs_share_the_candidates_features(study):
 
 def test_a_fit_is_kept(study, fits, monkeypatch):
     monkeypatch.setattr(fits_file, "fit", lambda *_, **__: pytest.fail("fitted again"))
-    again = Study(study.config)
+    again = ReviewUsers(study.config)
     for name in ("base", "prompts", "judges"):
         setattr(again, name, getattr(study, name))
     for before in fits:
-        after = again.fitted(before.design, before.method, 0)
+        after = again.fitted(before.method, 0, before.design)
         pd.testing.assert_frame_equal(after.result.history, before.result.history)
-        assert torch.equal(after.user_log_q, before.user_log_q) and after.order == before.order
+        assert torch.equal(after.log_q, before.log_q) and after.order == before.order
         assert torch.equal(after.policy.experts.up, before.policy.experts.up)
-    assert study.fitted("default", "dpo", 0) is fits[0]
+    assert study.fitted("dpo", 0, "default") is fits[0]
 
 
 def test_the_policy_is_the_one_of_the_best_step(study, fits):
@@ -92,23 +91,34 @@ def test_the_policy_is_the_one_of_the_best_step(study, fits):
         sets = study.pairs("default")
         ids, users = sets["train"].units("user")
         log_q = log_responsibilities(f.policy.loglik(sets["train"]), f.policy.gate.log_w()[0], ids)
-        torch.testing.assert_close(log_q, f.user_log_q)
-        assert users == f.users
+        torch.testing.assert_close(log_q, f.log_q)
+        assert users == f.units
         weights = log_q[[users.index(u) for u in sets["validation"].rows["user"]]]
         found = float((f.policy.loglik(sets["validation"]) + weights).logsumexp(1).mean())
         assert found == pytest.approx(history.loc[f.result.best_step, "validation_loglik"], rel=1e-4)
 
 
+def test_every_method_has_its_accuracy_under_every_routing(study):
+    fits = [study.fitted(method, 0, "clean") for method in study.methods]
+    by_prompt = study.accuracy_by_prompt(fits)
+    assert set(by_prompt["method"]) == {"dpo", "dpo_rank_3r", "mix_dpo", "mix_dpo_pair", "moe_dpo", "oracle"}
+    told = by_prompt[by_prompt["method"] == "oracle"].pivot_table(
+        index=["users", "group", "prompt_id"], columns="routing", values="accuracy")  # fmt: skip
+    assert np.allclose(told["prior"], told["own_pairs"]) and np.allclose(told["prior"], told["oracle"])
+    seen = by_prompt.query("method == 'moe_dpo' and users == 'seen'")
+    assert set(seen["routing"]) == {"prior", "own_pairs", "oracle"} and seen["accuracy"].between(0, 1).all()
+
+
 def test_tables(study, fits):
     by_prompt = study.accuracy_by_prompt(fits)
-    assert set(by_prompt["group"]) == set(GROUPS) and by_prompt["accuracy"].between(0, 1).all()
+    assert set(by_prompt["group"]) == set(REWARDS) and by_prompt["accuracy"].between(0, 1).all()
     routings = by_prompt.groupby("method")["routing"].unique().map(set).to_dict()
     assert routings == {"dpo": {"none"}, "mix_dpo": {"prior", "own_pairs", "oracle"}}
     assert set(by_prompt["users"]) == {"seen", "new"} and set(by_prompt["prompt_id"]) <= set(range(32, 40))
     q = study.responsibilities(fits)
     mixture = q[(q["method"] == "mix_dpo") & (q["design"] == "default")]
     assert len(mixture) == 18 and np.allclose(mixture.groupby("user")["responsibility"].sum(), 1, atol=1e-5)
-    assert set(mixture["expert_serves"]) == set(GROUPS)
+    assert set(mixture["expert_serves"]) == set(REWARDS)
     recovered = study.recovery(fits)
     assert {"design", "method", "seed", "nmi", "ari", "aligned_accuracy", "n_users"} <= set(recovered)
     assert len(study.history(fits)) == sum(len(f.result.history) for f in fits)
@@ -121,7 +131,7 @@ def test_oracle_routing_is_one_expert(study, fits):
     test = study.pairs("default")["test"]
     loglik = mixture.policy.loglik(test).exp()
     part = by_prompt.query("design == 'default' and routing == 'oracle' and users == 'new'")
-    for group, expert in zip(GROUPS, mixture.order, strict=True):
+    for group, expert in zip(REWARDS, mixture.order, strict=True):
         rows = np.flatnonzero(np.array(test.rows["group"]) == group)
         own = part[part["group"] == group]
         expected = float((loglik[rows, expert] > 0.5).float().mean())
@@ -129,14 +139,14 @@ def test_oracle_routing_is_one_expert(study, fits):
 
 
 def test_experts_are_scaled_to_the_kl_of_dpo(study, fits, monkeypatch):
-    def generated(self, fitted, name, expert, scale, prompt_ids):  # DPO's samples say 2 nats, the experts' 1
+    def generated(study, fitted, name, expert, scale, prompt_ids):  # DPO's samples say 2 nats, the experts' 1
         assert set(prompt_ids) == set(range(28, 32))
         n = len(prompt_ids)
         return Generated(["a"] * n, [0] * n, [2.0 if name == "dpo" else 1.0] * n, [0.0] * n, [1] * n, [False] * n)
 
-    monkeypatch.setattr(Study, "_generated", generated)
-    table = study.matched_scales("default", [0]).set_index("policy")
-    assert list(table.index) == ["dpo", *(f"expert_{g}" for g in GROUPS)] and table.loc["dpo", "scale"] == 1
+    monkeypatch.setattr(texts_file, "_generated", generated)
+    table = texts_file.matched_scales(study, "default", [0]).set_index("policy")
+    assert list(table.index) == ["dpo", *(f"expert_{g}" for g in REWARDS)] and table.loc["dpo", "scale"] == 1
     mixture = next(f for f in fits if (f.design, f.method) == ("default", "mix_dpo"))
     assert table["expert"].tolist()[1:] == mixture.order
     # the samples of the first match were half as far as DPO's: the last correction doubles the prefix KL
@@ -144,13 +154,13 @@ def test_experts_are_scaled_to_the_kl_of_dpo(study, fits, monkeypatch):
 
 
 def test_texts_at_matched_kl(study, fits):
-    table = study.matched_scales("default", [0])
-    texts = study.texts_of(table, 12)
+    table = texts_file.matched_scales(study, "default", [0])
+    texts = texts_file.texts_of(study, table, 12)
     assert texts.groupby("policy").size().tolist() == [12] * 4 and set(texts["prompt_id"]) == set(range(32, 40))
     assert texts["log_ratio"].abs().max() > 0 and (texts["n_tokens"] <= 6).all()
     own = judge([f"{p} {t}" for p, t in zip(texts["prompt"], texts["text"], strict=True)])
     assert np.allclose(own["sentiment"], texts["sentiment"])
-    again = study.texts_of(table, 12)
+    again = texts_file.texts_of(study, table, 12)
     pd.testing.assert_frame_equal(again, texts)
 
 
@@ -160,7 +170,7 @@ def test_held_out_likelihood_of_a_user_by_hand(study, fits):
     data = study.pairs("default")["validation"]
     mine = [i for i, user in enumerate(data.rows["user"]) if user == "user001"]
     total = f.policy.loglik(data)[mine].sum(0)
-    log_q = f.user_log_q[f.users.index("user001")]
+    log_q = f.log_q[f.units.index("user001")]
     row = table.query("design == 'default' and method == 'mix_dpo' and user == 'user001'").iloc[0]
     assert row["loglik"] == pytest.approx(float((log_q + total).logsumexp(0)), rel=1e-5)
     assert row["elbo"] == pytest.approx(float((log_q.exp() * total).sum()), rel=1e-5)
@@ -173,11 +183,11 @@ def test_a_variant_shares_what_it_does_not_change(study):
     assert (other.config.fit.passes, study.config.fit.passes) == (1.0, 4.0)
     assert other.config.designs == study.config.designs
     assert other.pairs("default") is study.pairs("default")
-    with pytest.raises(ValueError, match=r"\['n_prompts'\] are no choices of a fit"):
+    with pytest.raises(ValueError, match="n_prompts: no choice of a fit; possible are"):
         study.variant(n_prompts=3)
 
 
 def test_texts_of_the_base(study):
-    texts = study.base_texts()
+    texts = texts_file.base_texts(study)
     assert set(texts["policy"]) == {"base"} and (texts["log_ratio"] == 0).all()
     assert set(texts["prompt_id"]) <= set(range(32, 40)) and (texts["ref_logp"] < 0).all()

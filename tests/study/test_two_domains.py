@@ -8,10 +8,10 @@ import torch
 from mixdpo_lib import store
 from mixdpo_lib.evaluation import reliability
 from mixdpo_lib.store import MixDPOError
-from mixdpo_lib.study import titles, two_domains
+from mixdpo_lib.study import domain_prompts, titles
 from mixdpo_lib.study.routing import gate_accuracy, worst_routed
 from mixdpo_lib.study.titles import load_titles, split_items
-from mixdpo_lib.study.two_domains import DomainConfig, domain_config
+from mixdpo_lib.study.two_domains import TwoDomains, two_domains_config
 
 
 @pytest.fixture
@@ -49,28 +49,29 @@ def test_works_are_those_that_the_base_knows_best(tiny_base, folder):
         makers = ["good bad", "dull", "bright slow long", "quite"]
         rows = "".join(f"the {domain} {word},{maker}\n" for word, maker in zip("abcd", makers, strict=True))
         (folder / name).write_text("title,maker\n" + rows, encoding="utf-8")
-    study = two_domains.DomainStudy(domain_config(titles=str(folder), n_titles=3, templates=("{title} by {maker} was",)))
+    study = TwoDomains(two_domains_config(titles=str(folder), n_titles=3, templates=("{title} by {maker} was",)))
     study.base = tiny_base
-    for work in study.works.itertuples():
+    for work in study.asked.works.itertuples():
         begin, end = (tiny_base.tokenizer(text)["input_ids"] for text in (
             f"{work.title}, one of the best-known works of", f" {work.maker}"))  # fmt: skip
         logits = tiny_base.model(input_ids=torch.tensor([begin + end])).logits[0].log_softmax(-1)
         own = logits[len(begin) - 1 : -1].gather(1, torch.tensor(end)[:, None]).sum()
         assert work.familiarity == pytest.approx(float(own.detach()), abs=1e-3)
-    items = study.items
+    items = study.asked.items
     assert items["domain"].value_counts().to_dict() == {"film": 3, "book": 3}
-    for domain, all_works in study.works.groupby("domain"):
+    for domain, all_works in study.asked.works.groupby("domain"):
         least = all_works.loc[all_works["familiarity"].idxmin(), "title"]
         assert least not in items.loc[items["domain"] == domain, "title"].tolist()
-    assert study.less_known.empty  # n_titles / 5 is 0
+    assert study.asked.less_known.empty  # n_titles / 5 is 0
 
 
 def test_less_known_works_are_none_that_are_fitted():
-    study = two_domains.DomainStudy(domain_config(n_titles=10, templates=("{title} by {maker}",)))
-    study.works = pd.DataFrame([{"title": f"{domain} {i}", "maker": "m", "domain": domain, "rank": i}
+    study = TwoDomains(two_domains_config(n_titles=10, templates=("{title} by {maker}",)))
+    study.base = None
+    study.asked.works = pd.DataFrame([{"title": f"{domain} {i}", "maker": "m", "domain": domain, "rank": i}
                                 for domain in titles.DOMAINS for i in range(11)])  # fmt: skip
-    assert study.less_known["prompt"].tolist() == ["film 10 by m", "book 10 by m"]
-    assert len(study.items) == 20 and not set(study.less_known["prompt"]) & set(study.prompts["prompt"])
+    assert study.asked.less_known["prompt"].tolist() == ["film 10 by m", "book 10 by m"]
+    assert len(study.asked.items) == 20 and not set(study.asked.less_known["prompt"]) & set(study.prompts["prompt"])
 
 
 @pytest.mark.parametrize(
@@ -101,17 +102,17 @@ def test_a_domain_with_too_few_reviews_is_named(tiny_base, tmp_path, monkeypatch
     for name, texts in (("films", ["one two three four five six"] * 2), ("books", ["a b c d e f g h", "short"])):
         rows = "".join(f"{text} {i},1\n" for i, text in enumerate(texts))
         (tmp_path / f"{name}.csv").write_text("text,label\n" + rows, encoding="utf-8")
-    monkeypatch.setattr(two_domains, "split_reviews", lambda reviews, config: {"prompts": reviews})
+    monkeypatch.setattr(domain_prompts, "split_reviews", lambda reviews, config: {"prompts": reviews})
     places = {"reviews": str(tmp_path / "films.csv"), "book_reviews": str(tmp_path / "books.csv")}
-    study = two_domains.DomainStudy(
-        domain_config(prompts="reviews", n_prompts=2, prompt_tokens=6, gate_tokens=6, **places)
+    study = TwoDomains(
+        two_domains_config(prompts="reviews", n_prompts=2, prompt_tokens=6, gate_tokens=6, **places)
     )
     study.base = tiny_base
     with pytest.raises(MixDPOError, match=r"\.csv: [01] distinct reviews of more than 6 tokens, n_prompts=2 wanted"):
-        _ = study.items
+        _ = study.asked.items
     (tmp_path / "books.csv").write_bytes("text,label\nLes Mis\u00e9rables,1\n".encode("latin-1"))
     with pytest.raises(MixDPOError, match=r"books\.csv: .*UTF-8"):
-        _ = study.items
+        _ = study.asked.items
 
 
 def test_the_split_has_its_shares_and_depends_on_the_seed():
@@ -121,11 +122,11 @@ def test_the_split_has_its_shares_and_depends_on_the_seed():
 
 
 def test_choices_find_their_home():
-    config = domain_config(n_titles=5, passes=1.5, training_reviews=700)
+    config = two_domains_config(n_titles=5, passes=1.5, training_reviews=700)
     assert (config.n_titles, config.fit.passes, config.judges.training_reviews) == (5, 1.5, 700)
-    assert config.fit.symmetry_breaking == "clusters"
+    assert config.fit.start.kind == "clusters"
     for values, message in (
-        ({"n_title": 5}, "n_title=5 is no choice; possible are"),
+        ({"n_title": 5}, "n_title=5 is no choice of the study; possible are"),
         ({"prompts": "poems"}, "prompts='poems': possible are 'titles' and 'reviews'"),
         ({"prompts": "reviews"}, "prompts='reviews' needs book_reviews"),
         ({"gate_tokens": 40}, r"gate_tokens=40: expected 1 ... prompt_tokens=32"),
@@ -136,8 +137,7 @@ def test_choices_find_their_home():
         ({"flip_rate": 0.5}, "flip_rate=0.5: expected at least 0 and below 0.5"),
     ):
         with pytest.raises(ValueError, match=message):
-            domain_config(**values)
-    assert DomainConfig().pooling == "last"
+            two_domains_config(**values)
 
 
 def routing(films, books, method="moe_dpo"):

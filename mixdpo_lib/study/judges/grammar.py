@@ -21,14 +21,20 @@ from torch.nn import functional as F
 
 from ...store import progress
 from .contract import Judge, JudgeConfig, State, least_reviews
-from .informativeness import count_reviews
+from .corruptions import CORRUPTIONS, DAMAGE
+from .exam import Exam, Mark
 from .nets import Encoder, NetJudge, TextNet, fit_net, pad, tokens_of
-from .probes import CORRUPTIONS, DAMAGE, WORD, piece, sentences, wants_an
+from .words import WORD, count_reviews, piece, sentences
 
 _PAIR_UNIT = re.compile(r"[A-Za-z]+(?:['’][A-Za-z]+)*|[.,;:!?()\"]")
 _STRAY = re.compile(r"[^\w\s.,;:!?'\"()\-–—…/&$%’‘“”*`]+|_+|\*{2,}|[,;:]{2,}|[!?]{4,}")
 _TWICE = re.compile(r"\b([A-Za-z]+(?:'[a-z]+)?)\s+\1\b", re.IGNORECASE)
 _ARTICLE = re.compile(r"\b([Aa]n?)\s+([A-Za-z]+)")
+_A_THOUGH_VOWEL = re.compile(
+    r"(?:uni(?!n|m)|us(?:e|a|u)|ut(?:e|i)|eu|ewe|ubi|uk|one(?!i)|once|ouija)", re.I
+)  # "a user", "a one-liner"
+_AN_THOUGH_CONSONANT = re.compile(r"(?:hour|honest|hono|heir)", re.I)
+_EITHER = re.compile(r"(?:herb|histor|hotel)", re.I)
 # Harper has 917 rules at 10 microseconds a text each. These found something at least twice in 5,900 pieces of reviews
 # (the training judge's, half of them corrupted) and samples. Matters of taste are left out, as are Harper's own rules
 # for spelling, a/an and repeats.
@@ -73,7 +79,41 @@ def _without_fragment(text: str) -> str:
     return text if text[-1] in ".!?\"')”" or " " not in text else text.rsplit(" ", 1)[0]
 
 
-class GrammarTraining(Judge):
+def wants_an(word: str) -> bool | None:
+    """Whether the indefinite article before `word` is "an"; None where spelling does not tell (acronyms, letters).
+
+    The rule by first letter with its usual exceptions; a list made for this project.
+
+    >>> wants_an("old"), wants_an("user"), wants_an("hour"), wants_an("film"), wants_an("uninspired"), wants_an("FBI")
+    (True, False, True, False, True, None)
+    """
+    if len(word) < 2 or word.isupper() or _EITHER.match(word):
+        return None
+    if _AN_THOUGH_CONSONANT.match(word):
+        return True
+    return word[0].lower() in "aeiou" and not _A_THOUGH_VOWEL.match(word)
+
+
+class Grammar(Judge):
+    """What both judges are asked: does a sentence score above a corrupted version of itself?"""
+
+    reward = "grammar"
+
+    def examine(self, exam: Exam) -> Iterator[Mark]:
+        """Paired rank and AUC by kind of corruption and damage, and over all corruptions."""
+        own, pairs = self.score(exam.sentences), []
+        for task, versions in exam.corrupted.items():
+            good, bad = self.score_versions(own, versions)
+            if task in CORRUPTIONS:  # damage is what samplers do, not what people write
+                pairs.append((good, bad))
+            yield Mark.paired_rank(task, good, bad)
+            yield Mark.auc(task, good, bad)
+        good, bad = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        yield Mark.paired_rank("all kinds", good, bad)
+        yield Mark.auc("all kinds", good, bad)
+
+
+class GrammarTraining(Grammar):
     """Minus the weighted findings per word: a grammar checker, rules, and pairs of neighbours that nobody writes.
 
     score = -(sum of weight x count) / max(words, 8). Counted are: findings of Harper by `HARPER_RULES`;
@@ -86,7 +126,8 @@ class GrammarTraining(Judge):
     Limits: agreement, tense and dropped articles are seen through odd neighbours alone (report card).
     """
 
-    reward, role, unit, family = "grammar", "training", "-findings per word", "rules and counts (Harper)"
+    role, unit, family = "training", "-findings per word", "rules and counts (Harper)"
+    bars = dict.fromkeys(("spelling", "article", "repetition"), 0.85)  # what rules can see
     weights: ClassVar[dict[str, float]] = {
         "checker": 0.5,  # Harper's taste is stricter than a reviewer's: half
         "non_words": 1.5,
@@ -105,6 +146,7 @@ class GrammarTraining(Judge):
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig, n_common: int = 4000) -> GrammarTraining:
+        """Count words, and how often any two of the `n_common` commonest are neighbours."""
         words = sorted(w for w, c in count_reviews(reviews["text"]).items() if c >= config.min_reviews)
         units = [[u.lower() for u in _PAIR_UNIT.findall(t)] for t in reviews["text"]]
         counts = Counter(u for text in units for u in text)
@@ -161,7 +203,8 @@ class GrammarTraining(Judge):
         length = max(len(_without_fragment(text).split()), self.shortest)
         return -sum(self.weights[kind] * count for kind, count in found.items()) / length
 
-    def _score(self, texts: list[str]) -> np.ndarray:
+    def rate(self, texts: list[str]) -> np.ndarray:
+        """The score of each text, at most 0."""
         scores = []
         for done, value in enumerate(_threads().map(self._one, texts), start=1):
             scores.append(value)
@@ -170,15 +213,17 @@ class GrammarTraining(Judge):
         return np.array(scores)
 
     def state(self) -> State:
+        """Counts of common words and of pairs of them; the words."""
         arrays = {"counts": self.counts, "keys": self.keys, "pairs": self.pairs}
         return arrays, {"words": sorted(self.words), "common": list(self.common), "total": self.total}
 
     @classmethod
     def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> GrammarTraining:
+        """The judge that gave this `state`."""
         return cls(values["words"], values["common"], **arrays, total=values["total"])
 
 
-class GrammarEvaluation(NetJudge):
+class GrammarEvaluation(NetJudge, Grammar):
     """Mean log-probability that a word is right, by a convolutional net that was taught to find corrupted words.
 
     score = mean over tokens of log(1 - p_t), p_t the probability that token t was corrupted; nats per token. The net
@@ -190,7 +235,8 @@ class GrammarEvaluation(NetJudge):
     Limits: it knows the kinds of corruption that it was taught; a last word without a full stop is not judged.
     """
 
-    reward, role, unit, family = "grammar", "evaluation", "nats per token", "convolutional error detector"
+    role, unit, family = "evaluation", "nats per token", "convolutional error detector"
+    bars = {"all kinds": 0.85}
     shape: ClassVar[dict[str, Any]] = {"width": 64, "blocks": 3, "dropout": 0.05, "per_token": True}
     n_epochs, per_review = 2, 3  # passes; sentences, and as many pieces, of each review
 
@@ -218,6 +264,7 @@ class GrammarEvaluation(NetJudge):
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig) -> GrammarEvaluation:
+        """On sentences and pieces of the reviews, corrupted afresh in each pass."""
         rng, texts = Random(config.seed + 3), []
         encoder = Encoder.fit(reviews["text"], least_reviews(reviews, config))
         for text in reviews["text"]:
@@ -245,6 +292,7 @@ class GrammarEvaluation(NetJudge):
         )  # fmt: skip
         return cls(encoder, net)
 
-    def _score(self, texts: list[str]) -> np.ndarray:
-        logits = self._of_tokens([_without_fragment(t) for t in texts])
+    def rate(self, texts: list[str]) -> np.ndarray:
+        """The score of each text, at most 0."""
+        logits = self.of_tokens([_without_fragment(t) for t in texts])
         return np.array([-np.logaddexp(0.0, row).mean() for row in logits])

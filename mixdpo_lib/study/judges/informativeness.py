@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, ClassVar
 
@@ -15,8 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .contract import Judge, JudgeConfig, State, least_reviews
+from .corruptions import EMOJI, SYMBOLS
+from .exam import Exam, Mark, paired_rank
 from .nets import Encoder, NetJudge, TextNet, fit_net, pad
-from .probes import EMOJI, FILLER_FIT, STAND_INS_FIT, SYMBOLS, WORD, diluted, generic, padded, piece, repeated
+from .probes import FILLER_FIT, STAND_INS_FIT, diluted, generic, padded, repeated
+from .words import WORD, common_words, count_reviews, piece
 
 _SAYS_LITTLE = frozenset(
     "movie movies film films really very quite just like good bad great thing things lot lots bit way watch watched "
@@ -25,19 +27,24 @@ _SAYS_LITTLE = frozenset(
 )
 
 
-def count_reviews(texts: Iterable[str]) -> Counter[str]:
-    """In how many of the texts each lower-cased word occurs.
+class Informativeness(Judge):
+    """What both judges are asked: does a text score above a version of itself that says less?"""
 
-    >>> count_reviews(["A dog, a cat", "The dog"])["dog"]
-    2
-    """
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update({w.lower().replace("’", "'") for w in WORD.findall(text)})
-    return counts
+    reward = "informativeness"
+    bars = {"all kinds": 0.90}
+
+    def examine(self, exam: Exam) -> Iterator[Mark]:
+        """Paired rank by kind of loss of content, and over all of them."""
+        ranks = {
+            task: paired_rank(self.score([a for a, _ in pairs]), self.score([b for _, b in pairs]))
+            for task, pairs in exam.emptied.items()
+        }
+        ranks["all kinds"] = np.concatenate(list(ranks.values()))
+        for task, rank in ranks.items():
+            yield Mark.mean("paired rank", task, rank)
 
 
-class InformativenessTraining(Judge):
+class InformativenessTraining(Informativeness):
     """Distinct content words, weighted by inverse document frequency, per word of the text.
 
     score = sum over distinct content words w of ln(N / n_w) / max(words, `shortest`); n_w of N reviews hold w. A
@@ -47,7 +54,7 @@ class InformativenessTraining(Judge):
     Limit: a bare list of rare words beats every sentence (report card: the shuffle costs nothing).
     """
 
-    reward, role, unit, family = "informativeness", "training", "nats per word", "inverse document frequency"
+    role, unit, family = "training", "nats per word", "inverse document frequency"
     shortest = 16  # words; below, the text counts as this long: three rare words are not a review
 
     def __init__(self, words: Sequence[str], idf: np.ndarray) -> None:
@@ -55,6 +62,12 @@ class InformativenessTraining(Judge):
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig) -> InformativenessTraining:
+        """Count in how many of the reviews each content word is.
+
+        Raises
+        ------
+        ValueError : no content word that `config.min_reviews` of them share.
+        """
         counts, n = count_reviews(reviews["text"]), len(reviews)
         words = sorted(
             w for w, c in counts.items()
@@ -68,7 +81,8 @@ class InformativenessTraining(Judge):
             )
         return cls(words, np.log(n / np.array([counts[w] for w in words])))
 
-    def _score(self, texts: list[str]) -> np.ndarray:
+    def rate(self, texts: list[str]) -> np.ndarray:
+        """The score of each text, at least 0."""
         scores = []
         for text in texts:
             words = {w.lower() for w in WORD.findall(text)}
@@ -77,14 +91,16 @@ class InformativenessTraining(Judge):
         return np.array(scores)
 
     def state(self) -> State:
+        """Inverse document frequencies; the words."""
         return {"idf": np.array(list(self.idf.values()))}, {"words": list(self.idf)}
 
     @classmethod
     def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> InformativenessTraining:
+        """The judge that gave this `state`."""
         return cls(values["words"], arrays["idf"])
 
 
-class InformativenessEvaluation(NetJudge):
+class InformativenessEvaluation(NetJudge, Informativeness):
     """Mean rating of the tokens by a convolutional net that ranks pieces of real reviews above worse versions of them.
 
     score = mean over tokens of tanh(r_t), r_t the logit of token t with its two neighbours in sight (and whether it was
@@ -95,9 +111,9 @@ class InformativenessEvaluation(NetJudge):
     Limit: it knows these ways of saying little, and no others (filler and stand-ins of the probes were not seen).
     """
 
-    reward, role, unit, family = "informativeness", "evaluation", "mean rating, -1 to 1", "convolutional ranker"
+    role, unit, family = "evaluation", "mean rating, -1 to 1", "convolutional ranker"
     shape: ClassVar[dict[str, Any]] = {"width": 32, "blocks": 1, "dropout": 0.1, "per_token": True}
-    n_epochs, n_common, steepness = 2, 300, 15.0  # 10 ranks as well and agrees less with the other judge
+    n_epochs, steepness = 2, 15.0  # 10 ranks as well and agrees less with the other judge
 
     @classmethod
     def worse(cls, text: str, common: frozenset[str], rng: Random) -> str:
@@ -119,9 +135,10 @@ class InformativenessEvaluation(NetJudge):
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig) -> InformativenessEvaluation:
+        """On pieces of the reviews and worse versions of them, fresh ones in each pass."""
         texts, rng = list(reviews["text"]), Random(config.seed + 2)
         encoder = Encoder.fit(texts, least_reviews(reviews, config))
-        common = frozenset(w for w, _ in count_reviews(texts).most_common(cls.n_common))
+        common = common_words(texts)
         low, high = round(0.6 * config.piece_words), round(1.4 * config.piece_words)
 
         def passes() -> Iterator[tuple[np.ndarray, Callable[[TextNet, np.ndarray], Tensor]]]:
@@ -143,5 +160,6 @@ class InformativenessEvaluation(NetJudge):
         )  # fmt: skip
         return cls(encoder, net)
 
-    def _score(self, texts: list[str]) -> np.ndarray:
-        return np.array([np.tanh(row).mean() for row in self._of_tokens(texts)])
+    def rate(self, texts: list[str]) -> np.ndarray:
+        """The mean rating of each text's tokens."""
+        return np.array([np.tanh(row).mean() for row in self.of_tokens(texts)])

@@ -74,6 +74,7 @@ class Encoder:
 
     @property
     def n_words(self) -> int:
+        """Words and shapes that stand in for those that are not known."""
         return len(self.words) + len(_SHAPES)
 
     def _one(self, token: str) -> tuple[int, int, int, int, int]:
@@ -82,6 +83,7 @@ class Encoder:
         return self._number.get(low, shape), shape, first, last, min(len(low), 15)
 
     def __call__(self, text: str) -> Int[np.ndarray, "tokens 6"]:
+        """The six integers of each token of a text; a text without any is one odd token."""
         tokens = tokens_of(text) or ["_"]
         rows = np.zeros((len(tokens), 6), np.int32)
         before = earlier = ""
@@ -130,6 +132,7 @@ class TextNet(nn.Module):
     def forward(
         self, ids: Int[Tensor, "texts tokens 6"], mask: Bool[Tensor, "texts tokens"]
     ) -> Float[Tensor, "texts *tokens"]:
+        """Logits: one a text, or one a token (of what is no text: anything)."""
         keep = mask.unsqueeze(-1)
         h = sum(table(ids[..., i]) for i, table in enumerate(self.tables))
         h = self.dropout(h) * keep
@@ -307,20 +310,23 @@ def fit_averaging_net(
 
 
 class NetJudge(Judge):
-    """A judge that is an encoder and a convolutional `TextNet`."""
+    """A judge that is an encoder and a convolutional `TextNet` of this `shape` (its options)."""
 
     shape: ClassVar[dict[str, Any]]
 
     def __init__(self, encoder: Encoder, net: TextNet) -> None:
         self.encoder, self.net = encoder, net
 
-    def _of_tokens(self, texts: list[str]) -> list[np.ndarray]:
+    def of_tokens(self, texts: list[str]) -> list[np.ndarray]:
+        """What the net says of each token of each text: logits."""
         return apply_net(self.net, [self.encoder(t) for t in texts])
 
     def state(self) -> State:
+        """Weights, and the vocabulary."""
         return net_arrays(self.net), {"words": self.encoder.words}
 
     @classmethod
-    def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> Any:
+    def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> NetJudge:
+        """The judge that gave this `state`."""
         encoder = Encoder(values["words"])
         return cls(encoder, load_arrays(TextNet(encoder.n_words, **cls.shape), arrays))

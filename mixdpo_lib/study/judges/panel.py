@@ -1,4 +1,4 @@
-"""All judges together: fitted, kept, asked."""
+"""How are all judges fitted, kept and asked together?"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,20 @@ from safetensors.numpy import load_file, save_file
 
 from ...store import MixDPOError, cached, progress, read_json
 from ..reviews import dataset_key, load_reviews
-from .contract import ROLES, Judge, JudgeConfig, check_texts, split_reviews
-from .grammar import GrammarEvaluation, GrammarTraining
-from .informativeness import InformativenessEvaluation, InformativenessTraining
-from .sentiment import SentimentEvaluation, SentimentTraining
+from .contract import (
+    REWARDS,
+    ROLES,
+    Judge,
+    JudgeConfig,
+    check_texts,
+    judge_classes,
+    registered_judges,
+    split_reviews,
+)
 
 VERSION = 5
-_TRAINING: tuple[type[Judge], ...] = (SentimentTraining, InformativenessTraining, GrammarTraining)
-_EVALUATION: tuple[type[Judge], ...] = (SentimentEvaluation, InformativenessEvaluation, GrammarEvaluation)
+for _reward in REWARDS:  # a file each, which registers its judges
+    import_module(f"{__package__}.{_reward}")
 
 
 @dataclass(frozen=True)
@@ -35,63 +42,129 @@ class Judges:
     evaluation: Mapping[str, Judge]
     config: JudgeConfig
 
+    @classmethod
+    def of(cls, judges: Sequence[Judge], config: JudgeConfig) -> Judges:
+        """These judges, each in its place."""
+        by_role = {role: {j.reward: j for j in judges if j.role == role} for role in ROLES}
+        return cls(**by_role, config=config)
+
+    @property
+    def everyone(self) -> list[Judge]:
+        """The training judges, then the evaluation judges."""
+        return [*self.training.values(), *self.evaluation.values()]
+
     def save(self, folder: str | Path) -> None:
-        """One .safetensors and one .json a judge, and `judges.json`."""
+        """A .safetensors and a .json a judge; `judges.json`: configuration, and who is there."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for judge in [*self.training.values(), *self.evaluation.values()]:
+        for judge in self.everyone:
             arrays, values = judge.state()
-            stem = folder / judge.name.replace("/", "_")
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, stem.with_suffix(".safetensors"))
-            stem.with_suffix(".json").write_text(json.dumps(values), encoding="utf-8")
-        (folder / "judges.json").write_text(json.dumps(dataclasses.asdict(self.config)), encoding="utf-8")
+            arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            save_file(arrays, _file(folder, judge.name, ".safetensors"))
+            _file(folder, judge.name, ".json").write_text(json.dumps(values), encoding="utf-8")
+        who = {judge.name: type(judge).__module__ for judge in self.everyone}
+        record = {**dataclasses.asdict(self.config), "judges": who}
+        (folder / "judges.json").write_text(json.dumps(record), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Judges:
-        """What `save` wrote. A missing or damaged file gives a MixDPOError that names it."""
+        """The judges that `save` wrote into the folder. Nothing is imported by a name in a file.
+
+        Raises
+        ------
+        MixDPOError : a file is missing or damaged (it is named), or no judge of that name is
+            defined (the error says which module to import first).
+        """
         folder = Path(folder)
-        made: dict[str, dict[str, Judge]] = {role: {} for role in ROLES}
-        for kind in (*_TRAINING, *_EVALUATION):
-            stem = folder / f"{kind.reward}_{kind.role}"
-            try:
-                judge = kind.from_state(
-                    load_file(stem.with_suffix(".safetensors")), read_json(stem.with_suffix(".json"))
-                )
-            except (OSError, KeyError, TypeError, ValueError) as error:
+        record = read_json(folder / "judges.json")
+        first = {f"{reward}/{role}": "" for role in ROLES for reward in REWARDS}
+        who = record.pop("judges", first)  # folders of before held these and did not say so
+        known, made = registered_judges(), []
+        for name, module in who.items():
+            if name not in known:
                 raise MixDPOError(
-                    f"{stem}: found no readable judge ({error}); expected .safetensors and .json as written by "
-                    "Judges.save; delete the folder and fit the judges again"
-                ) from error
-            made[kind.role][kind.reward] = judge
-        return cls(**made, config=JudgeConfig(**read_json(folder / "judges.json")))
+                    f"{folder}: holds the judge {name!r}, which nothing that is imported defines; "
+                    f"import its module ({module}) first, then load again"
+                )
+            made.append(_load(known[name], folder))
+        try:
+            return cls.of(made, JudgeConfig(**record))
+        except (TypeError, ValueError) as error:
+            raise MixDPOError(
+                f"{folder / 'judges.json'}: found no configuration of judges ({error}); delete the "
+                "folder and fit the judges again"
+            ) from error
 
 
-def fit_judges(reviews: Dataset, config: JudgeConfig | None = None) -> Judges:
-    """Fit every judge on its own part of `reviews` (columns text, label; see `split_reviews`). About a minute."""
+def _file(folder: Path, name: str, ending: str) -> Path:
+    return folder / (name.replace("/", "_") + ending)
+
+
+def _load(kind: type[Judge], folder: Path) -> Judge:
+    arrays, values = (_file(folder, kind.name, ending) for ending in (".safetensors", ".json"))
+    try:
+        return kind.from_state(load_file(arrays), read_json(values))
+    except (MixDPOError, OSError, KeyError, TypeError, ValueError) as error:
+        raise MixDPOError(
+            f"{values.with_suffix('')}: found no readable judge ({error}); expected .safetensors "
+            "and .json as written by Judges.save; delete the folder and fit the judges again"
+        ) from error
+
+
+def fit_judges(
+    reviews: Dataset, config: JudgeConfig | None = None, rewards: Sequence[str] = REWARDS
+) -> Judges:
+    """Fit both judges of every reward, each role on its own part of `reviews`. About a minute.
+
+    Parameters
+    ----------
+    reviews : columns text, label; see `split_reviews`.
+    rewards : names of rewards whose judges are defined: the study's, or your own (see `Judge`).
+        Their order is kept.
+
+    Raises
+    ------
+    ValueError : a reward that no imported module defines, or fewer than 50 different reviews.
+    """
     config = config or JudgeConfig()
-    parts = split_reviews(reviews, config=config)
-    kinds = [(kind, "training_judge") for kind in _TRAINING] + [(kind, "evaluation_judge") for kind in _EVALUATION]
-    made: dict[str, dict[str, Judge]] = {role: {} for role in ROLES}
-    for done, (kind, part) in enumerate(kinds):
-        progress("judges", done, len(kinds), f"fitting {kind.reward}/{kind.role} on {len(parts[part]):,} reviews")
-        made[kind.role][kind.reward] = kind.fit(parts[part], config)  # type: ignore[attr-defined]
+    kinds, parts, made = judge_classes(rewards), split_reviews(reviews, config=config), []
+    for done, kind in enumerate(kinds):
+        part = parts[f"{kind.role}_judge"]
+        progress("judges", done, len(kinds), f"fitting {kind.name} on {len(part):,} reviews")
+        made.append(kind.fit(part, config))
     progress("judges", len(kinds), len(kinds), "fitted")
-    return Judges(**made, config=config)
+    return Judges.of(made, config)
 
 
-def judges(source: str | os.PathLike[str] = "imdb-packaged", config: JudgeConfig | None = None) -> Judges:
-    """The judges fitted on `source`, from the cache where they are there, fitted and kept where they are not."""
+def judges(
+    source: str | os.PathLike[str] = "imdb-packaged",
+    config: JudgeConfig | None = None,
+    rewards: Sequence[str] = REWARDS,
+) -> Judges:
+    """The judges fitted on `source`: from the cache, or fitted and kept there.
+
+    Parameters
+    ----------
+    source : of reviews, as for `load_reviews`. config, rewards : as for `fit_judges`.
+    """
     config = config or JudgeConfig()
+    parameters: dict[str, Any] = dataclasses.asdict(config)
+    if tuple(rewards) != REWARDS:  # the study's own are named by VERSION
+        kinds = judge_classes(rewards)
+        parameters["judges"] = {kind.name: [kind.__module__, kind.version] for kind in kinds}
     reviews = load_reviews(source)
     folder = cached(
-        "judges", VERSION, dataclasses.asdict(config), lambda path: fit_judges(reviews, config).save(path),
+        "judges",
+        VERSION,
+        parameters,
+        lambda path: fit_judges(reviews, config, rewards).save(path),
         inputs=[dataset_key(reviews)],
-    )  # fmt: skip
+    )
     return Judges.load(folder)
 
 
 def score_texts(texts: Sequence[Any], by: Mapping[str, Judge]) -> pd.DataFrame:
-    """Every text by every judge of `by` (for example `judges.training`): one column a reward, one row a text.
+    """Every text by every judge of `by` (`judges.training`): one column a reward, one row a text.
 
     Raises
     ------

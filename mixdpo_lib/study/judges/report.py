@@ -2,227 +2,151 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from random import Random
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
+from jaxtyping import Float, Int
 from scipy.stats import rankdata
 
 from ...store import progress
-from .informativeness import InformativenessEvaluation, count_reviews
+from .contract import Judge
+from .exam import Exam
 from .panel import Judges
-from .probes import (
-    CORRUPTIONS,
-    DAMAGE,
-    PROBES,
-    diluted,
-    generic,
-    negated_pairs,
-    padded,
-    piece,
-    repeated,
-    sentences,
-    written_pairs,
-)
 
-BARS: Mapping[tuple[str, str], float] = {  # (reward, task) -> what a judge should reach; nothing is promised elsewhere
-    ("sentiment", "whole reviews"): 0.88,
-    ("sentiment", "first words"): 0.75,
-    ("sentiment", "words anywhere"): 0.75,
-    ("informativeness", "all kinds"): 0.90,
-    ("grammar", "spelling"): 0.85,
-    ("grammar", "article"): 0.85,
-    ("grammar", "repetition"): 0.85,
-    ("grammar", "all kinds"): 0.85,
-}
+N_DRAWS = 200  # of a bootstrap
+Row = dict[str, Any]
+Rows = Int[np.ndarray, "drawn"]
 
 
-def paired_rank(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
-    """1 where the better text scores higher than its own worse version, 0.5 where they tie, 0 elsewhere.
-
-    >>> paired_rank(np.array([2.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0])).tolist()
-    [1.0, 0.5, 0.0]
-    """
-    return (better > worse) + 0.5 * (better == worse)
-
-
-def _interval(statistic: Callable[[np.ndarray], float], n: int, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Value and 95 % bootstrap interval of `statistic(rows)`; 200 resamples of the rows."""
-    draws = [statistic(rng.integers(0, n, n)) for _ in range(200)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return statistic(np.arange(n)), float(low), float(high)
-
-
-def _pairs_of_content(texts: Sequence[str], reviews: Sequence[str], rng: Random) -> dict[str, list[tuple[str, str]]]:
-    common = frozenset(w for w, _ in count_reviews(reviews).most_common(InformativenessEvaluation.n_common))
-    return {
-        "filler after it": [(t, padded(t, rng)) for t in texts],
-        "half filler": [(t, diluted(t, rng)) for t in texts],
-        "a part repeated": [(t, repeated(t, rng)) for t in texts],
-        "generic words": [(t, generic(t, rng, common)) for t in texts],
-        "hand-written": written_pairs(max(20, len(texts) // 4), rng),
-    }
-
-
-def report_card(judges: Judges, reviews: Dataset, n: int = 300, seed: int = 0) -> dict[str, pd.DataFrame]:
+def report_card(
+    judges: Judges, reviews: Dataset, n: int = 300, seed: int = 0
+) -> dict[str, pd.DataFrame]:
     """What each judge can and cannot do, measured on reviews that fitted none of them.
 
     Parameters
     ----------
-    judges : fitted. reviews : columns text, label; the part "report" of `split_reviews`.
-    n : pieces and sentences drawn (sentiment uses every review); 300 take about a minute.
+    judges : fitted, of any rewards. reviews : columns text, label; the part "report" of
+        `split_reviews`.
+    n : pieces and sentences drawn (see `Exam`); 300 take about a minute.
+    seed : of the draws and the bootstrap.
 
     Returns
     -------
-    tidy tables by name.
-    `validity` : reward, judge, measure, task, value, low, high (95 %, bootstrap over texts), n, bar (NaN where none).
-        Measures: accuracy (also of the order of written pairs that differ by one "not"); paired rank
-        (how often a text beats its own worse version; ties count half); auc (the same
-        against the worse versions of all texts, which is harder).
-    `spread` : reward, judge, unit, mean, sd, p5, p50, p95, tied (share of texts whose score another text has too), n.
-    `agreement` : first, second, kind ("one reward", "two rewards"), spearman, low, high, n; by judge name.
-    `probes` : reward, judge, probe, effect (mean change of score, in sd of real pieces), low, high, size (mean absolute
-        change), n.
+    Tidy tables by name; low and high are 95 % bootstrap intervals over texts.
+    `validity` : reward, judge, measure, task, value, low, high, n, bar (NaN where nothing is
+        asked). What each judge's own `examine` says. Measures: accuracy; paired rank (how often a
+        text beats its own worse version; ties count half); auc (the same against the worse versions
+        of all texts, which is harder). A task for which no text offers a place is left out.
+    `spread` : reward, judge, unit, mean, sd, p5, p50, p95, tied (share of texts whose score another
+        text has too), n.
+    `agreement` : first, second, kind ("one reward", "two rewards", "itself"), spearman, low, high,
+        n; by judge name.
+    `probes` : reward, judge, probe, effect (mean change of score, in sd of real pieces), low, high,
+        size (mean absolute change), n.
     `scores` : text (number), reward, judge, unit, score: of `n` real pieces.
 
     Raises
     ------
     ValueError : fewer than 20 sentences or pieces can be drawn.
     """
-    rng, draw = np.random.default_rng(seed), Random(seed)
-    texts, labels = list(reviews["text"]), np.asarray(reviews["label"])
-    words = judges.config.piece_words
-    chosen = draw.sample(range(len(texts)), min(n, len(texts)))
-    pieces = [piece(texts[i], words, draw) for i in chosen]
-    real = [draw.choice(found) for i in chosen if (found := sentences(texts[i]))]
-    if min(len(pieces), len(real)) < 20:
-        raise ValueError(f"report_card: found {len(real)} sentences in {len(texts)} reviews, expected at least 20")
-    wrong = {kind: [make(t, draw) for t in real] for kind, make in {**CORRUPTIONS, **DAMAGE}.items()}
-    content = _pairs_of_content(pieces, texts, draw)
-    probed = {probe: [make(t, draw) for t in pieces] for probe, make in PROBES.items()}
-
-    validity: list[dict[str, Any]] = []
-    spread: list[dict[str, Any]] = []
-    probes: list[dict[str, Any]] = []
+    exam = Exam.draw(reviews, judges.config.piece_words, n, seed)
+    rng, everyone = np.random.default_rng(seed), judges.everyone
+    rows: dict[str, list[Row]] = {"validity": [], "spread": [], "probes": [], "scores": []}
     scores: dict[str, np.ndarray] = {}
-    everyone = [*judges.training.values(), *judges.evaluation.values()]
     for number, judge in enumerate(everyone):
         progress("report card", number, len(everyone), judge.name)
-        who = {"reward": judge.reward, "judge": judge.role}
-
-        def valid(measure: str, task: str, statistic: Callable, n: int, who: dict = who) -> None:
-            value, low, high = _interval(statistic, n, rng)
-            bar = BARS.get((who["reward"], task), np.nan)
-            if who["reward"] == "grammar" and (task == "all kinds") != (who["judge"] == "evaluation"):
-                bar = np.nan  # by kind for the training judge, over all kinds for the evaluation judge
-            validity.append(
-                {**who, "measure": measure, "task": task, "value": value, "low": low, "high": high, "n": n, "bar": bar}
-            )
-
-        scores[judge.name] = of_pieces = judge.score(pieces)
-        if judge.reward == "sentiment":
-            cuts = {
-                "whole reviews": texts,
-                "first words": [piece(t, words, draw, start=0) for t in texts],
-                "words anywhere": [piece(t, words, draw) for t in texts],
-            }
-            for task, cut in cuts.items():
-                right = ((judge.score(cut) > 0) == (labels == 1)).astype(float)
-                valid("accuracy", task, lambda rows, right=right: float(right[rows].mean()), len(right))
-            better, worse = (judge.score(side) for side in zip(*negated_pairs(), strict=True))
-            rank = paired_rank(better, worse)
-            valid("accuracy", 'one "not"', lambda rows, rank=rank: float(rank[rows].mean()), len(rank))
-        elif judge.reward == "informativeness":
-            ranks = {
-                task: paired_rank(judge.score([a for a, _ in pairs]), judge.score([b for _, b in pairs]))
-                for task, pairs in content.items()
-            }
-            ranks["all kinds"] = np.concatenate(list(ranks.values()))
-            for task, rank in ranks.items():
-                valid("paired rank", task, lambda rows, rank=rank: float(rank[rows].mean()), len(rank))
-        else:
-            of_real = judge.score(real)
-            good: list[np.ndarray] = []
-            bad: list[np.ndarray] = []
-            for task, made in wrong.items():
-                progress("report card", number, len(everyone), f"{judge.name}: {task}")
-                have = [i for i, t in enumerate(made) if t is not None]
-                a, b = of_real[have], judge.score([made[i] for i in have])  # type: ignore[misc]
-                if task in CORRUPTIONS:
-                    good, bad = [*good, a], [*bad, b]
-                _valid_grammar(valid, task, a, b)
-            _valid_grammar(valid, "all kinds", np.concatenate(good), np.concatenate(bad))
-
-        sd = float(of_pieces.std()) or 1.0
-        p5, p50, p95 = np.quantile(of_pieces, [0.05, 0.5, 0.95])
-        tied = 1 - (np.unique(of_pieces, return_counts=True)[1] == 1).sum() / len(pieces)
-        spread.append(
-            {**who, "unit": judge.unit, "mean": of_pieces.mean(), "sd": sd, "p5": p5, "p50": p50, "p95": p95,
-             "tied": tied, "n": len(pieces)}
-        )  # fmt: skip
-        for probe, made in probed.items():
-            progress("report card", number, len(everyone), f"{judge.name}: {probe}")
-            have = [i for i, t in enumerate(made) if t is not None]
-            change = (judge.score([made[i] for i in have]) - of_pieces[have]) / sd  # type: ignore[misc]
-
-            def mean_change(rows: np.ndarray, change: np.ndarray = change) -> float:
-                return float(change[rows].mean())
-
-            value, low, high = _interval(mean_change, len(change), rng)
-            size = float(np.abs(change).mean())
-            probes.append(
-                {**who, "probe": probe, "effect": value, "low": low, "high": high, "size": size, "n": len(change)}
-            )
+        own = scores[judge.name] = judge.score(exam.pieces)
+        found = {  # in this order: all of them draw from one generator
+            "validity": _validity(judge, exam, rng),
+            "spread": _spread(judge, own),
+            "probes": _probes(judge, exam, own, rng),
+            "scores": ({"unit": judge.unit, "score": score} for score in own),
+        }
+        for name, of_judge in found.items():
+            for row in of_judge:
+                rows[name].append({"reward": judge.reward, "judge": judge.role, **row})
+                progress("report card", number, len(everyone), judge.name)
     progress("report card", len(everyone), len(everyone), "done")
-    return {
-        "validity": pd.DataFrame(validity),
-        "spread": pd.DataFrame(spread),
-        "agreement": judge_correlations(scores, seed),
-        "probes": pd.DataFrame(probes),
-        "scores": pd.DataFrame(
-            {"text": i, "reward": j.reward, "judge": j.role, "unit": j.unit, "score": value}
-            for j in everyone
-            for i, value in enumerate(scores[j.name])
-        ),
-    }
+    tables = {name: pd.DataFrame(of_all) for name, of_all in rows.items()}
+    tables["scores"].insert(0, "text", list(range(len(exam.pieces))) * len(everyone))
+    return {**tables, "agreement": judge_correlations(scores, seed)}
 
 
-def _valid_grammar(valid: Callable, task: str, good: np.ndarray, bad: np.ndarray) -> None:
-    rank = paired_rank(good, bad)
-    valid("paired rank", task, lambda rows: float(rank[rows].mean()), len(rank))
-    valid("auc", task, lambda rows: _auc(good[rows], bad[rows]), len(rank))
+def _validity(judge: Judge, exam: Exam, rng: np.random.Generator) -> Iterator[Row]:
+    for mark in judge.examine(exam):
+        if mark.n:
+            found = _interval(mark.statistic, mark.n, rng)
+            bar = judge.bars.get(mark.task, np.nan)
+            yield {"measure": mark.measure, "task": mark.task, **found, "n": mark.n, "bar": bar}
 
 
-def _auc(good: np.ndarray, bad: np.ndarray) -> float:
-    """Probability that a random good text scores above a random bad one; ties count half."""
-    both = rankdata(np.concatenate([good, bad]))
-    return float((both[: len(good)].sum() - len(good) * (len(good) + 1) / 2) / (len(good) * len(bad)))
+def _spread(judge: Judge, own: Float[np.ndarray, "pieces"]) -> Iterator[Row]:
+    p5, p50, p95 = np.quantile(own, [0.05, 0.5, 0.95])
+    moments = {"mean": own.mean(), "sd": _sd(own), "p5": p5, "p50": p50, "p95": p95}
+    alone = (np.unique(own, return_counts=True)[1] == 1).sum()
+    yield {"unit": judge.unit, **moments, "tied": 1 - alone / len(own), "n": len(own)}
+
+
+def _probes(
+    judge: Judge, exam: Exam, own: Float[np.ndarray, "pieces"], rng: np.random.Generator
+) -> Iterator[Row]:
+    for probe, versions in exam.tampered.items():
+        before, after = judge.score_versions(own, versions)
+        if len(after):
+            change = (after - before) / _sd(own)
+            found = _interval(partial(_mean, change), len(change), rng, "effect")
+            size = float(np.abs(change).mean())
+            yield {"probe": probe, **found, "size": size, "n": len(change)}
+
+
+def _sd(scores: Float[np.ndarray, "texts"]) -> float:
+    return float(scores.std()) or 1.0
+
+
+def _interval(
+    statistic: Callable[[Rows], float], n: int, rng: np.random.Generator, name: str = "value"
+) -> dict[str, float]:
+    """A statistic of `n` rows by its name, and its 95 % bootstrap interval over them: low, high."""
+    draws = [statistic(rng.integers(0, n, n)) for _ in range(N_DRAWS)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {name: statistic(np.arange(n)), "low": float(low), "high": float(high)}
+
+
+def _mean(values: Float[np.ndarray, "texts"], rows: Rows) -> float:
+    return float(values[rows].mean())
+
+
+def _spearman(a: Float[np.ndarray, "texts"], b: Float[np.ndarray, "texts"], rows: Rows) -> float:
+    x, y = rankdata(a[rows]), rankdata(b[rows])
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
 
 
 def judge_correlations(scores: Mapping[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
-    """Spearman correlation of every two judges on the same texts; `scores` by judge name ("sentiment/training").
+    """Spearman correlation of every two judges on the same texts.
+
+    Parameters
+    ----------
+    scores : by judge name ("sentiment/training"), of the same texts in the same order.
+    seed : of the bootstrap.
 
     Returns
     -------
-    first, second, kind ("one reward", "two rewards", "itself"), spearman, low, high (95 %, bootstrap over texts), n.
+    first, second, kind ("one reward", "two rewards", "itself"), spearman, low, high (95 %,
+    bootstrap over texts), n. A judge whose scores are all equal correlates with none: 0.
     """
-    rng, rows, found = np.random.default_rng(seed), [], {}
+    rng, rows = np.random.default_rng(seed), []
+    found = {(name, name): {"spearman": 1.0, "low": 1.0, "high": 1.0} for name in scores}
     for first, a in scores.items():
         for second, b in scores.items():
-
-            def rho(at: np.ndarray, a: np.ndarray = a, b: np.ndarray = b) -> float:
-                x, y = rankdata(a[at]), rankdata(b[at])
-                return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
-
-            if (second, first) not in found:
-                found[first, second] = (1.0, 1.0, 1.0) if first == second else _interval(rho, len(a), rng)
-            value, low, high = found.get((first, second)) or found[second, first]
+            if (second, first) in found:
+                found[first, second] = found[second, first]
+            else:
+                found[first, second] = _interval(partial(_spearman, a, b), len(a), rng, "spearman")
             kind = "one reward" if first.split("/")[0] == second.split("/")[0] else "two rewards"
-            rows.append(
-                {"first": first, "second": second, "kind": "itself" if first == second else kind, "spearman": value,
-                 "low": low, "high": high, "n": len(a)}
-            )  # fmt: skip
+            who = {"first": first, "second": second, "kind": "itself" if first == second else kind}
+            rows.append({**who, **found[first, second], "n": len(a)})
     return pd.DataFrame(rows)

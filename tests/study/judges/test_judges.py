@@ -1,7 +1,9 @@
 """The judges: numbers worked out by hand, refusals, files, and what they can do on real reviews."""
 
+import ast
 import dataclasses
 import math
+from pathlib import Path
 from random import Random
 
 import matplotlib
@@ -14,8 +16,10 @@ from datasets import Dataset  # noqa: E402
 
 from mixdpo_lib.store import MixDPOError  # noqa: E402
 from mixdpo_lib.study import figures as study_figures  # noqa: E402
-from mixdpo_lib.study.judges import contract, informativeness, nets, panel, probes, report, sentiment  # noqa: E402
+from mixdpo_lib.study import judges as judges_wing  # noqa: E402
+from mixdpo_lib.study.judges import contract, corruptions, exam, informativeness, nets, panel, probes, report, sentiment  # noqa: E402
 from mixdpo_lib.study.judges import grammar as grammar_file
+from mixdpo_lib.study.judges.words import common_words, count_reviews, piece
 from mixdpo_lib.study.reviews import load_reviews  # noqa: E402
 
 SMALL = contract.JudgeConfig(pieces_per_review=2)
@@ -60,6 +64,12 @@ def test_idf_counts_reviews_not_mentions():
     assert "the" not in judge.idf
 
 
+def test_the_common_words_are_the_same_in_every_process():
+    texts = [" ".join(f"word{chr(97 + i)}" for i in range(20)), "wordz"]
+    assert list(count_reviews(texts))[:3] == ["worda", "wordb", "wordc"]  # a set would have any order
+    assert common_words(texts, 3) == {"worda", "wordb", "wordc"}
+
+
 @pytest.fixture(scope="module")
 def grammar():
     """Knows five words; "the film" is common, "film the" was never seen: expected 10 x 10 / 50 = 2 by chance."""
@@ -98,13 +108,13 @@ def test_articles():
     wrong = {"a": ["apple", "hour", "uninteresting", "honest"], "an": ["user", "one", "film", "European", "unique"]}
     for article, words in wrong.items():
         for word in words:
-            assert probes.wants_an(word) is (article == "a"), word
+            assert grammar_file.wants_an(word) is (article == "a"), word
 
 
 # --- corruptions
-@pytest.mark.parametrize("kind", sorted({**probes.CORRUPTIONS, **probes.DAMAGE}))
+@pytest.mark.parametrize("kind", sorted({**corruptions.CORRUPTIONS, **corruptions.DAMAGE}))
 def test_corruptions_change_something_and_follow_the_seed(kind):
-    make = {**probes.CORRUPTIONS, **probes.DAMAGE}[kind]
+    make = {**corruptions.CORRUPTIONS, **corruptions.DAMAGE}[kind]
     text = "It was a pleasure to see the old man, who has an odd way of walking to the river."
     changed = [make(text, Random(seed)) for seed in range(20)]
     assert all(c is not None and c != text for c in changed)
@@ -126,6 +136,33 @@ def test_worse_texts_keep_their_length():
         assert len(worse.split()) == 32 and worse != text
     assert len(probes.padded(text, rng).split()) == 56
     assert not set(probes.FILLER_FIT) & set(probes.FILLER_PROBE)
+
+
+# --- a reward is one file and one name
+def test_every_reward_is_one_file_that_registers_both_judges():
+    own = {name: kind for name, kind in contract.registered_judges().items() if kind.__module__.startswith("mixdpo_lib.")}
+    assert set(own) == {f"{reward}/{role}" for reward in contract.REWARDS for role in contract.ROLES}
+    for kind in own.values():
+        assert kind.__module__ == f"mixdpo_lib.study.judges.{kind.reward}" and kind.bars
+    assert len({kind.family for kind in own.values()}) == 6  # no two judges are the same instrument
+
+
+def test_the_public_names_are_there():
+    for name in judges_wing.__all__:
+        assert getattr(judges_wing, name) is not None and name in dir(judges_wing)
+    with pytest.raises(AttributeError, match="no attribute 'poetry'"):
+        _ = judges_wing.poetry
+
+
+@pytest.mark.parametrize("room", [contract, exam, nets, panel, report])
+def test_no_other_room_knows_a_reward(room):
+    tree = ast.parse(Path(room.__file__).read_text(encoding="utf-8"))
+    rewards = set(contract.REWARDS)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module not in rewards and not {name.name for name in node.names} & rewards
+        elif isinstance(node, ast.Compare):
+            assert not {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)} & rewards, ast.unparse(node)
 
 
 # --- splitting, fitting, files
@@ -180,10 +217,10 @@ def test_what_few_reviews_can_teach(judges, reviews):
     for role in contract.ROLES:
         assert (getattr(judges, role)["sentiment"].score(good) > getattr(judges, role)["sentiment"].score(bad)).all()
     rng = Random(0)
-    pieces = [probes.piece(t, 32, rng) for t in reviews["text"][:60]]
+    pieces = [piece(t, 32, rng) for t in reviews["text"][:60]]
     for role in contract.ROLES:
         judge = getattr(judges, role)["informativeness"]
-        rank = report.paired_rank(judge.score(pieces), judge.score([probes.diluted(t, rng) for t in pieces]))
+        rank = exam.paired_rank(judge.score(pieces), judge.score([probes.diluted(t, rng) for t in pieces]))
         assert rank.mean() > 0.65  # 350 reviews; 9,500 give .94 (notebook 01)
 
 
@@ -199,7 +236,7 @@ def test_report_card(card):
     assert ((validity["low"] <= validity["value"]) & (validity["value"] <= validity["high"])).all()
     assert validity["value"].between(0, 1).all() and (validity["n"] > 0).all()
     kinds = set(validity.query("reward == 'grammar'")["task"])
-    assert kinds == {*probes.CORRUPTIONS, *probes.DAMAGE, "all kinds"}
+    assert kinds == {*corruptions.CORRUPTIONS, *corruptions.DAMAGE, "all kinds"}
     assert len(card["agreement"]) == 36 and set(card["probes"]["probe"]) == set(probes.PROBES)
     assert len(card["scores"]) == 6 * 24
     rule = validity.query("reward == 'grammar' and judge == 'training' and measure == 'paired rank'").set_index("task")
@@ -226,7 +263,7 @@ def test_figures_show_the_report_card(card):
 
 
 def test_auc_and_ties_by_hand():
-    assert report._auc(np.array([3.0, 1.0]), np.array([2.0, 1.0])) == (1 + 1 + 0 + 0.5) / 4
+    assert exam.auc(np.array([3.0, 1.0]), np.array([2.0, 1.0])) == (1 + 1 + 0 + 0.5) / 4
 
 
 # --- refusals
