@@ -82,11 +82,13 @@ def watermark(fig: Figure, text: str) -> None:
     if any(other.get_gid() == "watermark" for other in fig.texts):
         return
     width, height = fig.get_size_inches()
-    total, size = height + 0.2, mpl.rcParams["xtick.labelsize"]
+    note = fig.text(0.5, 0, text, ha="center", va="bottom", color="#A50026", weight="bold")
+    note.set(gid="watermark", fontsize=mpl.rcParams["xtick.labelsize"])
+    strip = 2 * float(note.get_fontsize()) / 72
+    total = height + strip
+    note.set_y(0.2 * strip / total)
     fig.set_size_inches(width, total)
-    fig.set_layout_engine("constrained", rect=(0, 0.2 / total, 1, height / total))
-    note = fig.text(0.5, 0.1 / total, text, ha="center", va="center", fontsize=size)
-    note.set(color="#A50026", weight="bold", gid="watermark")
+    fig.set_layout_engine("constrained", rect=(0, strip / total, 1, height / total))
 
 
 def legend_above(ax: Axes, height: float = 1.0) -> None:

@@ -68,6 +68,11 @@ def _axes(ax: Axes | None) -> Axes:
     return subplots("column")[1] if ax is None else ax
 
 
+def _small() -> float:
+    """Area of a seed's marker."""
+    return 0.5 * mpl.rcParams["lines.markersize"] ** 2
+
+
 def points(
     table: pd.DataFrame,
     ax: Axes | None,
@@ -107,7 +112,7 @@ def points(
             repeats = seeds.groupby("_at")["_at"]
             spread = (repeats.cumcount() + 0.5) / repeats.transform("size") - 0.5
             spots = where(seeds["_at"] + aside * (1.6 * spread - 1), seeds[value])
-            sns.scatterplot(**spots, color=look.colour, marker=look.marker, s=11, ax=ax)
+            sns.scatterplot(**spots, color=look.colour, marker=look.marker, s=_small(), ax=ax)
         large = part[is_mean | ~part["_at"].isin(part["_at"][is_mean])]
         large = large.groupby("_at")[[value, *ends]].mean()
         line: dict[str, Any] = {"color": look.colour, "marker": look.marker, "linestyle": "none"}
@@ -158,7 +163,7 @@ def dots(
     """
     need(table, [category, value], "dots")
     ax = points(table, ax, category, value, horizontal=True)
-    ax.locator_params(axis="x", nbins=5)
+    ax.locator_params(axis="x", nbins=4)
     ax.set(xlabel=x_label or value, ylabel="")
     return ax
 
@@ -195,10 +200,10 @@ def curves(
         line |= {"estimator": None if each else "mean", "units": each, "errorbar": None}
         sns.lineplot(**drawn, **line, markeredgewidth=0.4)
         if not each and part[x].duplicated().any():
-            sns.scatterplot(**drawn, s=11)
+            sns.scatterplot(**drawn, s=_small())
         if interval:
             low, high = (part[end] for end in interval)
-            ax.vlines(part[x], low, high, color=look.colour, linewidth=0.9)
+            ax.vlines(part[x], low, high, color=look.colour, alpha=0.8)
     values = sorted(rows[x].unique())
     if log_x:
         ax.set_xscale("log")

@@ -215,7 +215,7 @@ def _accuracy(
     """Methods side by side in each place, above the line of chance."""
     points(rows, ax, category, "accuracy", "method", METHOD_STYLE, list(places))
     ax.set_xticks(range(len(places)), list(places.values()))
-    ax.axhline(0.5, color="black", linewidth=1, linestyle=":", label="chance", zorder=1)
+    ax.axhline(0.5, color="black", linestyle=":", label="chance", zorder=1)
     ax.set_ylim(min(0.48, ax.get_ylim()[0]), None)
     legend_above(ax)
     ax.set(xlabel=x_label, ylabel="held-out preference accuracy\n(share of pairs, 95 % interval)")

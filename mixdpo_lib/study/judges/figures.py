@@ -91,7 +91,7 @@ def judge_report(validity: pd.DataFrame, ax: Axes) -> Axes:
         ax.vlines(
             asked["bar"], asked["at"] - 0.2, asked["at"] + 0.2, color="black", label="asked for"
         )
-    ax.axvline(0.5, color="black", linewidth=1, linestyle=":", label="chance")
+    ax.axvline(0.5, color="black", linestyle=":", label="chance")
     ax.set(xlim=(min(0.45, float(rows["low"].min()) - 0.02), 1.03), ylabel="")
     share = "share of pairs in which\nthe better text scores higher"
     ax.set_xlabel(MEASURES.get(str(rows["measure"].iloc[0]), share))
