@@ -203,7 +203,8 @@ def curves(
             sns.scatterplot(**drawn, s=_small())
         if interval:
             low, high = (part[end] for end in interval)
-            ax.vlines(part[x], low, high, color=look.colour, alpha=0.8)
+            thin = 0.7 * mpl.rcParams["lines.linewidth"]
+            ax.vlines(part[x], low, high, color=look.colour, linewidth=thin)
     values = sorted(rows[x].unique())
     if log_x:
         ax.set_xscale("log")

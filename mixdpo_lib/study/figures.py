@@ -108,7 +108,8 @@ def group_disagreement(matrix: pd.DataFrame, ax: Axes) -> Axes:
     """
     need(matrix, ["group_a", "group_b", "agreement"], "group_disagreement")
     names = ordered(set(matrix["group_a"]) | set(matrix["group_b"]))
-    grid = matrix.pivot(index="group_a", columns="group_b", values="agreement").loc[names, names]
+    grid = matrix.pivot(index="group_a", columns="group_b", values="agreement")
+    grid = grid.reindex(index=names, columns=names)
     bar = "share of pairs with\nthe same preference"
     heat(grid, ax, bar, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f")
     n = f" (n = {int(matrix['n_pairs'].max()):,} pairs)" if "n_pairs" in matrix else ""
