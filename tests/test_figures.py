@@ -1,5 +1,9 @@
 """Figures: labels, how many points are drawn, and that they lie where the table says."""
 
+import ast
+import json
+from pathlib import Path
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -7,28 +11,34 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
+from matplotlib.collections import PathCollection  # noqa: E402
+from matplotlib.colors import to_hex  # noqa: E402
 
 from mixdpo_lib import figures  # noqa: E402
+from mixdpo_lib.figures.look import looks_of  # noqa: E402
 from mixdpo_lib.study import figures as study_figures  # noqa: E402
 
 GROUPS = ["sentiment", "informativeness", "grammar"]
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").rglob("*.ipynb"))
 
 
 @pytest.fixture()
 def ax():
     with matplotlib.rc_context():
-        figures.style()
-        figure, axes = plt.subplots()
+        figure, axes = figures.subplots("page", height=4)
         yield axes
         plt.close(figure)
 
 
-def drawn(ax, marker: str | None = None) -> np.ndarray:
-    """Heights of all points, of one marker if named, without reference lines."""
-    lines = [line for line in ax.lines if line.get_marker() not in ("None", "", None, "_", "|", 2, 3)]
-    if marker is not None:
-        lines = [line for line in lines if line.get_marker() == marker]
-    return np.concatenate([np.asarray(line.get_ydata(), float) for line in lines]) if lines else np.array([])
+def drawn(ax, colour: str | None = None) -> np.ndarray:
+    """Heights of all points, seeds first, of one colour if named, without reference lines."""
+    small = [points for points in ax.collections if isinstance(points, PathCollection)]
+    large = [line for line in ax.lines if line.get_marker() not in ("None", "", None, "_", "|", 2, 3)]
+    if colour is not None:
+        small = [points for points in small if to_hex(points.get_facecolor()[0]) == colour.lower()]
+        large = [line for line in large if line.get_color() == colour]
+    heights = [points.get_offsets()[:, 1] for points in small] + [line.get_ydata() for line in large]
+    return np.concatenate([np.asarray(part, float) for part in heights]) if heights else np.array([])
 
 
 def legend_labels(ax) -> list[str]:
@@ -59,11 +69,11 @@ def test_accuracy_by_group_draws_every_seed_and_the_mean(ax, accuracy):
     shown = accuracy[accuracy["routing"] != "prior"]
     means = shown.groupby(["method", "routing", "group"])["accuracy"].mean()
     assert sorted(drawn(ax)) == pytest.approx(sorted([*shown["accuracy"], *means]))
-    assert len(drawn(ax, figures.METHOD_STYLE["dpo"].marker)) == 5 * (3 + 1)
-    assert len(drawn(ax, figures.METHOD_STYLE["oracle"].marker)) == 5 * (3 + 1)
+    assert len(drawn(ax, study_figures.METHOD_STYLE["dpo"].colour)) == 5 * (3 + 1)
+    assert len(drawn(ax, study_figures.METHOD_STYLE["oracle"].colour)) == 5 * (3 + 1)
     labels = tick_labels(ax.xaxis)
     assert labels[0] == "sentiment\nn = 400" and labels[3] == "mean of\ngroups\nn = 403" and labels[4] == "worst\ngroup"
-    assert legend_labels(ax) == ["DPO", "Mix-DPO, per user", "Mix-DPO, oracle"]
+    assert legend_labels(ax) == ["chance", "DPO", "Mix-DPO, per user", "Mix-DPO, oracle"]
     assert "share of pairs" in ax.get_ylabel()
     bars = [segment for container in ax.containers for segment in container.lines[2][0].get_segments()]
     assert sorted(s[0, 1] for s in bars) == pytest.approx(sorted(means - 0.02))
@@ -94,7 +104,7 @@ def test_accuracy_by_domain_draws_every_method_of_every_domain(ax):
     study_figures.accuracy_by_domain(pd.DataFrame(rows), ax)
     labels = tick_labels(ax.xaxis)
     assert {label.split("\n")[0] for label in labels} == {"film", "book"} and "n = 9" in labels[0]
-    assert len(ax.get_legend().get_texts()) == 3 and ax.get_xlabel().startswith("domain of the prompt")
+    assert len(ax.get_legend().get_texts()) == 3 + 1 and ax.get_xlabel().startswith("domain of the prompt")
     with pytest.raises(ValueError, match=r"accuracy_by_domain: the table lacks \['group'\]"):
         study_figures.accuracy_by_domain(pd.DataFrame(rows).drop(columns="group"), ax)
 
@@ -105,7 +115,7 @@ def test_accuracy_by_capacity_draws_every_method_of_every_capacity(ax):
             for g in ("sentiment", "mean")]  # fmt: skip
     study_figures.accuracy_by_capacity(pd.DataFrame(rows), ax)
     assert tick_labels(ax.xaxis) == ["head\nrank 1", "adapters\n2 blocks\nrank 8"]
-    assert len(ax.get_legend().get_texts()) == 2
+    assert len(ax.get_legend().get_texts()) == 2 + 1  # and chance
     with pytest.raises(ValueError, match=r"accuracy_by_capacity: the table lacks \['capacity'\]"):
         study_figures.accuracy_by_capacity(pd.DataFrame(rows).drop(columns="capacity"), ax)
 
@@ -135,11 +145,11 @@ def test_responsibility_map_sorts_users_by_group(ax):
         for u in truth
         for k in range(3)
     )
-    figures.responsibility_map(table, ax)
-    shown = np.asarray(ax.images[0].get_array())
+    study_figures.responsibility_map(table, ax)
+    shown = np.asarray(ax.collections[0].get_array())
     assert shown.T.tolist() == [list(q[u]) for u in ("u1", "u3", "u2", "u0")]
-    assert tick_labels(ax.xaxis) == ["sentiment\n(1 users)", "informativeness\n(1 users)", "grammar\n(2 users)"]
-    assert ax.get_xticks().tolist() == [0.0, 1.0, 2.5]
+    assert tick_labels(ax.xaxis) == ["sentiment\n(1)", "informativeness\n(1)", "grammar\n(2)"]
+    assert ax.get_xticks().tolist() == [0.5, 1.5, 3.0]
     assert tick_labels(ax.yaxis)[0] == "expert 1\n(serves\nsentiment)"
     assert "n = 4" in ax.get_xlabel()
 
@@ -151,7 +161,7 @@ def test_training_curves_draw_a_line_a_seed(ax):
         for s in range(3)
         for t in range(4)
     )
-    figures.training_curves(table, ax)
+    figures.training_curves(table, ax, looks=study_figures.METHOD_STYLE)
     assert len(ax.lines) == 6
     one = table[(table["method"] == "dpo") & (table["seed"] == 0)]
     assert ax.lines[0].get_ydata().tolist() == one["elbo"].tolist()
@@ -182,9 +192,7 @@ def test_reward_gains_have_a_panel_and_scale_for_each_reward(ax, gains):
         assert drawn(panel).tolist() == pytest.approx(rows["gain_over_dpo"].tolist())
         lows = [c.lines[2][0].get_segments()[0][0, 1] for c in panel.containers]
         assert lows == pytest.approx(rows["gain_low"].tolist())
-        filled = [
-            line.get_markerfacecolor() for line in panel.lines if line.get_marker() in "os^" and len(line.get_xdata())
-        ]
+        filled = [line.get_markerfacecolor() for line in panel.lines if str(line.get_marker()) in "os^"]
         assert filled.count("white") == 3  # the expert that serves this reward is filled
     assert legend_labels(ax)[0] == "DPO (KL 1.5)"
     assert "n = 1,602 texts per policy" in ax.texts[0].get_text()
@@ -201,11 +209,12 @@ def test_dots_show_seeds_and_a_mean_with_its_interval(ax):
                           "nmi": [0.2, 0.4, 0.3, 0.6, 1.0], "low": [None, None, 0.1, None, None],
                           "high": [None, None, 0.5, None, None]})  # fmt: skip
     figures.dots(table, ax, "setting", "nmi", "NMI")
-    points = [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "o"]
-    means = [float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == "D"]
-    assert points == [[0.2, 0.4], [0.6, 1.0]] and means == pytest.approx([0.3, 0.8])
-    (bar,) = [c for c in ax.collections if len(c.get_segments())]
-    assert bar.get_segments()[0][:, 0].tolist() == pytest.approx([0.1, 0.5])
+    (points,) = [points.get_offsets() for points in ax.collections if isinstance(points, PathCollection)]
+    (means,) = [line for line in ax.lines if line.get_marker() == "o"]
+    assert points[:, 0].tolist() == [0.2, 0.4, 0.6, 1.0] and points[:, 1].round().tolist() == [0, 0, 1, 1]
+    assert means.get_xdata().tolist() == pytest.approx([0.3, 0.8])
+    (bar,) = [segment for segment in ax.containers[0].lines[2][0].get_segments() if len(segment)]
+    assert bar[:, 0].tolist() == pytest.approx([0.1, 0.5])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"] and ax.get_xlabel() == "NMI"
     with pytest.raises(ValueError, match="dots: the table lacks"):
         figures.dots(table, ax, "setting", "ari")
@@ -217,9 +226,10 @@ def test_pair_design_bars_hold_the_shares(ax):
     )
     study_figures.pair_design(table, ax)
     assert legend_labels(ax) == ["default (n = 4 pairs)", "clean (n = 2 pairs)"]
-    heights = [patch.get_path().vertices[:, 1].max() for patch in ax.patches]
+    shapes = [shape.get_paths()[0].vertices for shape in ax.collections]
+    heights = [vertices[:, 1].max() for vertices in shapes]
     assert heights == pytest.approx([0.25, 1.0])
-    edges = ax.patches[0].get_path().vertices[:, 0]
+    edges = shapes[0][:, 0]
     assert np.abs(edges).min() < 1e-9  # 0 separates labels for and against the reward
 
 
@@ -241,10 +251,11 @@ def test_recovery_draws_seeds_and_their_median(ax):
         for d in ("default", "clean")
         for s in range(3)
     )
-    figures.recovery(table, ax)
-    assert sorted(drawn(ax)) == pytest.approx(sorted([*table["nmi"], *table["ari"]]))
-    bars = [line.get_ydata()[0] for line in ax.lines if line.get_linewidth() == 2.5]
-    assert bars == pytest.approx([0.6, 0.6, 0.4, 0.4])
+    study_figures.recovery(table, ax)
+    medians = [0.6, 0.6, 0.4, 0.4]
+    assert sorted(drawn(ax)) == pytest.approx(sorted([*table["nmi"], *table["ari"], *medians]))
+    (large,) = [line for line in ax.lines if line.get_marker() == study_figures.METHOD_STYLE["mix_dpo"].marker]
+    assert large.get_ydata().tolist() == pytest.approx(medians)
     assert tick_labels(ax.xaxis) == [
         "NMI\ndefault",
         "NMI\nclean",
@@ -252,19 +263,20 @@ def test_recovery_draws_seeds_and_their_median(ax):
         "adjusted\nRand index\nclean",
     ]
     with pytest.raises(ValueError, match="the table has none of"):
-        figures.recovery(table[["method", "seed"]], ax)
+        study_figures.recovery(table[["method", "seed"]], ax)
 
 
 def test_looks_differ_in_colour_and_marker():
-    for looks in (figures.METHOD_STYLE, figures.EXPERT_STYLE):
+    for looks in (study_figures.METHOD_STYLE, study_figures.EXPERT_STYLE, study_figures.SERVED_STYLE):
         assert len({look.colour for look in looks.values()}) == len(looks)
         assert len({look.marker for look in looks.values()}) == len(looks)
-    unknown = figures.look_of("gr_dpo", figures.METHOD_STYLE, 1)
-    assert unknown.label == "gr_dpo"
+    looks = looks_of(["gr_dpo", "dpo", "other"], study_figures.METHOD_STYLE)
+    assert list(looks) == ["dpo", "gr_dpo", "other"] and looks["gr_dpo"].label == "gr_dpo"
+    assert len({look.colour for look in looks.values()}) == 3
 
 
 def test_nothing_is_drawn_outside_the_page(ax, accuracy):
-    """Labels and legend fit a 6 x 4 inch figure."""
+    """Labels and legend fit a page; at every width: test_figure_sizes."""
     study_figures.accuracy_by_group(accuracy, ax)
     ax.figure.canvas.draw()
     page, legend = ax.figure.bbox, ax.get_legend().get_window_extent()
@@ -284,3 +296,17 @@ def test_curves_have_a_line_through_the_means_and_a_point_for_every_seed(ax):
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "2"]
     with pytest.raises(ValueError, match="curves: the table lacks"):
         figures.curves(table, ax, "tau", "value", "what")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_figure_of_a_notebook_names_its_table(path):
+    """The name is that of a table which the notebook writes, or of another notebook's."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    calls = [node for cell in cells for node in ast.walk(ast.parse("".join(cell["source"]))) if isinstance(node, ast.Call)]
+    called = {name: [call for call in calls if ast.unparse(call.func) == name] for name in ("run.table", "run.figure")}
+    written = {call.args[1].value if isinstance(call.args[1], ast.Constant) else "any" for call in called["run.table"]}
+    for call in called["run.figure"]:
+        options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+        table = ast.literal_eval(options["table"])
+        assert table in written or "any" in written or "/" in table and "data" in options, ast.unparse(call)
+        assert options["by"].split(".")[0] in ("figures", "study_figures", "judge_figures"), ast.unparse(call)

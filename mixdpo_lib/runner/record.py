@@ -19,10 +19,11 @@ import pandas as pd
 
 from .. import store
 from ..store import MixDPOError
-from .parameters import check_value, notebook_hash, notebook_parameters
+from .parameters import check_value, nearest, notebook_hash, notebook_parameters
 
 _PACKAGES = ("torch", "transformers", "datasets", "safetensors", "scikit-learn", "harper-py", "numpy", "pandas",
              "matplotlib", "seaborn", "papermill")
+NOTES = {"smoke": "smoke: too small to mean anything"}      # by profile: what every figure must say
 
 
 def library_hash() -> str:
@@ -50,33 +51,70 @@ class Run:
         """Write `tables/<name>.csv` and hand the table back."""
         text = _csv(data)
         self._write(f"tables/{name}.csv", text)
-        self._tables[_hash(text)] = name
+        self._tables[name] = _hash(text)
         return data
 
-    def figure(self, figure: Any, name: str, caption: str, data: pd.DataFrame | None = None,
-               by: str | Callable[..., Any] | None = None) -> None:
-        """Write `figures/<name>.png`, `.svg` and `.json` (run, function, hash of the data, caption).
+    @property
+    def note(self) -> str:
+        """What every figure of this run says below its panels; nothing in a profile that means what it shows."""
+        return NOTES.get(os.environ.get("MIXDPO_PROFILE", ""), "")
 
-        Equal figures give equal files: no dates, fixed SVG identifiers.
+    def figure(
+        self, figure: Any, name: str, caption: str, data: pd.DataFrame | None = None,
+        by: str | Callable[..., Any] | None = None, table: str | None = None,
+    ) -> None:
+        """Write `figures/<name>.png`, `.svg`, `.pdf` (fonts embedded) and `.json`, at the figure's size.
+
+        The `.json` holds run, function, table, hash of the data and caption.  Equal figures give
+        equal files: no dates, fixed identifiers.
 
         Parameters
         ----------
         figure : a figure, axes, or a seaborn grid.
-        data : the table that it shows; its hash, and its name when `table` wrote it, go into the sidecar.
+        data : what it shows, when that is not the whole of `table`; its hash goes into the record.
         by : the function that drew it; default the figure's name.
+        table : the name that `Run.table` wrote it under, or "<notebook>/<table>" of another run,
+            with `data`; default the table that equals `data`.
+
+        Raises
+        ------
+        MixDPOError : the table is not one of this run's, or `data` is not and `table` does not say
+            what it was taken from.
         """
         import matplotlib
 
+        table, data_hash = self._shown(name, data, table)
         figure = getattr(figure, "figure", figure)
+        if self.note:
+            from ..figures import watermark
+
+            watermark(figure, self.note)
         (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context({"svg.hashsalt": "mixdpo"}):
-            figure.savefig(self.folder / f"figures/{name}.png", dpi=150, bbox_inches="tight",
-                           metadata={"Software": None})
-            figure.savefig(self.folder / f"figures/{name}.svg", bbox_inches="tight", metadata={"Date": None})
-        data_hash = None if data is None else _hash(_csv(data))
+        undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+        with matplotlib.rc_context({"svg.hashsalt": "mixdpo", "pdf.fonttype": 42, "savefig.bbox": None}):
+            for end, metadata in undated.items():
+                figure.savefig(self.folder / f"figures/{name}.{end}", dpi=300, metadata=metadata)
         store.write_json_atomic(self.folder / f"figures/{name}.json", {
             "run": self.id, "notebook": self.notebook, "function": getattr(by, "__name__", by) or name,
-            "caption": caption, "data_sha256": data_hash, "table": self._tables.get(data_hash or "")})
+            "caption": caption, "data_sha256": data_hash, "table": table,
+            **({"note": self.note} if self.note else {})})
+
+    def _shown(
+        self, figure: str, data: pd.DataFrame | None, table: str | None
+    ) -> tuple[str | None, str | None]:
+        """Name of the table that a figure shows, and the hash of what it shows of it."""
+        place, known = f"{self.notebook}: figure {figure}", list(self._tables)
+        written = f"this run has written {', '.join(known) or 'no table'}"
+        if table and table not in known and ("/" not in table or data is None):
+            raise MixDPOError(f"{place}: table {table!r} is not there; {written}; name another run's "
+                              "as '<notebook>/<table>' and give its data" + nearest(table, known))
+        data_hash = _hash(_csv(data)) if data is not None else self._tables.get(table or "")
+        if data is not None and table is None:
+            table = next((one for one in known if self._tables[one] == data_hash), None)
+            if table is None:
+                raise MixDPOError(f"{place}: its data is no table that was written whole; {written}; "
+                                  "say which by table='<name>'")
+        return table, data_hash
 
     def value(self, name: str, value: float, unit: str, interval: Sequence[float] | None = None,
               n: int | None = None, seeds: int | Sequence[int] | None = None) -> float:

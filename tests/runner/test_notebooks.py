@@ -173,7 +173,8 @@ def test_figures_have_a_sidecar_and_are_pictures(smoke):
     for picture in pictures:
         record = store.read_json(picture.with_suffix(".json"))
         assert record["notebook"] == "04_mix_dpo" and re.fullmatch("[0-9a-f]{64}", record["data_sha256"])
-        assert picture.stat().st_size > 5000 and picture.with_suffix(".svg").exists()
+        assert record["table"]
+        assert picture.stat().st_size > 5000 and picture.with_suffix(".svg").exists() and picture.with_suffix(".pdf").exists()
 
 
 def test_a_second_run_does_nothing(smoke):

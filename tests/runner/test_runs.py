@@ -1,5 +1,6 @@
 """The runner: parameters checked before a kernel starts, results recorded and verified, failures kept as evidence."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -129,7 +130,7 @@ def test_start_run_reads_and_checks_the_namespace(run, monkeypatch, project):
 
 
 def plot():
-    figure, axes = plt.subplots()
+    figure, axes = plt.subplots(figsize=(3.3, 2), layout="constrained")
     axes.plot(TABLE["accuracy"], label="accuracy")
     axes.legend()
     return figure
@@ -142,11 +143,51 @@ def test_equal_figures_are_equal_files(run):
         figure = plot()
         run.figure(figure, "by_group", "Two groups, n = 2", TABLE, by=plot)
         plt.close(figure)
-        content.append([(run.folder / f"figures/by_group.{end}").read_bytes() for end in ("png", "svg", "json")])
+        ends = ("png", "svg", "pdf", "json")
+        content.append([(run.folder / f"figures/by_group.{end}").read_bytes() for end in ends])
     assert content[0] == content[1]
     side = store.read_json(run.folder / "figures/by_group.json")
     assert side == {"run": run.id, "notebook": "04_mix", "function": "plot", "caption": "Two groups, n = 2",
                     "table": "accuracy", "data_sha256": store.sha256_of(run.folder / "tables/accuracy.csv")}
+    assert plt.imread(run.folder / "figures/by_group.png").shape[:2] == (600, 990)      # 300 dots an inch, nothing cut off
+    pdf = (run.folder / "figures/by_group.pdf").read_bytes()
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf and b"CreationDate" not in pdf
+
+
+def test_a_figure_says_which_table_it_shows(run):
+    run.table(TABLE, "accuracy")
+    whole = store.sha256_of(run.folder / "tables/accuracy.csv")
+    part = TABLE[TABLE["group"] == "a"]
+    of_part = hashlib.sha256(part.to_csv(index=False, lineterminator="\n").encode()).hexdigest()
+    figure = plot()
+    for given, table, hashed in (({"table": "accuracy"}, "accuracy", whole), ({"data": TABLE}, "accuracy", whole),
+                                 ({"data": part, "table": "accuracy"}, "accuracy", of_part),
+                                 ({"data": part, "table": "03_dpo/accuracy"}, "03_dpo/accuracy", of_part), ({}, None, None)):
+        run.figure(figure, "one", "A caption", **given)
+        side = store.read_json(run.folder / "figures/one.json")
+        assert (side["table"], side["data_sha256"], side["function"]) == (table, hashed, "one")
+    with pytest.raises(MixDPOError, match="04_mix: figure one: its data is no table .* written accuracy; say which by table="):
+        run.figure(figure, "one", "A caption", part)
+    with pytest.raises(MixDPOError, match="table 'acuracy' is not there; .* written accuracy; .* did you mean accuracy"):
+        run.figure(figure, "one", "A caption", part, table="acuracy")
+    with pytest.raises(MixDPOError, match="table '03_dpo/accuracy' is not there; .* give its data"):
+        run.figure(figure, "one", "A caption", table="03_dpo/accuracy")
+    plt.close(figure)
+
+
+def test_figures_of_a_profile_that_means_nothing_say_so(run, monkeypatch):
+    monkeypatch.delenv("MIXDPO_PROFILE", raising=False)
+    figure = plot()
+    run.figure(figure, "one", "A caption")
+    assert run.note == "" and not figure.texts and "note" not in store.read_json(run.folder / "figures/one.json")
+    monkeypatch.setenv("MIXDPO_PROFILE", "default")
+    assert run.note == ""
+    monkeypatch.setenv("MIXDPO_PROFILE", "smoke")
+    run.figure(figure, "one", "A caption")
+    assert run.note == "smoke: too small to mean anything" == figure.texts[0].get_text()
+    assert store.read_json(run.folder / "figures/one.json")["note"] == run.note
+    assert figure.get_size_inches()[0] == 3.3 and figure.texts[0].get_fontsize() >= 7
+    plt.close(figure)
 
 
 def test_manifest_records_and_verifies(run):

@@ -35,7 +35,7 @@ def test_the_figure_of_own_pairs_has_a_curve_a_way_and_two_lines():
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert "DPO, one policy" in labels and "oracle: one DPO a hidden group" in labels and len(labels) == 4
     (curve,) = [line for line in ax.lines if list(line.get_ydata()) == pytest.approx([0.5, 0.7])]
-    assert list(curve.get_xdata()) == [0, 1]
+    assert list(curve.get_xdata()) == pytest.approx([0, 1], abs=0.1)  # beside the other way's bars
     plt.close(fig)
 
 

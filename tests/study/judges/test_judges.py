@@ -15,9 +15,9 @@ import pytest  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
 from mixdpo_lib.store import MixDPOError  # noqa: E402
-from mixdpo_lib.study import figures as study_figures  # noqa: E402
 from mixdpo_lib.study import judges as judges_wing  # noqa: E402
 from mixdpo_lib.study.judges import contract, corruptions, exam, informativeness, nets, panel, probes, report, sentiment  # noqa: E402
+from mixdpo_lib.study.judges import figures as judge_figures  # noqa: E402
 from mixdpo_lib.study.judges import grammar as grammar_file
 from mixdpo_lib.study.judges.words import common_words, count_reviews, piece
 from mixdpo_lib.study.reviews import load_reviews  # noqa: E402
@@ -246,17 +246,17 @@ def test_report_card(card):
 def test_figures_show_the_report_card(card):
     figure, ax = plt.subplots()
     shown = card["validity"].query("reward == 'grammar' and measure == 'auc'")
-    assert study_figures.judge_report(shown, ax) is ax
+    assert judge_figures.judge_report(shown, ax) is ax
     assert len(ax.get_yticks()) == shown["task"].nunique()
     with pytest.raises(ValueError, match="filter the table"):
-        study_figures.judge_report(card["validity"], ax)
-    for draw, table, texts in ((study_figures.judge_agreement, "agreement", 36), (study_figures.probe_scores, "probes", 54)):
+        judge_figures.judge_report(card["validity"], ax)
+    for draw, table, texts in ((judge_figures.judge_agreement, "agreement", 36), (judge_figures.probe_scores, "probes", 54)):
         ax.clear()
         draw(card[table], ax)
         assert len(ax.texts) == texts
     ax.clear()
     one = card["scores"].query("reward == 'sentiment' and judge == 'training'")
-    study_figures.reward_distributions(one, ax)
+    judge_figures.reward_distributions(one, ax)
     assert sum(bar.get_height() for bar in ax.patches) == 24
     assert "logit" in ax.get_xlabel()
     plt.close(figure)
