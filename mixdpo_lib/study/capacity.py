@@ -84,7 +84,7 @@ class SizeStudy:
 
     def __init__(
         self, study: Study, design: str, n_training_prompts: int, n_validation_prompts: int, n_test_prompts: int,
-        adapter_learning_rate: float = 1e-3, device: str = "cpu", dtype: str = "float32", **options: Any,
+        adapter_learning_rate: float = 5e-3, device: str = "cpu", dtype: str = "float32", **options: Any,
     ) -> None:  # fmt: skip
         sets = study.preferences(design)
         sizes = {"train": n_training_prompts, "validation": n_validation_prompts, "test": n_test_prompts}

@@ -8,7 +8,7 @@ another has computed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -129,18 +129,9 @@ def study_config(designs: Sequence[str] = ("default", "clean"), **values: Any) -
     >>> study_config(["clean"], pairs_per_user=20, learning_rate=0.01).designs[0].pairs_per_user
     20
     """
-    parts: dict[str, Any] = {
-        "candidates": CandidateConfig,
-        "judges": JudgeConfig,
-        "design": DesignConfig,
-        "fit": FitConfig,
-    }
-    own: dict[str, dict[str, Any]] = {name: {} for name in (*parts, "study")}
+    homes = _homes()
+    own: dict[str, dict[str, Any]] = {home: {} for home in homes.values()}
     own["fit"] = dict(STUDY_FIT)
-    homes = {
-        f.name: name for name, kind in parts.items() for f in fields(kind) if f.name not in ("seed", "name", "latent")
-    }
-    homes |= {name: "study" for name in ("base", "reviews", "n_experts", "rank", "beta", "min_count")}
     for key, value in values.items():
         if key not in homes:
             raise ValueError(f"{key}={value!r} is no choice of the study; possible are {', '.join(sorted(homes))}")
@@ -152,6 +143,16 @@ def study_config(designs: Sequence[str] = ("default", "clean"), **values: Any) -
     )  # fmt: skip
 
 
+def _homes() -> dict[str, str]:
+    """Part of a `StudyConfig` that each choice belongs to."""
+    parts: dict[str, Any] = {"candidates": CandidateConfig, "judges": JudgeConfig,
+                             "design": DesignConfig, "fit": FitConfig}  # fmt: skip
+    hidden = ("seed", "name", "latent")
+    homes = {f.name: home for home, kind in parts.items() for f in fields(kind) if f.name not in hidden}
+    own = ("base", "reviews", "n_experts", "rank", "beta", "min_count")
+    return homes | dict.fromkeys(own, "study")
+
+
 class Study:
     """The arrows of the study, each computed once."""
 
@@ -161,6 +162,24 @@ class Study:
         self._pairs: dict[str, dict[str, PairFeatures]] = {}
         self._fitted: dict[tuple[str, str, int], Fitted] = {}
         self.methods = study_methods(self.config.n_experts, self.config.rank)
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any], **choices: Any) -> Study:
+        """The study of a notebook: its own parameters, what it shares (`common`), and `choices`.
+
+        Parameters of the notebook's own that are no choice of the study are for its display and are
+        left out. Nothing else is: a name in `common` or `choices` that is no choice is an error.
+
+        >>> parameters = {"design": "clean", "n_shown": 3, "common": {"rank": 4}}
+        >>> config = Study.from_parameters(parameters, n_experts=2).config
+        >>> [design.name for design in config.designs], config.rank, config.n_experts
+        (['clean'], 4, 2)
+        """
+        known = {*_homes(), "designs"}
+        own = {name: value for name, value in parameters.items() if name in known}
+        if "design" in parameters:
+            own["designs"] = [parameters["design"]]
+        return cls(study_config(**{**own, **parameters.get("common", {}), **choices}))
 
     @cached_property
     def base(self) -> Base:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -118,19 +118,23 @@ def domain_config(**values: Any) -> DomainConfig:
     >>> domain_config(n_titles=20, passes=1.0).fit.passes
     1.0
     """
-    parts: dict[str, dict[str, Any]] = {"judges": {}, "fit": dict(DOMAIN_FIT)}
+    parts: dict[str, dict[str, Any]] = {"judges": {}, "fit": dict(DOMAIN_FIT), "study": {}}
+    homes = _homes()
+    for key, value in values.items():
+        if key not in homes:
+            possible = ", ".join(sorted(homes))
+            raise ValueError(f"{key}={value!r} is no choice; possible are {possible}")
+        parts[homes[key]][key] = value
+    judge_config, fit_config = JudgeConfig(**parts["judges"]), FitConfig(**parts["fit"])
+    return DomainConfig(judges=judge_config, fit=fit_config, **parts["study"])
+
+
+def _homes() -> dict[str, str]:
+    """Part of a `DomainConfig` that each choice belongs to."""
     homes = {f.name: "judges" for f in fields(JudgeConfig) if f.name != "seed"}
     homes |= {f.name: "fit" for f in fields(FitConfig) if f.name != "seed"}
-    own = {f.name for f in fields(DomainConfig)} - set(parts)
-    chosen: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in own:
-            chosen[key] = value
-        elif key in homes:
-            parts[homes[key]][key] = value
-        else:
-            raise ValueError(f"{key}={value!r} is no choice; possible are {', '.join(sorted({*own, *homes}))}")
-    return DomainConfig(judges=JudgeConfig(**parts["judges"]), fit=FitConfig(**parts["fit"]), **chosen)
+    own = {f.name for f in fields(DomainConfig)} - {"judges", "fit"}
+    return homes | dict.fromkeys(own, "study")
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,20 @@ class DomainStudy:
     def __init__(self, config: DomainConfig | None = None) -> None:
         self.config = config or DomainConfig()
         self._fitted: dict[tuple[str, int], DomainFit] = {}
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any], **choices: Any) -> DomainStudy:
+        """The study of a notebook: its own parameters, what it shares (`common`), and `choices`.
+
+        Parameters of the notebook's own that are no choice of the study are for its display and are
+        left out. Nothing else is: a name in `common` or `choices` that is no choice is an error.
+
+        >>> parameters = {"n_titles": 20, "n_shown": 3, "common": {"passes": 1.0}}
+        >>> DomainStudy.from_parameters(parameters).config.fit.passes
+        1.0
+        """
+        own = {name: value for name, value in parameters.items() if name in _homes()}
+        return cls(domain_config(**{**own, **parameters.get("common", {}), **choices}))
 
     @cached_property
     def base(self) -> Base:
