@@ -122,13 +122,10 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         known = isinstance(error, (MixDPOError, ValueError)) or hasattr(error, "format_message")
         text = str(getattr(error, "format_message", error.__str__)())
-        print(
-            "mixdpo: error: " + " ".join(text.split())
-            if known
-            else f"mixdpo: error: {type(error).__name__}: {' '.join(text.split())}; see `mixdpo --debug ...`",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = " ".join(text.split())
+        if not known:
+            line = f"{type(error).__name__}: {line}; see `mixdpo --debug ...`"
+        print(f"mixdpo: error: {line}", file=sys.stderr, flush=True)
         sys.exit(getattr(error, "exit_code", 1))
 
 

@@ -53,8 +53,10 @@ latent: str = "unit"
 
 @pytest.fixture
 def write_notebook(project):
-    """Write `notebooks/<name>.ipynb` of the project, parameters, start_run, the given cells, run.finish(), and its line
-    of `workflow/notebooks.yaml`, unless it has one."""
+    """Write `notebooks/<name>.ipynb` of the project: parameters, start_run, the given cells, run.finish().
+
+    And its line of `workflow/notebooks.yaml`, unless it has one.
+    """
 
     def write(name, *cells, parameters=PARAMETERS, start=True, finish=True, shares=()):
         book = nbformat.v4.new_notebook()

@@ -49,9 +49,9 @@ def run_notebook(
 ) -> Path:
     """Execute a notebook and put its recorded result into place; the folder is returned.
 
-    Names and types of the parameters are checked before a kernel starts. The result counts only when
-    papermill succeeded and the manifest verifies; it then replaces an earlier one in one step. A
-    failed run leaves the earlier one alone and its own evidence in `runs/failed/`.
+    Names and types of the parameters are checked before a kernel starts. The result counts only
+    when papermill succeeded and the manifest verifies; it then replaces an earlier one in one step.
+    A failed run leaves the earlier one alone and its own evidence in `runs/failed/`.
 
     Parameters
     ----------

@@ -17,7 +17,7 @@ from ..store import MixDPOError
 
 @dataclass(frozen=True)
 class Listed:
-    """A line of `workflow/notebooks.yaml`: a notebook's study, the results it needs, what it shares."""
+    """A line of workflow/notebooks.yaml: a notebook's study, what it needs and what it shares."""
 
     study: str
     needs: tuple[str, ...] = ()
@@ -61,8 +61,8 @@ def listed_notebooks() -> dict[str, Listed]:
     """The notebooks of `workflow/notebooks.yaml` that exist, in order of their names."""
     path = store.project_root() / "workflow" / "notebooks.yaml"
     found: dict[str, Listed] = {}
-    for study, lines in read_yaml(path).items():
-        for name, line in (lines or {}).items():
+    for study, lines in read_groups(path).items():
+        for name, line in lines.items():
             if not isinstance(line, dict) or set(line) - {"needs", "shares"} or name in found:
                 raise MixDPOError(
                     f"{path}: {name}: found {line!r}, expected a notebook once, with "
@@ -96,3 +96,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise MixDPOError(
             f"{path}: found no mapping of names ({' '.join(str(error).split())})"
         ) from None
+
+
+def read_groups(path: Path) -> dict[str, dict[str, Any]]:
+    """A file of named groups of names; a group may be empty."""
+    groups = {name: lines or {} for name, lines in read_yaml(path).items()}
+    for name, lines in groups.items():
+        if not isinstance(lines, dict):
+            raise MixDPOError(
+                f"{path}: {name}: found {lines!r}, expected names and what is said of them"
+            )
+    return groups

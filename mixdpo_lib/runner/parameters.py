@@ -20,18 +20,15 @@ from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from .. import store
 from ..store import MixDPOError
-from .notebooks import listed_notebooks, nearest, notebook_path, read_yaml
+from .notebooks import listed_notebooks, nearest, notebook_path, read_groups, read_yaml
 
-COMMON, PROFILE = (
-    "common",
-    "profile",
-)  # parameters of the notebooks that share values, or that a profile changes
+COMMON, PROFILE = "common", "profile"  # of notebooks that share values, or that a profile changes
 _TYPES = {"int": int, "float": FiniteFloat, "str": str, "bool": bool, "list": list, "dict": dict}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A line of a notebook's `parameters` cell, `name: type = literal  # help`, or of common.yaml."""
+    """A line of a `parameters` cell, `name: type = literal  # help`, or of common.yaml."""
 
     name: str
     type: str
@@ -86,7 +83,7 @@ def common_parameters() -> dict[str, dict[str, Parameter]]:
     path = store.project_root() / "notebooks" / "profiles" / f"{COMMON}.yaml"
     groups: dict[str, dict[str, Parameter]] = {}
     seen: set[str] = set()
-    for group, lines in (read_yaml(path) if path.exists() else {}).items():
+    for group, lines in (read_groups(path) if path.exists() else {}).items():
         groups[group] = {}
         for name, line in lines.items():
             if (
@@ -135,9 +132,8 @@ def shared_parameters(notebook: str) -> dict[str, Parameter]:
 @cache
 def _adapter(kind: str) -> TypeAdapter:
     try:
-        return TypeAdapter(
-            eval(kind, {"__builtins__": {}}, _TYPES)
-        )  # of a cell that would be executed anyway
+        # text of a cell that would be executed anyway
+        return TypeAdapter(eval(kind, {"__builtins__": {}}, _TYPES))
     except Exception:
         raise MixDPOError(
             f"found the parameter type {kind!r}; expected {', '.join(_TYPES)}, list[...], "
@@ -168,7 +164,7 @@ def check_value(notebook: str, parameter: Parameter, value: Any) -> None:
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["n_experts=4", "seeds=[0, 1]"]` as values (JSON or YAML literals); `common.` is for shared ones.
+    """`["n_experts=4", "seeds=[0, 1]"]` as values (JSON or YAML); `common.name` is a shared one.
 
     >>> parse_overrides(["n_experts=4", "rate=1e-3", "designs=[clean]", "unit=user"])
     {'n_experts': 4, 'rate': 0.001, 'designs': ['clean'], 'unit': 'user'}
@@ -205,7 +201,7 @@ def profile_names() -> list[str]:
 
 
 def profile_values(profile: str, notebook: str) -> dict[str, Any]:
-    """What a profile says for one notebook, or for all under "common"; defaults are not repeated."""
+    """What a profile says for one notebook, or for all under "common" (nothing: defaults)."""
     path, known = (
         store.project_root() / "notebooks" / "profiles" / f"{profile}.yaml",
         profile_names(),
@@ -229,8 +225,8 @@ def resolve_parameters(
 ) -> dict[str, Any]:
     """Every parameter of a notebook, its shared values whole under `common`.
 
-    A value is its default, unless the profile says otherwise for all notebooks (`common`), unless it
-    does for this one, unless `overrides` do.
+    A value is its default, unless the profile says otherwise for all notebooks (`common`), unless
+    it does for this one, unless `overrides` do.
 
     Raises
     ------
@@ -242,7 +238,7 @@ def resolve_parameters(
     common = {name: parameter.default for name, parameter in shared.items()}
     place = f"{notebook}: profile {profile}"
     layers = [
-        (place, {COMMON: _for_all(profile, shared)}) if shared else (place, {}),
+        (place, {COMMON: _for_all(profile, shared)} if shared else {}),
         (place, profile_values(profile, notebook)),
         (notebook, overrides or {}),
     ]
@@ -268,10 +264,8 @@ def resolve_parameters(
 
 
 def _for_all(profile: str, shared: Mapping[str, Parameter]) -> dict[str, Any]:
-    values, known = (
-        profile_values(profile, COMMON),
-        [name for group in common_parameters().values() for name in group],
-    )
+    values = profile_values(profile, COMMON)
+    known = [name for group in common_parameters().values() for name in group]
     for name in values:
         if name not in known:
             raise MixDPOError(

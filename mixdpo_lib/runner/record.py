@@ -52,7 +52,7 @@ class Run:
     _tables: dict[str, str] = field(default_factory=dict)
 
     def head(self, found: str = "") -> results.Sentence:
-        """How long this notebook takes and what was found: the last line of a notebook's first cell.
+        """How long this notebook takes and what was found: ends the first cell of a notebook.
 
         `found` : a sentence with names of reference results' values, see `results.said`.
         """
@@ -111,8 +111,8 @@ class Run:
                    if path.is_file() and path.name != "manifest.json" and not path.name.startswith(".")
                    and path.suffix not in (".ipynb", ".lock", ".log")}
         return store.write_json_atomic(self.folder / "manifest.json", {
-            "run": self.id, "notebook": self.notebook, "profile": self.profile,
-            "command": os.environ.get("MIXDPO_COMMAND"), "git": _git(), "parameters": self.parameters,
+            "run": self.id, "notebook": self.notebook, "profile": self.profile, "git": _git(),
+            "command": os.environ.get("MIXDPO_COMMAND"), "parameters": self.parameters,
             "seeds": {name: value for name, value in self.parameters.items() if name in ("seed", "seeds")},
             "inputs": store.touched_artefacts(), "library_sha256": library_hash(),
             "notebook_sha256": notebook_hash(self.notebook), "versions": _versions(), "machine": _machine(),
@@ -128,13 +128,13 @@ class Run:
 
 
 def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
-    """Begin the record of a notebook: `run = start_run("04_mix_dpo", globals())` after the parameters.
+    """Begin the record of a notebook: `run = start_run("04_mix_dpo", globals())`.
 
     Reads the parameters' names from the notebook's `parameters` cell and their values from
     `namespace`, checks them, and writes them back as they are resolved: `common` whole, and with
-    `profile = "smoke"` (in JupyterLab, or by plain papermill) that profile's value of every parameter
-    that was left as the cell has it. Under the runner all values are resolved already. The folder is
-    the runner's, else `runs/interactive/<notebook>/<time>`.
+    `profile = "smoke"` (in JupyterLab, or by plain papermill) that profile's value of every
+    parameter that was left as the cell has it. Under the runner all values are resolved already.
+    The folder is the runner's, else `runs/interactive/<notebook>/<time>`.
     """
     known, values = notebook_parameters(notebook), {}
     for name, parameter in known.items():
@@ -142,7 +142,7 @@ def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
             raise MixDPOError(f"{notebook}: parameter {name} has no value; run the parameters cell first")
         values[name] = namespace[name]
         check_value(notebook, parameter, values[name])
-    profile = os.environ.get("MIXDPO_PROFILE")  # of the runner, which hands over what it has resolved
+    profile = os.environ.get("MIXDPO_PROFILE")  # of the runner, which has resolved everything
     given = {n: value for n, value in values.items() if profile or value != known[n].default}
     profile = profile or values.get(PROFILE, "default")
     values = resolve_parameters(notebook, profile, given)
@@ -185,7 +185,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any]:
-    """The project's commit, and whether tracked files differed from it; neither outside a checkout."""
+    """The project's commit, and whether tracked files differ from it; None outside a checkout."""
     root = store.project_root()
 
     def ask(*arguments: str) -> str | None:

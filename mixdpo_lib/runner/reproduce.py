@@ -25,12 +25,12 @@ _LARGE = 1_000_000  # bytes; a larger table stays out of figures/reference
 def reproduce(
     profile: str = "default", cores: int = 2, extra: Sequence[str] = (), everything: bool = False
 ) -> None:
-    """The main study of a profile, in the order of its needs; what is up to date does not run again.
+    """The main study of a profile, in the order of its needs; what is up to date is left alone.
 
     The main study is Snakemake's target `main`; with `everything` it is `all`, with ablations and
     further studies. When notebooks ran, `runs/<profile>/timing.json` says how long it took (from
-    MIXDPO_STARTED, seconds since 1970, if that is set: `make` counts the environment in) and the peak
-    memory of the largest process.
+    MIXDPO_STARTED, seconds since 1970, if that is set: `make` counts the environment in) and the
+    peak memory of the largest process.
     """
     root = store.project_root()
     profile_values(profile, "")
@@ -72,8 +72,8 @@ def reproduce(
     if code:
         raise MixDPOError(
             f"profile {profile}: not finished (see the line above; what Snakemake says: mixdpo "
-            f"reproduce --profile {profile} -- --quiet host); what is done is kept, start again to go "
-            "on from it"
+            f"reproduce --profile {profile} -- --quiet host); what is done is kept, start again to "
+            "go on from it"
         )
     after = times()
     ran = [name for name in names if after.get(name) != before.get(name)]
@@ -99,10 +99,11 @@ def update_reference(profile: str, rewrite: Callable[[str, Mapping[str, Any]], s
     """Copy figures, tables, values and manifests of a finished profile to `figures/reference`.
 
     Values are merged. A notebook without a finished run keeps its earlier record, whose manifest
-    names the library it was made with; so do times that were not measured anew. Theory notebooks are
-    there once they have been run. Files over 1 MB stay out and are named in the copied manifest as
-    `left_out`; `seconds_by_profile` there has the times of the runs of all profiles. Minutes come
-    from `timing.json` of the default and the smoke profile. README becomes `rewrite(README, values)`.
+    names the library it was made with; so do times that were not measured anew. Theory notebooks
+    are there once they have been run. Files over 1 MB stay out and are named in the copied manifest
+    as `left_out`; `seconds_by_profile` there has the times of the runs of all profiles. Minutes
+    come from `timing.json` of the default and the smoke profile. README becomes
+    `rewrite(README, values)`.
     """
     root = store.project_root()
     target = root / "figures" / "reference"

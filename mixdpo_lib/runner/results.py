@@ -16,7 +16,7 @@ from .notebooks import nearest
 
 
 def results_folder(where: str | Path, notebook: str) -> Path:
-    """Folder of a notebook's results: `where` is a profile, "reference", or a folder of such folders."""
+    """Folder of a notebook's results; `where`: a profile, "reference", or a folder of such."""
     root = store.project_root()
     if str(where) == "reference":
         return root / "figures" / "reference" / notebook
@@ -41,7 +41,7 @@ def load_table(where: str | Path, notebook: str, name: str) -> pd.DataFrame:
 
 
 def load_values(where: str | Path, notebook: str | None = None) -> dict[str, dict[str, Any]]:
-    """Quoted numbers of one finished run, or with `notebook=None` those of the reference together."""
+    """Quoted numbers of one finished run, or with `notebook=None` of the whole reference."""
     if notebook is None:
         path = results_folder(where, "values.json")
         return store.read_json(path) if path.exists() else {}
@@ -105,7 +105,9 @@ class _Quoted:
 
 
 def said(sentence: str, values: Mapping[str, Mapping[str, Any]]) -> Sentence:
-    """A sentence with its numbers: names of quoted values in braces, with a format; intervals follow.
+    """A sentence with its numbers: names of quoted values in braces, with a format.
+
+    An interval follows its number by itself.
 
     >>> values = {"gain": {"value": 0.048, "interval": [0.031, 0.067]},
     ...           "k": {"value": 3.0, "interval": None}}
@@ -124,7 +126,7 @@ def said(sentence: str, values: Mapping[str, Mapping[str, Any]]) -> Sentence:
 
 
 def durations(notebook: str) -> dict[str, float]:
-    """Seconds that a notebook took for the reference results, by profile; empty if it is not there."""
+    """Seconds that a notebook took for the reference results, by profile (none: not there)."""
     path = results_folder("reference", notebook) / "manifest.json"
     if not path.exists():
         return {}
@@ -143,7 +145,8 @@ def head(notebook: str, found: str = "") -> Sentence:
         f"{seconds / 60:.0f} min ({profile})" if seconds > 90 else f"{seconds:.0f} s ({profile})"
         for profile, seconds in durations(notebook).items()
     )
-    takes = f"{times}, where other notebooks have made what it needs" if times else "not measured yet"
+    needs = "where other notebooks have made what it needs"
+    takes = f"{times}, {needs}" if times else "not measured yet"
     if not found:
         return Sentence(f"**Takes** {takes}.")
     try:

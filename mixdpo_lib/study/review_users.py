@@ -147,8 +147,9 @@ def _homes() -> dict[str, str]:
     """Part of a `StudyConfig` that each choice belongs to."""
     parts: dict[str, Any] = {"candidates": CandidateConfig, "judges": JudgeConfig,
                              "design": DesignConfig, "fit": FitConfig}  # fmt: skip
-    hidden = ("seed", "name", "latent")
-    homes = {f.name: home for home, kind in parts.items() for f in fields(kind) if f.name not in hidden}
+    homes = {f.name: home for home, kind in parts.items() for f in fields(kind)}
+    for hidden in ("seed", "name", "latent"):
+        del homes[hidden]
     own = ("base", "reviews", "n_experts", "rank", "beta", "min_count")
     return homes | dict.fromkeys(own, "study")
 
