@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import traceback
 from pathlib import Path
@@ -14,34 +15,77 @@ from .runner import reproduce as reproduction
 from .store import MixDPOError
 from .study.readme import with_results
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
-                  help="Mix-DPO and MoE-DPO: notebooks, executed and recorded.")
-_Profile = Annotated[str, typer.Option(help="smoke, default or full: a file of notebooks/profiles.")]
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Mix-DPO and MoE-DPO: notebooks, executed and recorded.",
+)
+_Profile = Annotated[
+    str, typer.Option(help="smoke, default or full: a file of notebooks/profiles.")
+]
+
+
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"mixdpo {importlib.metadata.version('mixdpo')}")
+        raise typer.Exit
+    return wanted
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False
-             ) -> None:
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the whole traceback of an error.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
     """Mix-DPO and MoE-DPO: notebooks, executed and recorded."""
 
 
 @app.command()
-def run(notebook: Annotated[str, typer.Argument(help="For example 04_mix_dpo.")],
-        parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help=(
-            "A parameter that differs from the profile's; the result then goes to runs/custom."))] = None,
-        profile: _Profile = "default",
-        output: Annotated[Path | None, typer.Option(help="Folder of the result.")] = None,
-        cell_timeout: Annotated[int | None, typer.Option(help="Seconds that one cell may take.")] = None) -> None:
+def run(
+    notebook: Annotated[str, typer.Argument(help="For example 04_mix_dpo.")],
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p",
+            "--parameter",
+            metavar="NAME=VALUE",
+            help=(
+                "A parameter that differs from the profile's, or common.NAME, a shared one; the "
+                "result then goes to runs/custom."
+            ),
+        ),
+    ] = None,
+    profile: _Profile = "default",
+    output: Annotated[Path | None, typer.Option(help="Folder of the result.")] = None,
+    cell_timeout: Annotated[
+        int | None, typer.Option(help="Seconds that one cell may take.")
+    ] = None,
+) -> None:
     """Execute one notebook with checked parameters and record its result."""
-    execute.run_notebook(notebook, parameters.parse_overrides(parameter or []), profile=profile, output=output,
-                         cell_timeout=cell_timeout)
+    execute.run_notebook(
+        notebook,
+        parameters.parse_overrides(parameter or []),
+        profile=profile,
+        output=output,
+        cell_timeout=cell_timeout,
+    )
 
 
 @app.command()
-def reproduce(snakemake: Annotated[list[str] | None, typer.Argument(help="After `--`: passed to Snakemake.")] = None,
-              profile: _Profile = "default",
-              cores: Annotated[int, typer.Option(help="Processor cores; each notebook takes two.")] = 2,
-              everything: Annotated[bool, typer.Option("--all", help="Also the ablations.")] = False) -> None:
+def reproduce(
+    snakemake: Annotated[
+        list[str] | None, typer.Argument(help="After `--`: passed to Snakemake.")
+    ] = None,
+    profile: _Profile = "default",
+    cores: Annotated[int, typer.Option(help="Processor cores; each notebook takes two.")] = 2,
+    everything: Annotated[bool, typer.Option("--all", help="Also the ablations.")] = False,
+) -> None:
     """Execute the notebooks of the main study that are not up to date."""
     reproduction.reproduce(profile, cores, snakemake or [], everything)
 
@@ -53,7 +97,9 @@ def reference(profile: _Profile = "default") -> None:
 
 
 @app.command()
-def clean(everything: Annotated[bool, typer.Option("--all", help="Also what was downloaded.")] = False) -> None:
+def clean(
+    everything: Annotated[bool, typer.Option("--all", help="Also what was downloaded.")] = False,
+) -> None:
     """Remove runs/ and computed files; they can be made again."""
     for path in reproduction.clean(everything):
         typer.echo(f"removed {path}")
@@ -62,10 +108,12 @@ def clean(everything: Annotated[bool, typer.Option("--all", help="Also what was 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; every error is one line on stderr and a non-zero exit status."""
     given = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in given                          # anywhere in the line
+    debug = "--debug" in given  # anywhere in the line
     arguments = [argument for argument in given if argument != "--debug"] or ["--help"]
     try:
-        status = typer.main.get_command(app).main(arguments, prog_name="mixdpo", standalone_mode=False)
+        status = typer.main.get_command(app).main(
+            arguments, prog_name="mixdpo", standalone_mode=False
+        )
         if status == 130:
             print("mixdpo: error: interrupted", file=sys.stderr, flush=True)
         sys.exit(status if isinstance(status, int) else 0)
@@ -74,9 +122,10 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         known = isinstance(error, (MixDPOError, ValueError)) or hasattr(error, "format_message")
         text = str(getattr(error, "format_message", error.__str__)())
-        print("mixdpo: error: " + " ".join(text.split()) if known else
-              f"mixdpo: error: {type(error).__name__}: {' '.join(text.split())}; see `mixdpo --debug ...`",
-              file=sys.stderr, flush=True)
+        line = " ".join(text.split())
+        if not known:
+            line = f"{type(error).__name__}: {line}; see `mixdpo --debug ...`"
+        print(f"mixdpo: error: {line}", file=sys.stderr, flush=True)
         sys.exit(getattr(error, "exit_code", 1))
 
 

@@ -7,8 +7,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 THREADS = 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1  # two workers: a core for each
 os.environ["OMP_NUM_THREADS"] = str(THREADS)    # of the kernels that notebooks run in
-for name in ("MIXDPO_ROOT", "MIXDPO_RUN_FOLDER", "MIXDPO_PROGRESS", "MIXDPO_STARTED"):
-    os.environ.pop(name, None)
+for name in ("ROOT", "RUN_FOLDER", "PROGRESS", "STARTED", "PROFILE", "COMMAND"):
+    os.environ.pop(f"MIXDPO_{name}", None)
 
 from pathlib import Path  # noqa: E402
 
@@ -16,6 +16,7 @@ import hypothesis  # noqa: E402
 import nbformat  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from tiny import save_tiny_base  # noqa: E402
 
 torch.set_num_threads(THREADS)
@@ -52,9 +53,12 @@ latent: str = "unit"
 
 @pytest.fixture
 def write_notebook(project):
-    """Write `notebooks/<name>.ipynb` of the project: parameters, start_run, the given cells, run.finish()."""
+    """Write `notebooks/<name>.ipynb` of the project: parameters, start_run, the given cells, run.finish().
 
-    def write(name, *cells, parameters=PARAMETERS, start=True, finish=True):
+    And its line of `workflow/notebooks.yaml`, unless it has one.
+    """
+
+    def write(name, *cells, parameters=PARAMETERS, start=True, finish=True, shares=()):
         book = nbformat.v4.new_notebook()
         book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
         head = nbformat.v4.new_code_cell(parameters)
@@ -63,6 +67,11 @@ def write_notebook(project):
         sources = [*([begin] if start else []), *cells, *(["run.finish()"] if finish else [])]
         book.cells = [nbformat.v4.new_markdown_cell("# A test"), head, *map(nbformat.v4.new_code_cell, sources)]
         nbformat.write(book, project / "notebooks" / f"{name}.ipynb")
+        path = project / "workflow" / "notebooks.yaml"
+        listed = yaml.safe_load(path.read_text()) if path.exists() else {"main": {}}
+        if not any(name in study for study in listed.values()):
+            listed["main"][name] = {"shares": list(shares)}
+        path.write_text(yaml.safe_dump(listed))
         return project / "notebooks" / f"{name}.ipynb"
 
     return write

@@ -6,20 +6,20 @@ import json
 import os
 import re
 import tomllib
+from string import Formatter
 
 import pytest
 import yaml
 
 from mixdpo_lib import store
 from mixdpo_lib.base import packaged
+from mixdpo_lib.runner import notebooks, results
 from mixdpo_lib.runner import parameters as parameters_file
-from mixdpo_lib.runner import results
 from mixdpo_lib.study import readme as readme_file
 
 ROOT = store.project_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
-PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))
 
 
 def pins(lines):
@@ -82,36 +82,79 @@ def test_a_notebook_is_bare(path):
     assert book["metadata"]["kernelspec"]["name"] == "python3"
 
 
+def cell_sources(path, kind):
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_short_and_recorded(path):
-    book = json.loads(path.read_text())
-    sources_of_code = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
-    lines = [line for source in sources_of_code for line in source.splitlines() if line.strip()]
-    assert len(book["cells"]) <= 30 and len(lines) <= 130
+    code = cell_sources(path, "code")
+    lines = [line for source in code for line in source.splitlines() if line.strip()]
+    assert len(code) + len(cell_sources(path, "markdown")) <= 25 and len(lines) <= 100
     assert sum(line.startswith("def ") for line in lines) <= 1
-    assert f'start_run("{path.stem}", globals())' in "".join(sources_of_code)
-    assert "run.finish(" in sources_of_code[-1]
+    assert f'start_run("{path.stem}", globals())' in code[1] and "run.head(" in code[1]
+    assert "run.finish(" in code[-1]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_prose_quotes_no_result(path):
+    """They come from tables of the run, or from the reference results; formulae and code may have any number."""
+    free = r"\$\$.*?\$\$|\$.*?\$|`.*?`|arXiv[: ][\d.]+|95 % interval"
+    for source in cell_sources(path, "markdown"):
+        text = re.sub(free, "", source, flags=re.DOTALL)
+        assert not re.search(r"\.\d|\d\s*%|\b(minutes?|seconds|hours?)\b", text), text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_was_found_can_be_told(path):
+    """Names in braces of `run.head(...)` are values of the reference results, or of the notebook's next run."""
+    code = "\n".join(cell_sources(path, "code"))
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    (head,) = [call for call in calls if ast.unparse(call.func) == "run.head"]
+    known, quoted = results.load_values("reference"), tuple(re.findall(r'run\.value\(f?"(\w+)', code))
+    for found in map(ast.literal_eval, head.args):
+        names = [name for _, name, _, _ in Formatter().parse(found) if name]
+        assert names and all(name in known or name.startswith(quoted) for name in names)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_shows_few_parameters(path):
+    parameters = parameters_file.notebook_parameters(path.stem)
+    assert all(parameter.help for parameter in parameters.values()), "a comment beside each parameter"
+    assert len(set(parameters) - {"profile", "common"}) <= 8
+    assert "common" not in parameters or list(parameters)[-2:] == ["profile", "common"]
 
 
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.parent.name == "notebooks"], ids=lambda p: p.stem)
-@pytest.mark.parametrize("profile", [path.stem for path in PROFILES])
+@pytest.mark.parametrize("profile", parameters_file.profile_names())
 def test_a_profile_holds_every_parameter(path, profile):
-    parameters = parameters_file.notebook_parameters(path.stem)
-    assert all(parameter.help for parameter in parameters.values()), "a comment beside each parameter"
-    assert set(parameters_file.profile_values(profile, path.stem)) == set(parameters)
+    """The default profile is the notebook's own cell: each value stands once. Every other one names them all."""
+    own = set(parameters_file.notebook_parameters(path.stem)) - {"profile", "common"}
+    said = set(parameters_file.profile_values(profile, path.stem)) - {"common"}
+    assert said == (set() if profile == "default" else own)
     parameters_file.resolve_parameters(path.stem, profile)
 
 
-@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
-def test_a_profile_names_notebooks_that_exist(path):
-    assert set(yaml.safe_load(path.read_text()) or {}) <= {notebook.stem for notebook in NOTEBOOKS}
+@pytest.mark.parametrize("profile", parameters_file.profile_names())
+def test_a_profile_holds_every_shared_value(profile):
+    names = [name for group in parameters_file.common_parameters().values() for name in group]
+    assert list(parameters_file.profile_values(profile, "common")) == ([] if profile == "default" else names)
+
+
+@pytest.mark.parametrize("profile", parameters_file.profile_names())
+def test_a_profile_names_notebooks_that_exist(profile):
+    content = yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text())
+    assert set(content) <= {"common", *(notebook.stem for notebook in NOTEBOOKS)}
 
 
 def test_the_workflow_knows_every_notebook():
-    text = (ROOT / "workflow" / "Snakefile").read_text()
-    needs = ast.literal_eval(text.split("NEEDS = ")[1].split("\nPROFILE")[0])
-    assert {path.stem for path in NOTEBOOKS if path.parent.name == "notebooks"} <= set(needs)
-    assert all(need in needs for wanted in needs.values() for need in wanted)
+    listed = notebooks.listed_notebooks()
+    assert {path.stem for path in NOTEBOOKS if path.parent.name == "notebooks"} == set(listed)
+    assert all(need in listed for line in listed.values() for need in line.needs)
+    for name, line in listed.items():
+        assert bool(line.shares) == ("common" in parameters_file.notebook_parameters(name)), name
+    studies = yaml.safe_load((ROOT / "workflow" / "notebooks.yaml").read_text())
+    assert set(listed) == {name for study in studies.values() for name in study}, "a line without a notebook"
 
 
 def test_readme_quotes_the_reference_results():

@@ -8,9 +8,10 @@ import math
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import pandas as pd
 
 from .. import store
 from ..store import MixDPOError
-from .parameters import check_value, nearest, notebook_hash, notebook_parameters
+from . import results
+from .notebooks import nearest, notebook_hash
+from .parameters import PROFILE, check_value, notebook_parameters, resolve_parameters
 
 _PACKAGES = ("torch", "transformers", "datasets", "safetensors", "scikit-learn", "harper-py", "numpy", "pandas",
              "matplotlib", "seaborn", "papermill")
@@ -43,9 +46,17 @@ class Run:
     parameters: dict[str, Any]
     folder: Path
     id: str
+    profile: str = "default"
     began: float = field(default_factory=time.time)
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     _tables: dict[str, str] = field(default_factory=dict)
+
+    def head(self, found: str = "") -> results.Sentence:
+        """How long this notebook takes and what was found: ends the first cell of a notebook.
+
+        `found` : a sentence with names of reference results' values, see `results.said`.
+        """
+        return results.head(self.notebook, found)
 
     def table(self, data: pd.DataFrame, name: str) -> pd.DataFrame:
         """Write `tables/<name>.csv` and hand the table back."""
@@ -57,7 +68,7 @@ class Run:
     @property
     def note(self) -> str:
         """What every figure of this run says below its panels; nothing in a profile that means what it shows."""
-        return NOTES.get(os.environ.get("MIXDPO_PROFILE", ""), "")
+        return NOTES.get(self.profile, "")
 
     def figure(
         self, figure: Any, name: str, caption: str, data: pd.DataFrame | None = None,
@@ -137,7 +148,8 @@ class Run:
                    if path.is_file() and path.name != "manifest.json" and not path.name.startswith(".")
                    and path.suffix not in (".ipynb", ".lock", ".log")}
         return store.write_json_atomic(self.folder / "manifest.json", {
-            "run": self.id, "notebook": self.notebook, "parameters": self.parameters,
+            "run": self.id, "notebook": self.notebook, "profile": self.profile, "git": _git(),
+            "command": os.environ.get("MIXDPO_COMMAND"), "parameters": self.parameters,
             "seeds": {name: value for name, value in self.parameters.items() if name in ("seed", "seeds")},
             "inputs": store.touched_artefacts(), "library_sha256": library_hash(),
             "notebook_sha256": notebook_hash(self.notebook), "versions": _versions(), "machine": _machine(),
@@ -152,11 +164,14 @@ class Run:
             path.write_text(text, encoding="utf-8")
 
 
-def start_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
-    """Begin the record of a notebook: `run = start_run("04_mix_dpo", globals())` in the cell after the parameters.
+def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
+    """Begin the record of a notebook: `run = start_run("04_mix_dpo", globals())`.
 
-    Reads the parameters' names from the notebook's `parameters` cell and their values from `namespace`, and checks
-    their types. The folder is the runner's, or `runs/interactive/<notebook>/<time>` in JupyterLab and plain papermill.
+    Reads the parameters' names from the notebook's `parameters` cell and their values from
+    `namespace`, checks them, and writes them back as they are resolved: `common` whole, and with
+    `profile = "smoke"` (in JupyterLab, or by plain papermill) that profile's value of every
+    parameter that was left as the cell has it. Under the runner all values are resolved already.
+    The folder is the runner's, else `runs/interactive/<notebook>/<time>`.
     """
     known, values = notebook_parameters(notebook), {}
     for name, parameter in known.items():
@@ -164,11 +179,18 @@ def start_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
             raise MixDPOError(f"{notebook}: parameter {name} has no value; run the parameters cell first")
         values[name] = namespace[name]
         check_value(notebook, parameter, values[name])
+    profile = os.environ.get("MIXDPO_PROFILE")  # of the runner, which has resolved everything
+    given = {n: value for n, value in values.items() if profile or value != known[n].default}
+    profile = profile or values.get(PROFILE, "default")
+    values = resolve_parameters(notebook, profile, given)
+    namespace.update(values)
     key = store.artefact_key("run", 1, values, [notebook, library_hash(), notebook_hash(notebook)])
     folder = os.environ.get("MIXDPO_RUN_FOLDER") or (
         store.project_root() / "runs" / "interactive" / notebook / time.strftime("%Y%m%d-%H%M%S"))
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return Run(notebook, values, Path(folder), f"{notebook}-{key[:10]}")
+    if profile in NOTES:
+        print(NOTES[profile])
+    return Run(notebook, values, Path(folder), f"{notebook}-{key[:10]}", profile)
 
 
 def _csv(data: pd.DataFrame) -> str:
@@ -190,28 +212,29 @@ def _versions() -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    machine: dict[str, Any] = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()}
-    if torch := sys.modules.get("torch"):       # only where the notebook used it
-        cuda = torch.cuda.is_available()
-        machine |= {"device": torch.cuda.get_device_name() if cuda else "cpu", "threads": torch.get_num_threads()}
+    machine: dict[str, Any] = {"system": platform.system(), "processor": platform.machine(),
+                               "cores": os.cpu_count(), "device": "cpu"}
+    if torch := sys.modules.get("torch"):  # only where the notebook used it
+        machine["threads"] = torch.get_num_threads()
+        if torch.cuda.is_initialized():  # not where a GPU was there and idle
+            machine["device"] = torch.cuda.get_device_name()
     return machine
 
 
-def verify_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a run, after the sha256 of every output was computed again and compared."""
-    folder = Path(folder)
-    path = folder / "manifest.json"
-    if not path.exists():
-        raise MixDPOError(f"{folder}: no manifest.json: the notebook did not reach its last cell, `run.finish()`")
-    manifest = store.read_json(path)
-    for name, expected in manifest["outputs"].items():
-        if name not in manifest.get("left_out", ()):
-            verify_output(folder, name, expected)
-    return manifest
+def _git() -> dict[str, Any]:
+    """The project's commit, and whether tracked files differ from it; None outside a checkout."""
+    root = store.project_root()
 
+    def ask(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "--no-optional-locks", "-C", str(root), *arguments],
+                                  capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
 
-def verify_output(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
-    found = store.sha256_of(folder / name) if (folder / name).exists() else "no such file"
-    if found != expected["sha256"]:
-        raise MixDPOError(f"{folder}: {name}: found {found[:16]}, expected sha256 {expected['sha256'][:16]} "
-                          "(manifest.json); the file was changed after the run: run the notebook again")
+    top = ask("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != root.resolve():  # none, or that of something around it
+        return {"commit": None, "dirty": None}
+    changes = ask("status", "--porcelain", "--untracked-files=no")
+    return {"commit": ask("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}

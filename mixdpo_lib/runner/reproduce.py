@@ -15,28 +15,32 @@ from typing import Any
 from .. import store
 from ..store import MixDPOError
 from .execute import replace_folder
-from .parameters import notebook_names, profile_values, resolve_parameters
-from .record import verify_manifest
-from .results import load_values
+from .notebooks import listed_notebooks, theory_names
+from .parameters import profile_names, profile_values, resolve_parameters
+from .results import durations, load_values, verify_manifest
 
-MAIN = ("00_", "01_", "02_", "03_", "04_", "09_")       # the notebooks of the main study, which `make reproduce` runs
-_LARGE = 1_000_000      # bytes; a larger table stays out of figures/reference
+_LARGE = 1_000_000  # bytes; a larger table stays out of figures/reference
 
 
-def reproduce(profile: str = "default", cores: int = 2, extra: Sequence[str] = (), everything: bool = False) -> None:
-    """The main study of a profile, in the order of its needs, by Snakemake; what is up to date does not run again.
+def reproduce(
+    profile: str = "default", cores: int = 2, extra: Sequence[str] = (), everything: bool = False
+) -> None:
+    """The main study of a profile, in the order of its needs; what is up to date is left alone.
 
-    The main study is the notebooks of MAIN; with `everything` the ablations and further studies run too.
-    When notebooks ran, `runs/<profile>/timing.json` says how long it took (from MIXDPO_STARTED, seconds since 1970, if
-    that is set: `make` counts the environment in) and the peak memory of the largest process.
+    The main study is Snakemake's target `main`; with `everything` it is `all`, with ablations and
+    further studies. When notebooks ran, `runs/<profile>/timing.json` says how long it took (from
+    MIXDPO_STARTED, seconds since 1970, if that is set: `make` counts the environment in) and the
+    peak memory of the largest process.
     """
     root = store.project_root()
-    names = [name for name in notebook_names() if everything or name.startswith(MAIN)]
     profile_values(profile, "")
+    names = [
+        name for name, line in listed_notebooks().items() if everything or line.study == "main"
+    ]
     if not names:
-        raise MixDPOError(f"{root / 'notebooks'}: found no notebooks")
+        raise MixDPOError(f"{root / 'notebooks'}: found no notebooks of workflow/notebooks.yaml")
     for name in names:
-        resolve_parameters(name, profile)       # every error in the profile before anything starts
+        resolve_parameters(name, profile)  # every error in the profile before anything starts
     began = float(os.environ.get("MIXDPO_STARTED") or time.time())
     manifests = {name: root / "runs" / profile / name / "manifest.json" for name in names}
 
@@ -44,51 +48,86 @@ def reproduce(profile: str = "default", cores: int = 2, extra: Sequence[str] = (
         return {name: path.stat().st_mtime_ns for name, path in manifests.items() if path.exists()}
 
     before = times()
-    targets = [str(path.relative_to(root)) for path in manifests.values()]
-    command = [sys.executable, "-m", "snakemake", *targets, "-s", str(root / "workflow" / "Snakefile"),
-               "--directory", str(root), "--config", f"profile={profile}", "--cores", str(cores),
-               "--rerun-incomplete", "--nolock", "--quiet", "all", *extra]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "all" if everything else "main",
+        "-s",
+        str(root / "workflow" / "Snakefile"),
+        "--directory",
+        str(root),
+        "--config",
+        f"profile={profile}",
+        "--cores",
+        str(cores),
+        "--rerun-incomplete",
+        "--nolock",
+        "--quiet",
+        "all",
+        *extra,
+    ]
     with store.locked(root / "runs" / ".reproduce.lock", "make reproduce"):
         code = subprocess.run(command, cwd=root).returncode
     if code:
-        raise MixDPOError(f"profile {profile}: not finished (see the line above; what Snakemake says: mixdpo reproduce "
-                          f"--profile {profile} -- --quiet host); what is done is kept, start again to go on from it")
+        raise MixDPOError(
+            f"profile {profile}: not finished (see the line above; what Snakemake says: mixdpo "
+            f"reproduce --profile {profile} -- --quiet host); what is done is kept, start again to "
+            "go on from it"
+        )
     after = times()
     ran = [name for name in names if after.get(name) != before.get(name)]
     if not ran:
         store.note(f"profile {profile}: everything is up to date in {root / 'runs' / profile}")
         return
     path = root / "runs" / profile / ("timing_everything.json" if everything else "timing.json")
-    timing = {"minutes": round((time.time() - began) / 60, 2), "complete": ran == names,
-              "peak_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
-              "notebooks": {name: store.read_json(manifests[name])["seconds"] for name in ran}}
+    timing = {
+        "minutes": round((time.time() - began) / 60, 2),
+        "complete": ran == names,
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        "notebooks": {name: store.read_json(manifests[name])["seconds"] for name in ran},
+    }
     if timing["complete"] or not path.exists() or not store.read_json(path)["complete"]:
         store.write_json_atomic(path, timing)
-    store.note(f"profile {profile}: {len(ran)} notebooks in {timing['minutes']:.1f} minutes, results in {path.parent}")
+    store.note(
+        f"profile {profile}: {len(ran)} notebooks in {timing['minutes']:.1f} minutes, results in "
+        f"{path.parent}"
+    )
 
 
 def update_reference(profile: str, rewrite: Callable[[str, Mapping[str, Any]], str]) -> Path:
-    """Copy figures, tables, values and manifests of a finished profile to `figures/reference`, values merged.
+    """Copy figures, tables, values and manifests of a finished profile to `figures/reference`.
 
-    A notebook without a finished run keeps its earlier record, whose manifest names the library it was made with; so do
-    times that were not measured anew. Files over 1 MB stay out and are named in the copied manifest as `left_out`.
-    Minutes come from `timing.json` of the default and the smoke profile. README becomes `rewrite(README, values)`.
+    Values are merged. A notebook without a finished run keeps its earlier record, whose manifest
+    names the library it was made with; so do times that were not measured anew. Theory notebooks
+    are there once they have been run. Files over 1 MB stay out and are named in the copied manifest
+    as `left_out`; `seconds_by_profile` there has the times of the runs of all profiles. Minutes
+    come from `timing.json` of the default and the smoke profile. README becomes
+    `rewrite(README, values)`.
     """
     root = store.project_root()
     target = root / "figures" / "reference"
     fresh = target.with_name(f".reference.part-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     known = store.read_json(target / "values.json") if (target / "values.json").exists() else {}
-    values: dict[str, Any] = {name: value for name, value in known.items()
-                              if name.startswith(("minutes_", "peak_gb_"))}
-    for name in notebook_names():
+    values: dict[str, Any] = {
+        name: value for name, value in known.items() if name.startswith(("minutes_", "peak_gb_"))
+    }
+    for name in [*listed_notebooks(), *theory_names()]:
         source, copy = root / "runs" / profile / name, fresh / name
         again = (source / "manifest.json").exists()
         if again:
             manifest = verify_manifest(source)
             kept = ("tables", "figures", "values.json")
-            manifest["left_out"] = [n for n, e in manifest["outputs"].items()
-                                    if e["bytes"] > _LARGE or n.split("/")[0] not in kept]
+            manifest["left_out"] = [
+                n
+                for n, e in manifest["outputs"].items()
+                if e["bytes"] > _LARGE or n.split("/")[0] not in kept
+            ]
+            runs = {one: root / "runs" / one / name / "manifest.json" for one in profile_names()}
+            manifest["seconds_by_profile"] = durations(name) | {
+                one: store.read_json(path)["seconds"] for one, path in runs.items() if path.exists()
+            }
             for file in set(manifest["outputs"]) - set(manifest["left_out"]):
                 (copy / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source / file, copy / file)
@@ -96,28 +135,55 @@ def update_reference(profile: str, rewrite: Callable[[str, Mapping[str, Any]], s
         elif (target / name / "manifest.json").exists():
             verify_manifest(target / name)
             shutil.copytree(target / name, copy)
+        elif name in theory_names():
+            continue
         else:
-            raise MixDPOError(f"profile {profile}: no finished run of {name}; run `make reproduce-all "
-                              f"PROFILE={profile}` first")
+            raise MixDPOError(
+                f"profile {profile}: no finished run of {name}; run `make reproduce-all "
+                f"PROFILE={profile}` first"
+            )
         for key, value in load_values(profile if again else "reference", name).items():
             if key in values:
-                raise MixDPOError(f"{name}: value {key} is there twice: also in {values[key]['runs'][0]}; rename one")
+                raise MixDPOError(
+                    f"{name}: value {key} is there twice: also in {values[key]['runs'][0]}; rename "
+                    "one"
+                )
             values[key] = value
     for one in ("default", "smoke"):
         timing = root / "runs" / one / "timing.json"
         if timing.exists():
             found = store.read_json(timing)
             if not found["complete"]:
-                raise MixDPOError(f"{timing}: the run was not in one piece; remove runs/{one} and make it again")
-            values[f"minutes_{one}"] = {"value": found["minutes"], "unit": "min", "interval": None, "n": 1,
-                                        "seeds": None, "runs": [f"make reproduce PROFILE={one}"]}
-            values[f"peak_gb_{one}"] = {"value": round(found["peak_mb"] / 1024, 2), "unit": "GiB", "interval": None,
-                                        "n": 1, "seeds": None, "runs": [f"make reproduce PROFILE={one}"]}
+                raise MixDPOError(
+                    f"{timing}: the run was not in one piece; remove runs/{one} and make it again"
+                )
+            values[f"minutes_{one}"] = {
+                "value": found["minutes"],
+                "unit": "min",
+                "interval": None,
+                "n": 1,
+                "seeds": None,
+                "runs": [f"make reproduce PROFILE={one}"],
+            }
+            values[f"peak_gb_{one}"] = {
+                "value": round(found["peak_mb"] / 1024, 2),
+                "unit": "GiB",
+                "interval": None,
+                "n": 1,
+                "seeds": None,
+                "runs": [f"make reproduce PROFILE={one}"],
+            }
     everything = root / "runs" / "default" / "timing_everything.json"
     if everything.exists():
         found = store.read_json(everything)
-        values["minutes_further"] = {"value": found["minutes"], "unit": "min", "interval": None, "n": 1, "seeds": None,
-                                     "runs": [f"make reproduce-all, for {', '.join(found['notebooks'])}"]}
+        values["minutes_further"] = {
+            "value": found["minutes"],
+            "unit": "min",
+            "interval": None,
+            "n": 1,
+            "seeds": None,
+            "runs": [f"make reproduce-all, for {', '.join(found['notebooks'])}"],
+        }
     store.write_json_atomic(fresh / "values.json", values)
     replace_folder(fresh, target)
     readme = root / "README.md"
@@ -127,10 +193,18 @@ def update_reference(profile: str, rewrite: Callable[[str, Mapping[str, Any]], s
 
 
 def clean(everything: bool = False) -> list[Path]:
-    """Remove results and computed files (`runs/`, `data/cache`); with `everything` also what was downloaded."""
+    """Remove results and computed files; with `everything` also what was downloaded."""
     root = store.project_root()
-    gone = [path for path in (root / "runs", root / ".snakemake", store.cache_folder(),
-                              *([store.raw_folder()] if everything else [])) if path.exists()]
+    gone = [
+        path
+        for path in (
+            root / "runs",
+            root / ".snakemake",
+            store.cache_folder(),
+            *([store.raw_folder()] if everything else []),
+        )
+        if path.exists()
+    ]
     for path in gone:
         shutil.rmtree(path)
     return gone

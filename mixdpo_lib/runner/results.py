@@ -1,9 +1,10 @@
-"""Reading what finished runs have left."""
+"""What have finished runs left, is it whole, and how is it told?"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ import pandas as pd
 
 from .. import store
 from ..store import MixDPOError
-from .parameters import nearest
-from .record import verify_output
+from .notebooks import nearest
 
 
 def results_folder(where: str | Path, notebook: str) -> Path:
-    """Folder of one notebook's results: `where` is a profile, "reference", or a folder that holds such folders."""
+    """Folder of a notebook's results; `where`: a profile, "reference", or a folder of such."""
     root = store.project_root()
     if str(where) == "reference":
         return root / "figures" / "reference" / notebook
@@ -24,23 +24,33 @@ def results_folder(where: str | Path, notebook: str) -> Path:
 
 
 def load_table(where: str | Path, notebook: str, name: str) -> pd.DataFrame:
-    """A table of a finished run, checked against its manifest: `load_table("default", "04_mix_dpo", "accuracy")`."""
+    """A table of a finished run, checked against its manifest.
+
+    For example `load_table("default", "04_mix_dpo", "accuracy")`.
+    """
     folder, file = results_folder(where, notebook), f"tables/{name}.csv"
     outputs = _outputs(folder, where, notebook)
     if file not in outputs:
         known = [Path(n).stem for n in outputs if n.startswith("tables/")]
-        raise MixDPOError(f"{folder}: no table {name!r}; expected one of {', '.join(known)}" + nearest(name, known))
+        raise MixDPOError(
+            f"{folder}: no table {name!r}; expected one of {', '.join(known)}"
+            + nearest(name, known)
+        )
     verify_output(folder, file, outputs[file])
     return pd.read_csv(folder / file)
 
 
 def load_values(where: str | Path, notebook: str | None = None) -> dict[str, dict[str, Any]]:
-    """Quoted numbers of one finished run, or with `notebook=None` those of `figures/reference` together."""
+    """Quoted numbers of one finished run, or with `notebook=None` of the whole reference."""
     if notebook is None:
         path = results_folder(where, "values.json")
         return store.read_json(path) if path.exists() else {}
     folder = results_folder(where, notebook)
-    return store.read_json(folder / "values.json") if "values.json" in _outputs(folder, where, notebook) else {}
+    return (
+        store.read_json(folder / "values.json")
+        if "values.json" in _outputs(folder, where, notebook)
+        else {}
+    )
 
 
 def values_table(values: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -49,14 +59,122 @@ def values_table(values: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     for name, v in sorted(values.items()):
         low, high = v["interval"] or (None, None)
         count = len(v["seeds"]) if isinstance(v["seeds"], list) else v["seeds"]
-        rows.append({"name": name, "value": v["value"], "low": low, "high": high, "unit": v["unit"], "n": v["n"],
-                     "seeds": count})
+        rows.append(
+            {
+                "name": name,
+                "value": v["value"],
+                "low": low,
+                "high": high,
+                "unit": v["unit"],
+                "n": v["n"],
+                "seeds": count,
+            }
+        )
     return pd.DataFrame(rows, columns=["name", "value", "low", "high", "unit", "n", "seeds"])
 
 
 def _outputs(folder: Path, where: str | Path, notebook: str) -> dict[str, Any]:
     if not (folder / "manifest.json").exists():
-        raise MixDPOError(f"{folder}: no finished run of {notebook}; make it by `mixdpo run {notebook} --profile "
-                          f"{where}` or `make reproduce`")
+        raise MixDPOError(
+            f"{folder}: no finished run of {notebook}; make it by `mixdpo run {notebook} --profile "
+            f"{where}` or `make reproduce`"
+        )
     manifest = store.read_json(folder / "manifest.json")
-    return {n: entry for n, entry in manifest["outputs"].items() if n not in manifest.get("left_out", ())}
+    return {
+        n: entry
+        for n, entry in manifest["outputs"].items()
+        if n not in manifest.get("left_out", ())
+    }
+
+
+class Sentence(str):
+    """A text that a notebook shows as a paragraph."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class _Quoted:
+    value: float
+    interval: Sequence[float] | None
+
+    def __format__(self, spec: str) -> str:
+        ends = ", ".join(format(end, spec) for end in self.interval or ())
+        return format(self.value, spec) + (f" [{ends}]" if ends else "")
+
+
+def said(sentence: str, values: Mapping[str, Mapping[str, Any]]) -> Sentence:
+    """A sentence with its numbers: names of quoted values in braces, with a format.
+
+    An interval follows its number by itself.
+
+    >>> values = {"gain": {"value": 0.048, "interval": [0.031, 0.067]},
+    ...           "k": {"value": 3.0, "interval": None}}
+    >>> said("{k:.0f} experts gain {gain:+.3f}.", values)
+    '3 experts gain +0.048 [+0.031, +0.067].'
+
+    Raises
+    ------
+    KeyError : a name that `values` does not have.
+    """
+    return Sentence(
+        sentence.format_map(
+            {name: _Quoted(v["value"], v["interval"]) for name, v in values.items()}
+        )
+    )
+
+
+def durations(notebook: str) -> dict[str, float]:
+    """Seconds that a notebook took for the reference results, by profile (none: not there)."""
+    path = results_folder("reference", notebook) / "manifest.json"
+    if not path.exists():
+        return {}
+    manifest = store.read_json(path)
+    return manifest.get("seconds_by_profile") or {
+        manifest.get("profile", "default"): manifest["seconds"]
+    }
+
+
+def head(notebook: str, found: str = "") -> Sentence:
+    """How long a notebook takes in which profile, and what was found.
+
+    `found` : a sentence, see `said`, that gets the numbers of the reference results.
+    """
+    times = ", ".join(
+        f"{seconds / 60:.0f} min ({profile})" if seconds > 90 else f"{seconds:.0f} s ({profile})"
+        for profile, seconds in durations(notebook).items()
+    )
+    needs = "where other notebooks have made what it needs"
+    takes = f"{times}, {needs}" if times else "not measured yet"
+    if not found:
+        return Sentence(f"**Takes** {takes}.")
+    try:
+        told = f"**Found** (reference results): {said(found, load_values('reference'))}"
+    except KeyError as name:
+        told = f"**Found**: {name} is not among the reference results yet."
+    return Sentence(f"**Takes** {takes}.\n\n{told}")
+
+
+def verify_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a run, after the sha256 of every output was computed again and compared."""
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise MixDPOError(
+            f"{folder}: no manifest.json: the notebook did not reach its last cell, `run.finish()`"
+        )
+    manifest = store.read_json(path)
+    for name, expected in manifest["outputs"].items():
+        if name not in manifest.get("left_out", ()):
+            verify_output(folder, name, expected)
+    return manifest
+
+
+def verify_output(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    found = store.sha256_of(folder / name) if (folder / name).exists() else "no such file"
+    if found != expected["sha256"]:
+        raise MixDPOError(
+            f"{folder}: {name}: found {found[:16]}, expected sha256 {expected['sha256'][:16]} "
+            "(manifest.json); the file was changed after the run: run the notebook again"
+        )

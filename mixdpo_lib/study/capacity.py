@@ -85,7 +85,7 @@ class SizeStudy:
         n_training_prompts: int,
         n_validation_prompts: int,
         n_test_prompts: int,
-        adapter_learning_rate: float = 1e-3,
+        adapter_learning_rate: float = 5e-3,
         device: str = "cpu",
         dtype: str = "float32",
         **fit: Any,

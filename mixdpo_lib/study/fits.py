@@ -47,27 +47,28 @@ def choose(default: ConfigT, values: Mapping[str, Any]) -> ConfigT:
     ------
     ValueError : a name that is no choice; the possible ones are listed.
     """
-    own = {f.name: getattr(default, f.name) for f in fields(default)}  # type: ignore[arg-type]
-    parts = {name: part for name, part in own.items() if dataclasses.is_dataclass(part)}
-    homes = {
-        f.name: name for name, part in parts.items() for f in fields(part) if f.name not in _NOT_FLAT  # type: ignore[arg-type]
-    }
-    homes |= dict.fromkeys(FIT_NAMES, "fit")
-    chosen: dict[str, dict[str, Any]] = {name: {} for name in parts}
-    whole: dict[str, Any] = {}
+    places, whole = homes(default), {}
+    chosen: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        if name in own and name not in parts:
-            whole[name] = value
-        elif name in homes:
-            chosen[homes[name]][FIT_NAMES.get(name, name)] = value
+        if name not in places:
+            possible = ", ".join(sorted(places))
+            raise ValueError(f"{name}={value!r} is no choice of the study; possible are {possible}")
+        if part := places[name]:
+            chosen.setdefault(part, {})[FIT_NAMES.get(name, name)] = value
         else:
-            possible = sorted({*homes, *(set(own) - set(parts))})
-            raise ValueError(f"{name}={value!r} is no choice of the study; possible are {', '.join(possible)}")
+            whole[name] = value
     for name, inner in chosen.items():
-        if inner:
-            part: Any = parts[name]
-            whole[name] = part.change(**inner) if isinstance(part, FitConfig) else replace(part, **inner)
+        old: Any = getattr(default, name)
+        whole[name] = old.change(**inner) if isinstance(old, FitConfig) else replace(old, **inner)
     return replace(default, **whole)  # type: ignore[type-var]
+
+
+def homes(default: Any) -> dict[str, str]:
+    """The part of a study's configuration in which each flat name stands; "" for its own fields."""
+    own = {f.name: getattr(default, f.name) for f in fields(default)}
+    parts = {name: part for name, part in own.items() if dataclasses.is_dataclass(part)}
+    found = {f.name: name for name, part in parts.items() for f in fields(part) if f.name not in _NOT_FLAT}
+    return found | dict.fromkeys(FIT_NAMES, "fit") | dict.fromkeys(set(own) - set(parts), "")
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,27 @@ class Study(ABC):
     group_column: ClassVar[str]
     groups: Sequence[str]
     designs: Sequence[str]
-    config: Any
+    default: ClassVar[Any]  # the study's configuration as it is where nothing else is said
 
-    def __init__(self) -> None:
+    def __init__(self, config: Any) -> None:
+        self.config = config
         self._pairs: dict[str, dict[str, Pairs]] = {}
         self._fitted: dict[tuple[str, str, int], Fitted] = {}
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any], **choices: Any) -> Study:
+        """The study of a notebook: its own parameters, what it shares (`common`), and `choices`.
+
+        Parameters of the notebook's own that are no choice of the study are for its display and are left out. Nothing
+        else is: a name in `common` or `choices` that is no choice is an error.
+        """
+        own = {name: value for name, value in cls.own_parameters(parameters).items() if name in homes(cls.default)}
+        return cls(choose(cls.default, {**own, **parameters.get("common", {}), **choices}))
+
+    @classmethod
+    def own_parameters(cls, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A notebook's own parameters by the names of the study's choices; the same, by default."""
+        return parameters
 
     @cached_property
     def base(self) -> Base:

@@ -7,7 +7,7 @@ has computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -82,7 +82,7 @@ def study_methods(n_experts: int, rank: int, n_groups: int = len(REWARDS)) -> di
 class ReviewUsersConfig:
     """Every choice of the study. Profiles set these through the notebooks' parameters."""
 
-    designs: tuple[str, ...] = ("default", "clean")
+    designs: Sequence[str] = ("default", "clean")
     base: str = "smollm2-135m"
     reviews: str = "imdb-packaged"
     rewards: tuple[str, ...] = REWARDS  # of which each group of users follows one
@@ -95,6 +95,9 @@ class ReviewUsersConfig:
     beta: float = 0.1
     fit: FitConfig = STUDY_FIT
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "designs", tuple(self.designs))  # notebooks and profiles have lists
+
 
 def review_users_config(designs: Sequence[str] = ("default", "clean"), **values: Any) -> ReviewUsersConfig:
     """A `ReviewUsersConfig` from flat values, each named as the field it sets (`n_prompts`, `flip_rate`, `passes`, ...).
@@ -102,7 +105,7 @@ def review_users_config(designs: Sequence[str] = ("default", "clean"), **values:
     >>> review_users_config(["clean"], pairs_per_user=20, learning_rate=0.01).fit.learning_rate
     0.01
     """
-    return choose(ReviewUsersConfig(designs=tuple(designs)), values)
+    return choose(ReviewUsersConfig(), {"designs": designs, **values})
 
 
 class ReviewUsers(Study):
@@ -110,12 +113,20 @@ class ReviewUsers(Study):
 
     unit, group_column = "user", "group"
 
+    default = ReviewUsersConfig()
+    config: ReviewUsersConfig
+
     def __init__(self, config: ReviewUsersConfig | None = None) -> None:
-        super().__init__()
-        self.config: ReviewUsersConfig = config or ReviewUsersConfig()
+        super().__init__(config or self.default)
         self.designs, self.groups = self.config.designs, self.config.rewards
         for name in self.designs:
             self.design(name)
+
+    @classmethod
+    def own_parameters(cls, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A notebook that knows one design calls it `design`."""
+        one = {"designs": (parameters["design"],)} if "design" in parameters else {}
+        return {**parameters, **one}
 
     @property
     def methods(self) -> dict[str, Method]:

@@ -45,8 +45,7 @@ def two_domains_config(**values: Any) -> TwoDomainsConfig:
     >>> two_domains_config(n_titles=20, passes=1.0).fit.passes
     1.0
     """
-    first = {name: values[name] for name in ("prompts", "book_reviews") if name in values}  # these are checked together
-    return choose(TwoDomainsConfig(**first), values)
+    return choose(TwoDomainsConfig(), values)
 
 
 def domain_preferences(
@@ -95,9 +94,11 @@ class TwoDomains(Study):
 
     unit, group_column, groups, designs = None, "domain", DOMAINS, ("",)
 
+    default = TwoDomainsConfig()
+    config: TwoDomainsConfig
+
     def __init__(self, config: TwoDomainsConfig | None = None) -> None:
-        super().__init__()
-        self.config: TwoDomainsConfig = config or TwoDomainsConfig()
+        super().__init__(config or self.default)
 
     @cached_property
     def asked(self) -> DomainPrompts:

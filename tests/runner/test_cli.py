@@ -1,5 +1,7 @@
 """The command line: every error is one line, with a status that is not zero."""
 
+import importlib.metadata
+
 import pytest
 
 from mixdpo_lib import cli
@@ -21,6 +23,11 @@ def test_help_and_nothing(capsys):
     assert call() == 0
     assert capsys.readouterr().out == shown
     assert call("run", "--help") == 0 and "--parameter" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"mixdpo {importlib.metadata.version('mixdpo')}\n"
 
 
 @pytest.mark.parametrize("arguments, expected", [

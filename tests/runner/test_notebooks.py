@@ -12,9 +12,8 @@ import pandas as pd
 import pytest
 
 from mixdpo_lib import store
-from mixdpo_lib.runner import execute, results
+from mixdpo_lib.runner import execute, notebooks, results
 from mixdpo_lib.runner import parameters as parameters_file
-from mixdpo_lib.runner import record as record_file
 
 ROOT = store.project_root()
 SEEDS, DESIGNS, GROUPS = {"0"}, {"default", "clean"}, {"sentiment", "informativeness", "grammar"}
@@ -33,8 +32,8 @@ def smoke():
 
 
 def test_every_notebook_ran_and_its_record_holds(smoke):
-    for name in parameters_file.notebook_names():
-        manifest = record_file.verify_manifest(smoke / name)
+    for name in notebooks.notebook_names():
+        manifest = results.verify_manifest(smoke / name)
         assert manifest["notebook"] == name and manifest["parameters"] == parameters_file.resolve_parameters(name, "smoke")
         text = (smoke / name / "notebook.ipynb").read_text()
         assert '"output_type": "error"' not in text
@@ -48,7 +47,7 @@ def test_judges_are_reported(smoke):
 
 def test_preferences_follow_the_design(smoke):
     counts = results.load_table("smoke", "02_preferences", "counts").set_index(["design", "part"])
-    parameters = parameters_file.resolve_parameters("02_preferences", "smoke")
+    parameters = parameters_file.resolve_parameters("02_preferences", "smoke")["common"]
     for design in DESIGNS:
         assert counts.loc[(design, "train"), "pairs"] == parameters["n_users"] * parameters["pairs_per_user"]
         assert counts.loc[(design, "context"), "users"] == parameters["n_new_users"]
@@ -83,7 +82,7 @@ def test_training_lifts_the_bound_and_stops_for_a_reason(smoke):
         assert math.isclose(part["elbo"].iloc[0], -math.log(2), abs_tol=1e-5)
         assert part["elbo"].iloc[-1] > part["elbo"].iloc[0]
         assert part["bound_gap"].abs().max() < 1e-5
-    reasons = set(record_file.verify_manifest(smoke / "04_mix_dpo")["stop_reasons"].values())
+    reasons = set(results.verify_manifest(smoke / "04_mix_dpo")["stop_reasons"].values())
     assert reasons <= {"max_iter", "no_improvement"}
 
 
@@ -178,10 +177,10 @@ def test_figures_have_a_sidecar_and_are_pictures(smoke):
 
 
 def test_a_second_run_does_nothing(smoke):
-    before = {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in parameters_file.notebook_names()}
+    before = {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in notebooks.notebook_names()}
     again = [sys.executable, "-m", "mixdpo_lib.cli", "reproduce", "--profile", "smoke", "--all"]
     subprocess.run(again, cwd=ROOT, check=True)
-    assert before == {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in parameters_file.notebook_names()}
+    assert before == {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in notebooks.notebook_names()}
 
 
 def test_plain_papermill_runs_a_notebook_with_four_experts(smoke, tmp_path):
@@ -196,7 +195,7 @@ def test_plain_papermill_runs_a_notebook_with_four_experts(smoke, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     table = pd.read_csv(tmp_path / "run" / "tables" / "responsibilities.csv")
     assert set(table[table["method"] == "mix_dpo"]["expert"]) == {0, 1, 2, 3}
-    assert record_file.verify_manifest(tmp_path / "run")["parameters"]["n_experts"] == 4
+    assert results.verify_manifest(tmp_path / "run")["parameters"]["n_experts"] == 4
 
 
 # ---------------------------------------------------------------------------------------------------- theory notebooks
@@ -209,7 +208,7 @@ SMALL = {
 
 
 def test_the_list_of_theory_notebooks_is_whole():
-    assert set(parameters_file.theory_names()) == set(SMALL)
+    assert set(notebooks.theory_names()) == set(SMALL)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from conftest import PARAMETERS
 
 from mixdpo_lib import store
 from mixdpo_lib.runner import execute, record, reproduce, results
@@ -195,7 +196,7 @@ def test_manifest_records_and_verifies(run):
     run.value("gain", 0.25, "nats", [0.2, 0.3], n=4, seeds=[0])
     store.cached("stage", 1, {}, lambda folder: (folder / "a").write_text("a"))
     run.finish({"seed 0": "tolerance"})
-    manifest = record.verify_manifest(run.folder)
+    manifest = results.verify_manifest(run.folder)
     assert set(manifest["outputs"]) == {"tables/accuracy.csv", "values.json"}
     assert manifest["parameters"] == run.parameters and manifest["seeds"] == {"seeds": [0]}
     assert manifest["stop_reasons"] == {"seed 0": "tolerance"}
@@ -205,10 +206,33 @@ def test_manifest_records_and_verifies(run):
         "value": 0.25, "unit": "nats", "interval": [0.2, 0.3], "n": 4, "seeds": [0], "runs": [run.id]}
     (run.folder / "tables/accuracy.csv").write_text("group,accuracy\na,0.9\n")
     with pytest.raises(MixDPOError, match="tables/accuracy.csv: found .* expected sha256"):
-        record.verify_manifest(run.folder)
+        results.verify_manifest(run.folder)
     (run.folder / "tables/accuracy.csv").unlink()
     with pytest.raises(MixDPOError, match="no such file"):
-        record.verify_manifest(run.folder)
+        results.verify_manifest(run.folder)
+
+
+def test_manifest_names_command_device_and_commit(run, project, monkeypatch):
+    monkeypatch.setenv("MIXDPO_COMMAND", "mixdpo run 04_mix")
+
+    def manifest():
+        return store.read_json(run.finish())
+
+    first = manifest()
+    assert first["command"] == "mixdpo run 04_mix" and first["machine"]["device"] == "cpu"
+    assert first["git"] == {"commit": None, "dirty": None}                       # no checkout
+    git = ["git", "-C", str(project), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "notebooks"], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *arguments], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert manifest()["git"] == {"commit": head, "dirty": False}                 # new files do not count
+    (project / "notebooks/04_mix.ipynb").write_text((project / "notebooks/04_mix.ipynb").read_text() + "\n")
+    assert manifest()["git"] == {"commit": head, "dirty": True}
+    monkeypatch.setenv("PATH", str(project))
+    assert manifest()["git"] == {"commit": None, "dirty": None}                  # no git
+    monkeypatch.undo()
+    monkeypatch.setenv("MIXDPO_ROOT", str(project / "data"))                     # the checkout of something around it
+    assert record._git() == {"commit": None, "dirty": None}
 
 
 @pytest.mark.parametrize("value, interval", [(float("nan"), None), (1.0, [0.0, float("inf")]), (1.0, [0.0])])
@@ -222,7 +246,7 @@ def test_a_run_is_recorded_shown_and_replaced_in_one_step(write_notebook, projec
     write_notebook("04_mix", WORK)
     folder = execute.run_notebook("04_mix")
     assert folder == project / "runs" / "default" / "04_mix"
-    manifest = record.verify_manifest(folder)
+    manifest = results.verify_manifest(folder)
     assert manifest["parameters"] == {"n_experts": 3, "seeds": [0, 1], "rate": 0.1, "latent": "unit"}
     shown = capsys.readouterr().err
     assert "[mixdpo] work 1/3 as usual" in shown and "[mixdpo] work 3/3 as usual" in shown and "finished in" in shown
@@ -237,7 +261,7 @@ def test_a_run_is_recorded_shown_and_replaced_in_one_step(write_notebook, projec
     other = execute.run_notebook("04_mix", {"n_experts": 2})           # other parameters never replace a profile's run
     assert other.parent == project / "runs" / "custom"
     assert len(results.load_table(str(other.parent), other.name, "experts")) == 2
-    assert record.verify_manifest(folder) == manifest
+    assert results.verify_manifest(folder) == manifest
 
     for cell, cause in [("raise ValueError('not\\nthis')", r"cell \[4\] failed: ValueError: not;"),
                         ("import os; os._exit(9)", "the kernel died"),
@@ -246,13 +270,15 @@ def test_a_run_is_recorded_shown_and_replaced_in_one_step(write_notebook, projec
         write_notebook("04_mix", cell)
         with pytest.raises(execute.RunFailed, match=cause) as caught:
             execute.run_notebook("04_mix", cell_timeout=2 if "sleep" in cell else None)
+        if "sleep" in cell:
+            assert "[mixdpo] 04_mix: cell 4 of 5\n" in capsys.readouterr().err
         evidence = str(caught.value).split("evidence in ")[1].split(";")[0]
         assert os.path.exists(evidence + "/notebook.ipynb") and os.path.exists(evidence + "/error.txt")
-        assert record.verify_manifest(folder) == manifest             # the earlier run is as it was
+        assert results.verify_manifest(folder) == manifest             # the earlier run is as it was
     write_notebook("04_mix", WORK, finish=False)
     with pytest.raises(execute.RunFailed, match="did not reach its last cell"):
         execute.run_notebook("04_mix")
-    assert record.verify_manifest(folder) == manifest
+    assert results.verify_manifest(folder) == manifest
     assert not [path for path in folder.parent.iterdir() if ".part-" in path.name or ".old-" in path.name]
 
 
@@ -295,22 +321,35 @@ def test_an_output_folder_with_other_things_is_refused(write_notebook, project, 
 
 # ------------------------------------------------------------------------------------------------- whole workflow
 def test_reproduce_and_reference(write_notebook, project, capfd):
-    shutil.copy(Path(__file__).parents[2] / "workflow" / "Snakefile", project / "workflow" / "Snakefile")
+    for name in ("Snakefile", "notebooks.yaml"):
+        shutil.copy(Path(__file__).parents[2] / "workflow" / name, project / "workflow" / name)
     write_notebook("01_reviews_and_rewards", WORK)
     write_notebook("07_ablation_temperature", "")
-    write_notebook("02_preferences", "assert results.load_table('default', '01_reviews_and_rewards', 'experts').size")
+    shutil.copy(Path(__file__).parents[2] / "notebooks/profiles/common.yaml", project / "notebooks/profiles/common.yaml")
+    write_notebook("02_preferences", "assert results.load_table('default', '01_reviews_and_rewards', 'experts').size",
+                   parameters=PARAMETERS + "common: dict = {}  # shared\n")
     reproduce.reproduce("default")
     timing = store.read_json(project / "runs/default/timing.json")
     assert timing["complete"] and list(timing["notebooks"]) == ["01_reviews_and_rewards", "02_preferences"]
 
-    (project / "notebooks/profiles/default.yaml").write_text("05_moe_dpo: {k: 1}\n")     # of another notebook
+    (project / "notebooks/profiles/default.yaml").write_text(     # of another notebook, and nothing that 02 shares
+        "common: {passes: 1.0}\n05_moe_dpo: {k: 1}\n")
     began = time.monotonic()
     reproduce.reproduce("default")
     assert time.monotonic() - began < 15 and "everything is up to date" in capfd.readouterr().err
     assert store.read_json(project / "runs/default/timing.json") == timing
+    (project / "notebooks/profiles/default.yaml").write_text("common: {n_users: 5}\n")
+    reproduce.reproduce("default")
+    shown = capfd.readouterr().err
+    assert "02_preferences: started" in shown and "01_reviews_and_rewards: started" not in shown
+    assert results.verify_manifest(project / "runs/default/02_preferences")["parameters"]["common"]["n_users"] == 5
+    assert store.read_json(project / "runs/default/timing.json") == timing       # that of the whole study
 
     with pytest.raises(MixDPOError, match="no finished run of 07_ablation_temperature; run `make reproduce-all"):
         reproduce.update_reference("default", with_results)
+    (project / "notebooks/profiles/smoke.yaml").write_text("{}\n")
+    execute.run_notebook("01_reviews_and_rewards", profile="smoke")
+    capfd.readouterr()
     reproduce.reproduce("default", everything=True)
     assert list(store.read_json(project / "runs/default/timing_everything.json")["notebooks"]) == [
         "07_ablation_temperature"]
@@ -319,9 +358,11 @@ def test_reproduce_and_reference(write_notebook, project, capfd):
     values = store.read_json(target / "values.json")
     assert "07_ablation_temperature" in values["minutes_further"]["runs"][0]
     assert values["gain"]["unit"] == "nats" and values["minutes_default"]["value"] == timing["minutes"]
-    assert record.verify_manifest(target / "01_reviews_and_rewards")["notebook"] == "01_reviews_and_rewards"
+    assert results.verify_manifest(target / "01_reviews_and_rewards")["notebook"] == "01_reviews_and_rewards"
     assert len(results.load_table("reference", "01_reviews_and_rewards", "experts")) == 3
     assert results.load_values("reference")["gain"]["value"] == 0.25
+    assert set(results.durations("01_reviews_and_rewards")) == {"default", "smoke"}
+    assert set(results.durations("02_preferences")) == {"default"}
 
     earlier = (target / "07_ablation_temperature/manifest.json").read_bytes()
     shutil.rmtree(project / "runs/default/07_ablation_temperature")

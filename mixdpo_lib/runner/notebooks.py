@@ -1,0 +1,109 @@
+"""Which notebooks are there, whose results does each need, and what does it share with others?"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import store
+from ..store import MixDPOError
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A line of workflow/notebooks.yaml: a notebook's study, what it needs and what it shares."""
+
+    study: str
+    needs: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
+
+
+def notebook_path(name: str) -> Path:
+    """Path of `notebooks/<name>.ipynb`; accepts the bare name, the file name or the path.
+
+    Raises
+    ------
+    MixDPOError : no such notebook; the message lists those that there are.
+    """
+    folder = store.project_root() / "notebooks"
+    short = name.removeprefix("notebooks/").removesuffix(".ipynb")
+    path = folder / f"{short}.ipynb"
+    if not path.exists():
+        path = folder / "theory" / f"{short.removeprefix('theory/')}.ipynb"
+    if not path.exists():
+        known = notebook_names() + theory_names()
+        raise MixDPOError(
+            f"notebook {name!r}: not found in {folder}; expected one of "
+            + (", ".join(known) or "none yet")
+            + nearest(short, known)
+        )
+    return path
+
+
+def notebook_names() -> list[str]:
+    """Names of the notebooks that exist, in order."""
+    return sorted(path.stem for path in (store.project_root() / "notebooks").glob("*.ipynb"))
+
+
+def theory_names() -> list[str]:
+    """Names of the theory notebooks: they need no reviews and no model, and nothing needs them."""
+    folder = store.project_root() / "notebooks" / "theory"
+    return sorted(path.stem for path in folder.glob("*.ipynb"))
+
+
+def listed_notebooks() -> dict[str, Listed]:
+    """The notebooks of `workflow/notebooks.yaml` that exist, in order of their names."""
+    path = store.project_root() / "workflow" / "notebooks.yaml"
+    found: dict[str, Listed] = {}
+    for study, lines in read_groups(path).items():
+        for name, line in lines.items():
+            if not isinstance(line, dict) or set(line) - {"needs", "shares"} or name in found:
+                raise MixDPOError(
+                    f"{path}: {name}: found {line!r}, expected a notebook once, with "
+                    "{needs: [...], shares: [...]} or a part of it"
+                )
+            found[name] = Listed(study, tuple(line.get("needs", ())), tuple(line.get("shares", ())))
+    return {name: found[name] for name in notebook_names() if name in found}
+
+
+def notebook_hash(name: str) -> str:
+    """sha256 over the cells' source of a notebook, 64 hex digits."""
+    cells = store.read_json(notebook_path(name)).get("cells", [])
+    text = store.canonical_json([[cell["cell_type"], "".join(cell["source"])] for cell in cells])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean ...?`, or nothing when no name is near."""
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of names and what is said of them; anything else is one clear MixDPOError."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise MixDPOError(
+            f"{path}: found no mapping of names ({' '.join(str(error).split())})"
+        ) from None
+
+
+def read_groups(path: Path) -> dict[str, dict[str, Any]]:
+    """A file of named groups of names; a group may be empty."""
+    groups = {name: lines or {} for name, lines in read_yaml(path).items()}
+    for name, lines in groups.items():
+        if not isinstance(lines, dict):
+            raise MixDPOError(
+                f"{path}: {name}: found {lines!r}, expected names and what is said of them"
+            )
+    return groups
