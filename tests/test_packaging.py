@@ -1,0 +1,132 @@
+"""Is everything declared that is used? Dependencies by wing, pins, and the imports of notebooks and benchmarks."""
+
+import ast
+import importlib.metadata
+import json
+import re
+import runpy
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+WINGS = sorted(path for path in (ROOT / "mixdpo_lib").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists())
+NEEDS = {"study": ["study"], "runner": ["runner"], "cli": ["study", "runner"], "explorer": ["lab"]}  # others: the core alone
+
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(lines):
+    found = [line.strip().lstrip("- ").split("==") for line in lines if re.match(r"[\s-]*[A-Za-z0-9_.-]+==", line)]
+    return {plain(name): version for name, version in found}
+
+
+CONSTRAINTS = pins((ROOT / "constraints.txt").read_text().splitlines())
+EVERYTHING = [extra for extra in EXTRAS if extra != "all"]
+DIRECT = [*PROJECT["dependencies"], *(name for extra in EVERYTHING for name in EXTRAS[extra])]
+
+
+def packages(*extras):
+    """What is installed by `pip install mixdpo[...]` and may be imported."""
+    return {plain(name) for name in [*PROJECT["dependencies"], *(one for extra in extras for one in EXTRAS[extra])]}
+
+
+# --------------------------------------------------------------------------------------------------- what is declared
+def test_every_direct_dependency_is_pinned_once_and_has_a_reason():
+    assert all(plain(name) in CONSTRAINTS for name in [*DIRECT, "setuptools"])
+    assert len(set(DIRECT)) == len(DIRECT), "a dependency belongs to one place"
+    text = (ROOT / "pyproject.toml").read_text()
+    block = text.split("[project.optional-dependencies]")[0].split("dependencies = [")[1].split("]\n")[0]
+    block += text.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    lines = [line for line in block.splitlines() if line.strip().startswith('"')]
+    assert len(lines) == len(DIRECT) + 1 and all(re.fullmatch(r' +"[^"]+", +# .+', line) for line in lines)
+
+
+def test_all_is_every_extra():
+    (everything,) = EXTRAS["all"]
+    assert everything == f"mixdpo[{','.join(EVERYTHING)}]"
+    assert set(EVERYTHING) == {"study", "runner", "lab", "test"}
+
+
+def test_conda_has_the_same_pins():
+    content = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (inside,) = [entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict)]
+    conda = pins(inside)
+    assert set(conda) == {*map(plain, DIRECT), "setuptools"}
+    assert {name: CONSTRAINTS[name] for name in conda} == conda
+    assert "python=3.11" in content["dependencies"] and ">=3.11,<3.12" in PROJECT["requires-python"]
+
+
+# ------------------------------------------------------------------------------------------------- what is imported
+def foreign(source):
+    """Third-party packages that a source imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    own = {"mixdpo_lib", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    return found - sys.stdlib_module_names - own
+
+
+def code(notebook):
+    """The code cells of a notebook as one source, without IPython's own lines."""
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    lines = [line for cell in cells for line in "".join(cell["source"]).splitlines()]
+    return "\n".join(line for line in lines if not line.startswith(("%", "!")))
+
+
+def files(place):
+    return [place] if place.suffix == ".py" else sorted(place.rglob("*.py"))
+
+
+PLACES = {
+    **{wing.stem: ("\n".join(file.read_text() for file in files(wing)).replace("from __future__ import annotations", ""),
+                   NEEDS.get(wing.stem, [])) for wing in WINGS},
+    **{f"benchmarks/{file.stem}": (file.read_text(), []) for file in BENCHMARKS},
+    **{f"notebooks/{file.stem}": (code(file), ["study", "runner", "lab"]) for file in NOTEBOOKS},
+    **{f"tests/{file.relative_to(ROOT / 'tests')}": (file.read_text(), EVERYTHING) for file in files(ROOT / "tests")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_a_wing_imports_is_among_its_own_dependencies(place):
+    source, extras = PLACES[place]
+    given = importlib.metadata.packages_distributions()
+    missing = {name for name in foreign(source) if not packages(*extras) & {plain(one) for one in given.get(name, [])}}
+    assert not missing, f"{place} imports {missing}: add them to pyproject.toml ({', '.join(extras) or 'dependencies'})"
+
+
+def absent_names(source, names):
+    """Names that a source takes out of a module (figures.curves, mx.fit) and that are not there."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    taken = {(node.value.id, node.attr) for node in nodes if isinstance(node.value, ast.Name)}
+    modules = {owner: names[owner] for owner, _ in taken if isinstance(names.get(owner), ModuleType)}
+    return sorted(f"{owner}.{name}" for owner, name in taken if owner in modules and not hasattr(modules[owner], name))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_name_that_a_notebook_imports_exists(path):
+    names = {}
+    for node in ast.walk(ast.parse(code(path))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            exec(compile(ast.Module([node], []), str(path), "exec"), names)
+    assert absent_names(code(path), names) == []
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_can_be_started(path):
+    names = runpy.run_path(str(path))  # not as __main__: nothing is measured
+    assert names["__doc__"] and callable(names["main"])
+    assert absent_names(path.read_text(), names) == []
