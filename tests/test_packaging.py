@@ -1,10 +1,13 @@
-"""Is everything declared that is used? Dependencies by wing, pins, and the imports of notebooks and benchmarks."""
+"""Is everything declared that is used, and does it point one way? Dependencies by wing, pins, contracts of imports."""
 
 import ast
 import importlib.metadata
 import json
+import os
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -130,3 +133,29 @@ def test_a_benchmark_can_be_started(path):
     names = runpy.run_path(str(path))  # not as __main__: nothing is measured
     assert names["__doc__"] and callable(names["main"])
     assert absent_names(path.read_text(), names) == []
+
+
+# ----------------------------------------------------------------------------------------------- direction of imports
+def lint_imports(folder):
+    command = "from importlinter.cli import lint_imports_command as main; main()"
+    return subprocess.run([sys.executable, "-c", command, "--no-logo", "--no-cache"], cwd=folder, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(folder)})  # fmt: skip
+
+
+def test_imports_point_one_way():
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+def test_an_import_upwards_and_a_room_without_a_place_are_noticed(tmp_path):
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "mixdpo_lib", tmp_path / "mixdpo_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    assert lint_imports(tmp_path).returncode == 0
+    with (tmp_path / "mixdpo_lib" / "data" / "pairs.py").open("a") as file:
+        file.write("\nfrom ..policy import mixture\n")
+    (tmp_path / "mixdpo_lib" / "attic.py").touch()
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1
+    said = " ".join(done.stdout.split())
+    assert "mixdpo_lib.data is not allowed to import mixdpo_lib.policy" in said and "mixdpo_lib.attic" in said
