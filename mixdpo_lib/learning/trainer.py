@@ -450,8 +450,10 @@ class Watch(TrainerCallback):
         config = self.trainer.config
         per_pass = self.trainer.steps_per_pass
         every = max(1, int(per_pass / config.evaluations_per_pass + 1e-9))
-        progress(f"fit K={self.trainer.policy.n_experts} {config.latent}", state.global_step, state.max_steps, "steps")
+        stage = f"fit K={self.trainer.policy.n_experts} {config.latent}"
+        progress(stage, state.global_step, state.max_steps, f"bound {state.log_history[-1]['elbo']:.4f}")
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self.look(state)
             if self.stop_reason:
+                progress(stage, state.global_step, state.global_step, self.stop_reason)
                 control.should_training_stop = True
