@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -159,3 +160,106 @@ def test_an_import_upwards_and_a_room_without_a_place_are_noticed(tmp_path):
     assert done.returncode == 1
     said = " ".join(done.stdout.split())
     assert "mixdpo_lib.data is not allowed to import mixdpo_lib.policy" in said and "mixdpo_lib.attic" in said
+
+
+# --------------------------------------------------------------------------------------------------- outside a checkout
+USE = """
+import sys
+
+for name in sys.argv[1:]:
+    sys.modules[name] = None  # as if it were not installed
+
+import mixdpo_lib as mx
+from mixdpo_lib import store
+from mixdpo_lib.base.packaged import packaged
+from tiny import preference_rows
+
+print(mx.__file__)
+print(store.cache_folder())
+assert "smollm2-135m" in packaged("base")
+preference_rows(24).to_json("my pairs.jsonl")
+pairs = mx.load_preferences("my pairs.jsonl", columns=["user"])["train"]
+base = mx.load_base("my model")
+policy = mx.MixturePolicy(mx.HeadExperts(base, n_experts=2, rank=4), mx.LearnedWeights(2), beta=0.1)
+mx.fit(policy, pairs, mx.FitConfig(latent="unit", unit="user", passes=1.0, batch_size=8))
+policy.save_pretrained("my mixture")
+again = mx.MixturePolicy.from_pretrained("my mixture", base)
+assert again.loglik(pairs).equal(policy.loglik(pairs))
+try:
+    store.project_root()
+except store.MixDPOError as error:
+    print(error)
+sys.modules["yaml"] = None  # which transformers brings
+try:
+    mx.start_run
+except ModuleNotFoundError as error:
+    print(error)
+import mixdpo_lib.cli
+"""
+
+
+def awkward(name):
+    """A name of a folder that a person may choose and a shell or a make file stumbles over."""
+    return f"it's a \"{name}\" ü$"
+
+
+def test_a_wheel_works_outside_a_checkout(tmp_path, tiny_folder):
+    source, site, work, home = (tmp_path / awkward(name) for name in ("source", "site", "work", "home"))
+    shutil.copytree(ROOT / "mixdpo_lib", source / "mixdpo_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(tiny_folder, work / "my model")
+    shutil.copy(ROOT / "tests" / "tiny.py", site.parent)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("mixdpo-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-compile", "--target", site, wheel], check=True)
+    shutil.rmtree(source)
+
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MIXDPO")}
+    env |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": f"{site}{os.pathsep}{tmp_path}"}
+    extras = packages(*EVERYTHING) - packages() - {"pyyaml", "tokenizers"}  # these two come with transformers
+    absent = [name for name, given in importlib.metadata.packages_distributions().items() if extras & set(map(plain, given))]
+    done = subprocess.run([sys.executable, "-c", USE, *absent], cwd=work, env=env, capture_output=True, text=True)
+    file, cache, refused, needs = done.stdout.splitlines() or [done.stderr] * 4
+    assert needs == "start_run needs yaml: pip install 'mixdpo[runner]'", done.stderr
+    assert done.stderr.splitlines()[-1].startswith("mixdpo: error: the command line needs") and done.returncode == 1
+    assert Path(file).is_relative_to(site) and Path(cache).is_relative_to(home)
+    assert refused.startswith(f"{work}: found no checkout of mixdpo")
+    assert "[mixdpo] fit K=2 unit 1/3 bound -0." in done.stderr
+    assert {path.name for path in work.iterdir()} == {"my model", "my pairs.jsonl", "my mixture"}
+    assert sorted(path.name for path in Path(cache).iterdir()) == ["datasets", "features", "head"]
+    assert not list(site.rglob("cache"))
+
+
+# ----------------------------------------------------------------------------------------------- a folder of any name
+def test_the_workflow_calls_an_interpreter_in_any_folder(tmp_path):
+    project, python = tmp_path / awkward("project"), tmp_path / awkward("environment") / "python"
+    for name in ("workflow", "notebooks"):
+        shutil.copytree(ROOT / name, project / name)
+    shutil.copy(ROOT / "pyproject.toml", project)
+    python.parent.mkdir()
+    python.symlink_to(Path(sys.executable).resolve())
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "MIXDPO_ROOT": str(project)}
+    command = [python, "-m", "snakemake", "runs/smoke/00_start_here/manifest.json", "-s", project / "workflow" / "Snakefile",
+               "--config", "profile=smoke", "--cores", "1", "--dry-run", "--printshellcmds"]  # fmt: skip
+    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = re.findall(r"Shell command: (.*)", done.stdout + done.stderr)
+    assert shlex.split(line)[:4] == [str(python), "-m", "mixdpo_lib.cli", "run"]
+
+
+def test_make_shows_what_there_is_and_refuses_another_python_in_any_folder(tmp_path):
+    project, python = tmp_path / awkward("project"), tmp_path / awkward("old") / "python"
+    python.parent.mkdir()
+    python.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c 'import sys; sys.version_info = (3, 9, 0)\n'\"$2\"\n")
+    python.chmod(0o755)
+    project.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, project)
+    said = subprocess.run(["make"], cwd=project, capture_output=True, text=True)
+    assert said.returncode == 0 and "make reproduce" in said.stdout
+    command = ["make", "test", f"PYTHON={str(python).replace('$', '$$')}"]  # make itself reads a dollar
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert done.returncode == 2 and "found Python 3.9" in done.stderr and "expected 3.11" in done.stderr
+    assert not (project / ".venv").exists()
