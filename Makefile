@@ -37,7 +37,7 @@ lab: $(READY)
 	@.venv/bin/python -m jupyterlab --notebook-dir=notebooks
 
 clean:
-	@rm -rf runs data/cache .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	@rm -rf runs data/cache .snakemake .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	@echo "removed runs/, data/cache/ and tool caches; .venv/ and data/raw/ stay"
 
 # torch first and exactly: an open range may take another build with several GB more. A line every 10 seconds.

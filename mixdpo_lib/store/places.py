@@ -20,7 +20,7 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
 
 
 class MixDPOError(RuntimeError):
-    """An error with a message meant for the person at the screen: place, found, expected, remedy."""
+    """An error with a message for the person at the screen: place, found, expected, remedy."""
 
 
 def _checkout() -> Path | None:
@@ -29,7 +29,12 @@ def _checkout() -> Path | None:
     here = Path.cwd().resolve()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
         try:
-            if tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"] == "mixdpo":
+            if (
+                tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+                    "name"
+                ]
+                == "mixdpo"
+            ):
                 return folder
         except (OSError, KeyError, ValueError):
             continue
@@ -39,39 +44,48 @@ def _checkout() -> Path | None:
 def project_root() -> Path:
     """Folder that holds `data/`, `notebooks/` and `runs/`.
 
-    The environment variable MIXDPO_ROOT wins; else the nearest folder above the working directory whose
-    `pyproject.toml` is this project's (JupyterLab works in `notebooks/`, papermill in its caller's folder); else the
-    checkout of this package.
+    The environment variable MIXDPO_ROOT wins; else the nearest folder above the working directory
+    whose `pyproject.toml` is this project's (JupyterLab works in `notebooks/`, papermill in its
+    caller's folder); else the checkout of this package.
 
     Raises
     ------
-    MixDPOError : none of these, as where the package was installed from a wheel. The method needs no checkout.
+    MixDPOError : none of these, as after `pip install`. The method needs no checkout.
 
     >>> (project_root() / "pyproject.toml").exists()
     True
     """
     if folder := _checkout():
         return folder
-    raise MixDPOError(f"{Path.cwd()}: found no checkout of mixdpo here or above; notebooks, profiles, titles and results "
-                      "lie in one: work inside it, or name its folder in MIXDPO_ROOT")
+    raise MixDPOError(
+        f"{Path.cwd()}: found no checkout of mixdpo here or above; notebooks, profiles, titles and "
+        "results lie in one: work inside it, or name its folder in MIXDPO_ROOT"
+    )
 
 
 def raw_folder() -> Path:
-    """Files as they were fetched: `data/raw/` of the checkout, outside of one `raw/` of the cache."""
+    """Files as they were fetched: `data/raw/` of the checkout, else `raw/` of the cache."""
     checkout = _checkout()
     return checkout / "data" / "raw" if checkout else cache_folder() / "raw"
 
 
 def cache_folder() -> Path:
-    """Everything that can be computed again: MIXDPO_CACHE, else `data/cache/` of the checkout, else the user's cache."""
+    """Everything that can be computed again.
+
+    MIXDPO_CACHE, else `data/cache/` of the checkout, else the user's own cache.
+    """
     if os.environ.get("MIXDPO_CACHE"):
         return Path(os.environ["MIXDPO_CACHE"]).expanduser()
     checkout = _checkout()
-    return checkout / "data" / "cache" if checkout else platformdirs.user_cache_path("mixdpo", appauthor=False)
+    return (
+        checkout / "data" / "cache"
+        if checkout
+        else platformdirs.user_cache_path("mixdpo", appauthor=False)
+    )
 
 
 def cache_part(name: str) -> Path:
-    """`cache/<name>/`, made if it is not there: for other libraries, which keep files of their own in it.
+    """`cache/<name>/`, made if it is not there: for other libraries, which keep files in it.
 
     Raises
     ------
@@ -87,21 +101,27 @@ def cache_part(name: str) -> Path:
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """While the block writes to `place`: a full disk, or a place that cannot be written, is one clear error.
+    """While the block writes to `place`: a full disk, or no permission, is one clear error.
 
     Raises
     ------
-    MixDPOError : the place, the reason and the variable that moves it. Errors of other places go through as they are.
+    MixDPOError : the place, the reason and the variable that moves it. Errors of other places go
+        through as they are.
     """
     try:
         yield
     except MixDPOError:
         raise
-    except Exception as error:   # other libraries wrap the system's error in classes of their own
-        number, where = getattr(error, "errno", None), Path(getattr(error, "filename", None) or os.devnull)
+    except Exception as error:  # other libraries wrap the system's error in classes of their own
+        number, where = (
+            getattr(error, "errno", None),
+            Path(getattr(error, "filename", None) or os.devnull),
+        )
         if number in _FULL or "No space left on device" in str(error):
-            raise MixDPOError(f"{place}: no space left on the device while writing; nothing half-written was kept; "
-                              f"free some space, or {_remedy(place)}, and start again") from error
+            raise MixDPOError(
+                f"{place}: no space left on the device; nothing half-written was kept; "
+                f"free some space, or {_remedy(place)}, and start again"
+            ) from error
         if number in _REFUSED and (where.is_relative_to(place) or place.is_relative_to(where)):
             reason = os.strerror(number) + ("" if where == place else f": {where}")
             raise MixDPOError(f"{place}: cannot be written ({reason}); {_remedy(place)}") from error
@@ -125,7 +145,8 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
             try:
                 lock.acquire(timeout=HEARTBEAT_S)
             except Timeout:
-                note(f"{what}: another process is making it, waiting for {time.monotonic() - began:.0f} s")
+                waited = time.monotonic() - began
+                note(f"{what}: another process is making it, waiting for {waited:.0f} s")
     try:
         yield
     finally:

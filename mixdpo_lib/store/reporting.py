@@ -33,13 +33,16 @@ def _in_notebook() -> bool:
 
 def _shows_bars() -> bool:
     """Whether somebody looks: a notebook or a terminal, and not the runner, which reads lines."""
-    return not os.environ.get("MIXDPO_PROGRESS") and (_in_notebook() or bool(sys.stderr and sys.stderr.isatty()))
+    return not os.environ.get("MIXDPO_PROGRESS") and (
+        _in_notebook() or bool(sys.stderr and sys.stderr.isatty())
+    )
 
 
 def note(text: str) -> None:
     """One line `[mixdpo] text` on stderr, in a notebook as plain output of the cell.
 
-    Where MIXDPO_PROGRESS names a file (the runner reads it) the line goes there, and from a notebook only there.
+    Where MIXDPO_PROGRESS names a file (the runner reads it) the line goes there, from a notebook
+    only there.
     """
     line, log = f"[mixdpo] {text}", os.environ.get("MIXDPO_PROGRESS")
     if log:
@@ -47,21 +50,23 @@ def note(text: str) -> None:
             file.write(line + "\n")
     if not (log and _in_notebook()):
         stream = sys.stdout if _in_notebook() else sys.stderr
-        with tqdm.external_write_mode(file=stream):     # bars step aside
+        with tqdm.external_write_mode(file=stream):  # bars step aside
             print(line, file=stream, flush=True)
 
 
 def progress(stage: str, done: int, total: int, text: str = "") -> None:
-    """Show how far a stage is: one bar with `text` (a loss, a unit) and the time left, gone when the stage is done.
+    """Show how far a stage is: one bar with `text` (a loss, a unit) and the time left.
 
-    A widget in a notebook, a bar on stderr in a terminal. Where nobody looks (stderr goes to a file, MIXDPO_PROGRESS is
-    set) it is the line `[mixdpo] stage done/total text`: the first time, the last, and at most every 5 seconds between.
+    A widget in a notebook, a bar on stderr in a terminal; it goes when the stage is done. Where
+    nobody looks (stderr goes to a file, MIXDPO_PROGRESS is set) it is the line
+    `[mixdpo] stage done/total text`: the first time, the last, and at most every 5 seconds between.
     Cheap enough to be called in every step.
 
     Parameters
     ----------
-    done, total : a smaller `done` than before: the stage began anew. A stage that ends early says so by `total=done`.
-        One that is interrupted takes its bar away with the cell, the process or the stage around it.
+    done, total : a smaller `done` than before: the stage began anew. A stage that ends early says
+        so by `total=done`. One that is interrupted loses its bar with the cell, the process or the
+        stage around it.
     """
     if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
         return
@@ -70,7 +75,8 @@ def progress(stage: str, done: int, total: int, text: str = "") -> None:
         return
     now = time.monotonic()
     before, before_done = _last_line.get(stage, (-1e9, -1))
-    if now - before < HEARTBEAT_S and before_done <= done < total:    # a smaller `done`: the stage began anew
+    goes_on = before_done <= done < total  # a smaller `done`: the stage began anew
+    if goes_on and now - before < HEARTBEAT_S:
         return
     _last_line[stage] = (now, done)
     note(f"{stage} {done}/{total}" + (f" {text}" if text else ""))
@@ -79,15 +85,17 @@ def progress(stage: str, done: int, total: int, text: str = "") -> None:
 def _show_bar(stage: str, done: int, total: int, text: str) -> None:
     key = (threading.get_ident(), stage)
     mine = [other for other in _bars if other[0] == key[0]]
-    for inner in mine[mine.index(key) + 1:] if key in mine else ():    # began within this one, and were left
-        _bars.pop(inner).close()
-    if key in _bars and (done < _bars[key].n or done < total != _bars[key].total):
-        _bars.pop(key).close()
-    if key not in _bars:
-        if done < total:                # what is done at once needs no bar
+    inside = mine[mine.index(key) + 1 :] if key in mine else []
+    for left in inside:  # stages that began within this one, and did not end
+        _bars.pop(left).close()
+    bar = _bars.get(key)
+    if bar is not None and (done < bar.n or (total != bar.total and done < total)):
+        _bars.pop(key).close()  # the stage began anew
+        bar = None
+    if bar is None:
+        if done < total:  # what is done at once needs no bar
             _bars[key] = _open_bar(stage, done, total, text)
         return
-    bar = _bars[key]
     bar.total = total
     bar.set_postfix_str(text, refresh=False)
     bar.update(done - bar.n)
@@ -96,8 +104,8 @@ def _show_bar(stage: str, done: int, total: int, text: str) -> None:
 
 
 def _open_bar(stage: str, done: int = 0, total: int | None = None, text: str = "") -> tqdm:
-    with warnings.catch_warnings():     # without ipywidgets its notebook bar is one of text, and says so in red
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says in red that ipywidgets is missing
         from tqdm.auto import tqdm as bar_of_this_place
     if shell := _shell():
         shell.events.register("post_run_cell", _close_bars)
@@ -124,7 +132,10 @@ def _close_bars(*_: Any) -> None:
 
 @contextmanager
 def heartbeat(text: str) -> Iterator[None]:
-    """While the block runs, show a clock, or say every 5 seconds that it runs: for one long call that cannot report."""
+    """While the block runs, show a clock, or say every 5 seconds that it runs.
+
+    For one long call that cannot report by itself.
+    """
     done, began = threading.Event(), time.monotonic()
     clock = _open_bar(text) if _shows_bars() else None
 

