@@ -1,4 +1,6 @@
 # `make` lists what there is. Every target makes the environment in .venv first if it is missing or its pins have changed.
+# The project may lie anywhere: paths here are relative, tools are called as modules (the first line of an installed script
+# cannot name every path), and what a person sets reaches the shell as a variable, never as text of a command.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -8,7 +10,7 @@ SHELL := /bin/bash
 PROFILE ?= default
 CORES ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-STARTED := $(shell date +%s)
+export PROFILE CORES PYTHON
 READY := .venv/.ready
 
 help:
@@ -18,22 +20,24 @@ help:
 	@echo "make lab                                               JupyterLab on the notebooks"
 	@echo "make clean                                             remove results and caches; keeps .venv and downloads"
 
+reproduce reproduce-all: export MIXDPO_STARTED := $(shell date +%s)
 reproduce: $(READY)
-	@MIXDPO_STARTED=$(STARTED) .venv/bin/mixdpo reproduce --profile $(PROFILE) --cores $(CORES)
+	@.venv/bin/python -m mixdpo_lib.cli reproduce --profile "$$PROFILE" --cores "$$CORES"
 
 reproduce-all: $(READY)
-	@MIXDPO_STARTED=$(STARTED) .venv/bin/mixdpo reproduce --all --profile $(PROFILE) --cores $(CORES)
+	@.venv/bin/python -m mixdpo_lib.cli reproduce --all --profile "$$PROFILE" --cores "$$CORES"
 
 test: $(READY)
-	@.venv/bin/ruff check .
-	.venv/bin/mypy
+	@.venv/bin/python -m ruff check .
+	.venv/bin/python -m mypy
+	.venv/bin/python -c 'from importlinter.cli import lint_imports_command as main; main()' --no-logo --no-cache
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lab: $(READY)
-	@.venv/bin/jupyter lab --notebook-dir=notebooks
+	@.venv/bin/python -m jupyterlab --notebook-dir=notebooks
 
 clean:
-	@rm -rf runs data/cache .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	@rm -rf runs data/cache .snakemake .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	@echo "removed runs/, data/cache/ and tool caches; .venv/ and data/raw/ stay"
 
 # torch first and exactly: an open range may take another build with several GB more. A line every 10 seconds.
@@ -49,10 +53,11 @@ $(READY): pyproject.toml constraints.txt
 	  wait $$pid || { echo "[make] error: $$what: failed (see above); check the network and pip's settings, then start make again" >&2; exit 1; }
 	}
 	pip="python -m pip install -qq --no-compile --disable-pip-version-check"
-	"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit(f"[make] error: found Python {v[0]}.{v[1]} ($(PYTHON)), expected 3.11; install it, or name one: make PYTHON=/path/to/python3.11")'
-	test -x .venv/bin/python || step "making .venv" "$(PYTHON)" -m venv .venv
-	step "installing torch, 1 to 3 minutes" .venv/bin/$$pip "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	test -w . || { echo "[make] error: $$PWD cannot be written, and the environment goes there; copy the project to a folder of your own" >&2; exit 1; }
+	"$$PYTHON" -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit(f"[make] error: found Python {v[0]}.{v[1]} ({sys.executable}), expected 3.11; install it, or name one: make PYTHON=/path/to/python3.11")'
+	test -x .venv/bin/python || step "making .venv" "$$PYTHON" -m venv .venv
+	step "installing torch, 1 to 3 minutes" .venv/bin/$$pip -c constraints.txt torch
 	step "installing the other packages, 1 to 3 minutes" .venv/bin/$$pip -c constraints.txt setuptools -r \
-	  <(.venv/bin/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["test"]))')
+	  <(.venv/bin/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + [one for name, extra in p["optional-dependencies"].items() if name != "all" for one in extra]))')
 	step "installing mixdpo itself" .venv/bin/$$pip --no-deps --no-build-isolation -e .
 	touch $@

@@ -13,6 +13,7 @@ from datasets import Dataset
 import mixdpo_lib as mx
 from mixdpo_lib.base.features import pair_features
 from mixdpo_lib.gates.weights import FixedWeights
+from mixdpo_lib.study import load_reviews
 
 REPETITIONS, PAIRS = 5, 8
 
@@ -20,7 +21,7 @@ REPETITIONS, PAIRS = 5, 8
 def review_pairs(base, n):
     """Pairs from the first n reviews that are long enough."""
     rows, ids = [], []
-    for text in mx.load_reviews()["text"]:
+    for text in load_reviews()["text"]:
         tokens = base.tokenizer(text[:600], add_special_tokens=False)["input_ids"]
         if len(tokens) >= 64:
             ids.append(tokens)

@@ -20,10 +20,11 @@ import datasets
 import pandas as pd
 import torch
 
-from mixdpo_lib import HeadExperts, MixturePolicy, load_base, load_reviews
+from mixdpo_lib import HeadExperts, MixturePolicy, load_base
 from mixdpo_lib.base.features import pair_features
 from mixdpo_lib.gates.contract import top_s
 from mixdpo_lib.gates.weights import FixedWeights
+from mixdpo_lib.study import load_reviews
 
 K, PROMPT_WORDS, WORDS = 8, 8, 40
 

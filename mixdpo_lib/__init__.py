@@ -26,7 +26,12 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        try:
+            return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        except ModuleNotFoundError as error:
+            if _HOME[name].startswith("runner.") and not str(error.name).startswith(__name__):
+                raise ModuleNotFoundError(f"{name} needs {error.name}: pip install 'mixdpo[runner]'") from error
+            raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -8,7 +8,10 @@ import traceback
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit("mixdpo: error: the command line needs more than the method alone: pip install 'mixdpo[study,runner]'")
 
 from .runner import execute, parameters
 from .runner import reproduce as reproduction

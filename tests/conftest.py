@@ -36,7 +36,6 @@ def project(tmp_path, monkeypatch):
     """An empty project in a temporary folder; library functions see it as the root."""
     for folder in ("data", "notebooks/profiles", "workflow"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "data" / "sources.toml").write_text((ROOT / "data" / "sources.toml").read_text())
     (tmp_path / "notebooks" / "profiles" / "default.yaml").write_text("{}\n")
     monkeypatch.setenv("MIXDPO_ROOT", str(tmp_path))
     monkeypatch.delenv("MIXDPO_CACHE", raising=False)

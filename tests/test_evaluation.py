@@ -20,12 +20,12 @@ from mixdpo_lib.evaluation import (
     recovery,
     summarise_accuracy,
 )
-from mixdpo_lib.experts.heads import HeadExperts
+from mixdpo_lib.experts.heads import HeadExperts, prefix_kl
 from mixdpo_lib.gates.weights import FixedWeights
 from mixdpo_lib.policy.generating import Generated
 from mixdpo_lib.policy.mixture import MixturePolicy
-from mixdpo_lib.study.tables import user_groups
-from mixdpo_lib.study.texts import distinct_2, prefix_kl, summarise_texts, text_table
+from mixdpo_lib.study.fits import group_of
+from mixdpo_lib.study.texts import distinct_2, summarise_texts, text_table
 
 
 def make(base, data, active="responses", scale=0.5):
@@ -189,7 +189,7 @@ def test_recovery_does_not_depend_on_the_names_of_experts():
 
 
 def test_groups_of_users(held_out):
-    assert user_groups(held_out) == {"user0": "a", "user1": "b"}
+    assert group_of(held_out, "user") == {"user0": "a", "user1": "b"}
 
 
 # -------------------------------------------------------------------------------------------------------------- texts

@@ -1,4 +1,4 @@
-"""The project as a whole: pins, profiles, bare notebooks, direction of imports, nothing pickled."""
+"""The project as a whole: licence, pinned sources, profiles, bare notebooks, nothing pickled."""
 
 import ast
 import csv
@@ -20,31 +20,6 @@ from mixdpo_lib.study import readme as readme_file
 ROOT = store.project_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
-
-
-def pins(lines):
-    found = [line.strip().lstrip("- ").split("==") for line in lines if re.match(r"[\s-]*[A-Za-z0-9_.-]+==", line)]
-    return {name.lower().replace("_", "-"): version for name, version in found}
-
-
-CONSTRAINTS = pins((ROOT / "constraints.txt").read_text().splitlines())
-DIRECT = [name.lower() for name in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
-
-
-def test_every_direct_dependency_is_pinned_and_has_a_reason():
-    assert all(name in CONSTRAINTS for name in [*DIRECT, "setuptools"])
-    text = (ROOT / "pyproject.toml").read_text()
-    block = text.split("dependencies = [")[1].split("]")[0].strip().splitlines()
-    assert all("#" in line for line in block)
-
-
-def test_conda_has_the_same_pins():
-    content = yaml.safe_load((ROOT / "environment.yml").read_text())
-    (inside,) = [entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict)]
-    conda = pins(inside)
-    assert set(conda) == {*DIRECT, "setuptools"}
-    assert {name: CONSTRAINTS[name] for name in conda} == conda
-    assert "python=3.11" in content["dependencies"] and ">=3.11,<3.12" in PROJECT["requires-python"]
 
 
 def test_the_command_for_continuous_integration_can_be_executed():

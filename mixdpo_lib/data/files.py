@@ -9,13 +9,13 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict
 
-from ..store import cache_folder
+from ..store import cache_part
 from .pairs import TEXT_COLUMNS, check_preferences
 
 
 def _read_table(file: Path, kind: str) -> Dataset:
+    place = str(cache_part("datasets"))
     try:
-        place = str(cache_folder() / "datasets")
         return datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=place)
     except Exception as error:  # of datasets, pyarrow or pandas: the cause says more than the error itself
         said = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]

@@ -59,6 +59,6 @@ def replace_head(model: Any, change: Float[Tensor, "tokens hidden"]) -> Any:
     model.set_output_embeddings(new.requires_grad_(False))
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False
-    model._tied_weights_keys = {}
+    model._tied_weights_keys = {}  # noqa: SLF001  (transformers has no other way)
     model.all_tied_weights_keys = {}
     return model

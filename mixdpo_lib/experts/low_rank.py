@@ -20,6 +20,7 @@ class LowRankTokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, down, up, head, bias, target, token_logit, lse_inactive, groups, workspace):  # type: ignore[override]
+        """See the class."""
         n_experts, n_positions = len(down), len(hidden)
         base_logits = workspace.take("base", (n_positions, len(head)), hidden)
         torch.mm(hidden, head.T, out=base_logits)
@@ -52,6 +53,7 @@ class LowRankTokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
+        """Gradients for A and E, from the probabilities that were kept."""
         hidden, up, target = ctx.saved_tensors
         if ctx.ticket != ctx.workspace.ticket():
             raise RuntimeError("the experts' logits were overwritten by a later call before backward() was reached")
@@ -79,6 +81,7 @@ class Workspace:
         self._uses = 0
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A buffer of this name and shape, of the type and on the device of `like`; its content is undefined."""
         size = int(np.prod(shape))
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size or flat.dtype != like.dtype or flat.device != like.device:
@@ -87,6 +90,7 @@ class Workspace:
         return flat[:size].view(shape)
 
     def ticket(self) -> int:
+        """How often buffers were taken: who holds an older ticket finds his content overwritten."""
         return self._uses
 
 

@@ -67,6 +67,7 @@ class ModelVoices(Voices):
             cache.reorder_cache(place_of(rows, len(source))[source[rows]])
 
     def __call__(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
+        """See `Voices.__call__`."""
         if not self._rows:
             self._rows = {("reference", 0): torch.arange(len(input_ids), device=input_ids.device)}
         refs: Tensor | None = None

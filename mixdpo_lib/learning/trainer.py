@@ -275,4 +275,5 @@ class Watch(TrainerCallback):
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self.look(state)
             if self.stop_reason:
+                progress(stage, state.global_step, state.global_step, self.stop_reason)
                 control.should_training_stop = True

@@ -32,7 +32,8 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, experts: Experts, log_w: Float[Tensor, "prompts experts"]) -> None:
         base = experts.base[0]
         config = copy.deepcopy(base.model.config)
-        config._attn_implementation = "eager"  # of this class, which has no attention of its own
+        # this class has no attention of its own
+        config._attn_implementation = "eager"  # noqa: SLF001
         super().__init__(config)
         self._experts, self._log_w = [experts], log_w
         eos = base.eos_token_id

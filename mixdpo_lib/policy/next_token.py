@@ -40,6 +40,7 @@ class NextToken:
 
     @torch.inference_mode()
     def __call__(self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]) -> Tensor:
+        """Logits (rows, vocabulary), float32, of each row's expert or the reference."""
         logits, said = self._voices(input_ids, attention_mask)
         self._ref_logits, self._spoken = logits, bool(said)
         if said:

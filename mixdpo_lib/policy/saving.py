@@ -160,6 +160,7 @@ def check_base(folder: Path, base: Base, wanted: str) -> None:
 
 
 def model_card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    """README.md of a saved mixture, with the head that model hubs read."""
     experts, gate = config["experts"], config["gate"]
     lines = [
         "---", f"base_model: {config['base']}", "library_name: mixdpo", "tags: [mix-dpo, moe-dpo, preference, mixture]",

@@ -302,6 +302,7 @@ def _keep_evidence(notebook: str, partial: Path, failed: Path, error: BaseExcept
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an earlier one, which comes back if that fails."""
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     if folder.exists():
         os.replace(folder, old)

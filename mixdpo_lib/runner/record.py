@@ -159,7 +159,7 @@ class Run:
 
     def _write(self, name: str, text: str) -> None:
         path = self.folder / name
-        with store.clear_when_full(path.parent):
+        with store.writing_to(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
 

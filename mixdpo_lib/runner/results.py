@@ -172,6 +172,7 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def verify_output(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Refuse a file of a run that is absent or is not the one that its manifest names."""
     found = store.sha256_of(folder / name) if (folder / name).exists() else "no such file"
     if found != expected["sha256"]:
         raise MixDPOError(

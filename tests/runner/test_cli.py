@@ -81,9 +81,9 @@ def test_an_unforeseen_error_is_named(monkeypatch, capsys):
 
 
 def test_clean_removes_what_can_be_made_again(project, capsys):
-    for folder in ("runs/default", "data/cache/x", "data/raw"):
+    for folder in ("runs/default", "data/cache/x", "data/raw", "data/titles"):
         (project / folder).mkdir(parents=True)
     assert call("clean") == 0
     assert not (project / "runs").exists() and not (project / "data/cache").exists() and (project / "data/raw").exists()
     assert call("clean", "--all") == 0
-    assert not (project / "data/raw").exists() and (project / "data/sources.toml").exists()
+    assert not (project / "data/raw").exists() and (project / "data/titles").exists()

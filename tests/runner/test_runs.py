@@ -176,14 +176,11 @@ def test_a_figure_says_which_table_it_shows(run):
     plt.close(figure)
 
 
-def test_figures_of_a_profile_that_means_nothing_say_so(run, monkeypatch):
-    monkeypatch.delenv("MIXDPO_PROFILE", raising=False)
+def test_figures_of_a_profile_that_means_nothing_say_so(run):
     figure = plot()
     run.figure(figure, "one", "A caption")
     assert run.note == "" and not figure.texts and "note" not in store.read_json(run.folder / "figures/one.json")
-    monkeypatch.setenv("MIXDPO_PROFILE", "default")
-    assert run.note == ""
-    monkeypatch.setenv("MIXDPO_PROFILE", "smoke")
+    run.profile = "smoke"
     run.figure(figure, "one", "A caption")
     assert run.note == "smoke: too small to mean anything" == figure.texts[0].get_text()
     assert store.read_json(run.folder / "figures/one.json")["note"] == run.note

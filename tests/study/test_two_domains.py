@@ -65,9 +65,9 @@ def test_works_are_those_that_the_base_knows_best(tiny_base, folder):
     assert study.asked.less_known.empty  # n_titles / 5 is 0
 
 
-def test_less_known_works_are_none_that_are_fitted():
+def test_less_known_works_are_none_that_are_fitted(tiny_base):
     study = TwoDomains(two_domains_config(n_titles=10, templates=("{title} by {maker}",)))
-    study.base = None
+    study.base = tiny_base
     study.asked.works = pd.DataFrame([{"title": f"{domain} {i}", "maker": "m", "domain": domain, "rank": i}
                                 for domain in titles.DOMAINS for i in range(11)])  # fmt: skip
     assert study.asked.less_known["prompt"].tolist() == ["film 10 by m", "book 10 by m"]

@@ -1,72 +1,24 @@
-"""Where do things lie? Project root, keys, atomic and verified files, locks, progress lines. Knows no model."""
+"""Under which key does an artefact lie, whole or not at all? Atomic files, verified cache entries."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
-import threading
-import time
-import tomllib
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from .places import MixDPOError, cache_folder, locked, writing_to
 
 _RECORD = "artefact.json"
-_HEARTBEAT_S = 5.0
 _verified: set[tuple[str, int, int, str]] = set()
 _touched: dict[str, str] = {}
-_last_line: dict[str, tuple[float, int]] = {}
-
-
-class MixDPOError(RuntimeError):
-    """An error with a message meant for the person at the screen: place, found, expected, remedy."""
-
-
-def project_root() -> Path:
-    """Folder that holds `data/`, `notebooks/` and `runs/`.
-
-    The environment variable MIXDPO_ROOT wins; else the nearest folder above the working directory whose
-    `pyproject.toml` is this project's (JupyterLab works in `notebooks/`, papermill in its caller's folder); else the
-    checkout of this package.
-
-    >>> (project_root() / "pyproject.toml").exists()
-    True
-    """
-    if os.environ.get("MIXDPO_ROOT"):
-        return Path(os.environ["MIXDPO_ROOT"]).expanduser().resolve()
-    here = Path.cwd().resolve()
-    for folder in (here, *here.parents):
-        try:
-            if tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"] == "mixdpo":
-                return folder
-        except (OSError, KeyError, ValueError):
-            continue
-    return Path(__file__).resolve().parents[1]
-
-
-def data_folder() -> Path:
-    """`data/` of the project."""
-    return project_root() / "data"
-
-
-def raw_folder() -> Path:
-    """`data/raw/`: files as they were fetched."""
-    return data_folder() / "raw"
-
-
-def cache_folder() -> Path:
-    """MIXDPO_CACHE or `data/cache/`: everything that can be computed again."""
-    return Path(os.environ["MIXDPO_CACHE"]).expanduser() if os.environ.get("MIXDPO_CACHE") else data_folder() / "cache"
 
 
 def _plain(value: Any) -> Any:
@@ -122,7 +74,7 @@ def write_json_atomic(path: str | Path, value: Any) -> Path:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     path = Path(path)
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=_plain) + "\n"
-    with clear_when_full(path.parent):
+    with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
@@ -134,36 +86,6 @@ def write_json_atomic(path: str | Path, value: Any) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     return path
-
-
-@contextmanager
-def clear_when_full(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except MixDPOError:
-        raise
-    except Exception as error:   # other libraries wrap the system's error in classes of their own
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            raise MixDPOError(f"{place}: no space left on the device while writing; nothing half-written was kept; "
-                              "free some space, or name another folder in MIXDPO_CACHE, and start again") from error
-        raise
-
-
-@contextmanager
-def locked(path: str | Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path`; while another process has it, say so every 5 seconds."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lock, began = FileLock(str(path)), time.monotonic()
-    while True:
-        try:
-            lock.acquire(timeout=_HEARTBEAT_S)
-            break
-        except Timeout:
-            note(f"{what}: another process is making it, waiting for {time.monotonic() - began:.0f} s")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _sync(path: Path) -> None:
@@ -226,7 +148,7 @@ def cached(stage: str, version: int, parameters: Mapping[str, Any], build: Calla
     key = artefact_key(stage, version, parameters, inputs)
     folder = cache_folder() / stage / key
     if not folder.exists():
-        with clear_when_full(folder.parent), locked(folder.with_name(f"{key}.lock"), f"{stage} {key}"):
+        with writing_to(folder.parent), locked(folder.with_name(f"{key}.lock"), f"{stage} {key}"):
             if not folder.exists():
                 _make(folder, build, {"stage": stage, "version": version, "parameters": dict(parameters),
                                       "inputs": list(inputs)})
@@ -262,49 +184,6 @@ def _make(folder: Path, build: Callable[[Path], Any], record: dict[str, Any]) ->
 def touched_artefacts() -> dict[str, str]:
     """`stage/key` -> sha256 of the record, of every cache entry that this process has used so far."""
     return dict(sorted(_touched.items()))
-
-
-def note(text: str) -> None:
-    """One line `[mixdpo] text` on stderr, and in the file that MIXDPO_PROGRESS names (the runner reads it)."""
-    line = f"[mixdpo] {text}"
-    print(line, file=sys.stderr, flush=True)
-    if os.environ.get("MIXDPO_PROGRESS"):
-        with open(os.environ["MIXDPO_PROGRESS"], "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-
-def progress(stage: str, done: int, total: int, text: str = "") -> None:
-    """Say `[mixdpo] stage done/total text`: the first time, the last, and at most every 5 seconds between.
-
-    Cheap enough to be called in every step.
-    """
-    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
-        return
-    now = time.monotonic()
-    before, before_done = _last_line.get(stage, (-1e9, -1))
-    if now - before < _HEARTBEAT_S and before_done <= done < total:    # a smaller `done`: the stage began anew
-        return
-    _last_line[stage] = (now, done)
-    note(f"{stage} {done}/{total}" + (f" {text}" if text else ""))
-
-
-@contextmanager
-def heartbeat(text: str) -> Iterator[None]:
-    """While the block runs, say every 5 seconds that it does: for one long call that cannot report by itself."""
-    done, began = threading.Event(), time.monotonic()
-
-    def beat() -> None:
-        while not done.wait(_HEARTBEAT_S):
-            note(f"{text}: {time.monotonic() - began:.0f} s")
-
-    thread = threading.Thread(target=beat, daemon=True)
-    note(text)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 @contextmanager

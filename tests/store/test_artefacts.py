@@ -1,10 +1,9 @@
-"""The cache: keys, atomic and verified entries, damage, a full disk, two processes."""
+"""Artefacts: keys, atomic and verified entries, damage, a full disk, two processes."""
 
 import errno
 import os
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -150,25 +149,6 @@ def test_two_processes_share_one_entry(project):
     assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
 
 
-def test_who_waits_for_a_lock_says_so(project, capsys, monkeypatch):
-    monkeypatch.setattr(store, "_HEARTBEAT_S", 0.05)
-    held, free = threading.Event(), threading.Event()
-
-    def hold():
-        with store.locked(project / "a.lock", "a"):
-            held.set()
-            free.wait(5)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait(5)
-    threading.Timer(0.3, free.set).start()
-    with store.locked(project / "a.lock", "the thing"):
-        pass
-    thread.join()
-    assert "the thing: another process is making it" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("content", [None, "{", ""])
 def test_read_json_has_one_clear_error(tmp_path, content):
     path = tmp_path / "a.json"
@@ -176,21 +156,3 @@ def test_read_json_has_one_clear_error(tmp_path, content):
         path.write_text(content)
     with pytest.raises(MixDPOError, match="a.json"):
         store.read_json(path)
-
-
-def test_progress_is_rate_limited(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("MIXDPO_PROGRESS", str(tmp_path / "log"))
-    for done in range(1, 101):
-        store.progress("a stage of this test", done, 100, "words")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["[mixdpo] a stage of this test 1/100 words", "[mixdpo] a stage of this test 100/100 words"]
-    assert (tmp_path / "log").read_text().splitlines() == lines
-
-
-def test_the_root_is_found_from_a_notebook_folder(monkeypatch):
-    monkeypatch.delenv("MIXDPO_ROOT", raising=False)
-    root = store.project_root()
-    monkeypatch.chdir(root / "tests")
-    assert store.project_root() == root
-    monkeypatch.chdir("/")
-    assert store.project_root() == root
