@@ -121,6 +121,7 @@ def kept_fit(
         "start": _state_hash(policy),
         "beta": policy.beta,
         "fit": config.identity(policy.n_experts, bool(policy.gate.reads)),
+        "rate": config.learning_rate or policy.experts.rates[config.optimizer],
         "pairs": artefact_key("pairs", VERSION, {"train": train.rows.to_dict(), "validation": validation.rows.to_dict()}),
     }
     inputs = [texts.key]
