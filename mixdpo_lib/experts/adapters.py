@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,58 +16,10 @@ from ..base.features import padded, tokenise
 from ..base.head import reference_logps, response_logps
 from ..base.model import Base
 from ..data.pairs import Texts
-from ..store import MixDPOError, cached, progress
+from .blocks import block_list, chosen_layers, entering, lower_states
 from .contract import Experts, Voices
-from .leaving import adapter_tensors, lora_config, shared_copy, with_lora
+from .leaving import adapter_tensors, lora_config, shared_copy, with_equal_adapters, with_lora
 from .models import ModelVoices, by_expert, registered
-
-VERSION = 2
-
-
-def block_list(model: Any) -> tuple[str, nn.ModuleList]:
-    """The transformer blocks of a causal language model and their name inside it.
-
-    Raises
-    ------
-    MixDPOError : a model without one list of `num_hidden_layers` blocks.
-    """
-    n = int(model.config.get_text_config().num_hidden_layers)
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
-    if not found:
-        raise MixDPOError(f"{type(model).__name__}: no list of {n} blocks found; adapters need one")
-    return found[0]
-
-
-def _linear_names(block: nn.Module) -> list[str]:
-    """Names of the linear layers of a block, without what is above them, in order."""
-    found = [name.rsplit(".", 1)[-1] for name, m in block.named_modules()
-             if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]  # fmt: skip
-    return list(dict.fromkeys(found))
-
-
-class _Enough(Exception):
-    """Raised where the lower blocks have said what was asked."""
-
-
-@torch.no_grad()
-def entering(
-    model: Any, block: int, input_ids: Int[Tensor, "rows columns"], mask: Int[Tensor, "rows columns"]
-) -> Float[Tensor, "rows columns hidden"]:
-    """What enters a block of the model (its number from 0), without running that block or those above it."""
-    found: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        found.append(args[0] if args else options["hidden_states"])
-        raise _Enough
-
-    handle = block_list(model)[1][block].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-    except _Enough:
-        return found[0]
-    finally:
-        handle.remove()
-    raise MixDPOError(f"{type(model).__name__}: block {block} does not run; use IndependentExperts")
 
 
 @dataclass(frozen=True)
@@ -116,36 +67,15 @@ class AdapterExperts(Experts):
         target_modules: Sequence[str] | None = None, keep_lower: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(base, n_experts)
-        from peft import get_peft_model
-
         if rank < 1:
             raise ValueError(f"rank={rank}: each adapter needs a rank of at least 1")
-        n_blocks = len(block_list(base.model)[1])
-        chosen = list(range(n_blocks - blocks, n_blocks)) if isinstance(blocks, int) else sorted(set(blocks))
-        if not chosen or not 0 <= chosen[0] <= chosen[-1] < n_blocks:
-            raise ValueError(f"blocks={blocks}: {base.name} has {n_blocks} blocks, 0 ... {n_blocks - 1}; give a number "
-                             f"from 1 to {n_blocks}, or a list of them")  # fmt: skip
-        known = _linear_names(block_list(base.model)[1][chosen[0]])
-        unknown = sorted(set(target_modules or ()) - set(known))
-        if unknown or (target_modules is not None and not target_modules):
-            raise ValueError(
-                f"target_modules={target_modules}: {unknown} not in the blocks of {base.name}; possible are {known}"
-            )
+        chosen, modules = chosen_layers(base, blocks, target_modules)
         self.rank, self.blocks, self.keep_lower = rank, chosen, keep_lower
-        self.target_modules = list(target_modules or known)
-        config = self.lora_config()
+        self.target_modules = modules
         self._names = [f"expert{k}" for k in range(n_experts)]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = get_peft_model(shared_copy(base.model), config, adapter_name=self._names[0])
-            for name in self._names[1:]:
-                model.add_adapter(name, config)
+        model = with_equal_adapters(shared_copy(base.model), self.lora_config(), self._names)
         tensors = [adapter_tensors(model, name) for name in self._names]
-        with torch.no_grad():
-            for other in tensors[1:]:
-                for key, value in other.items():
-                    value.copy_(tensors[0][key])
-        self._peft = [model.eval()]  # in a list: of the modules only the adapters belong to a checkpoint
+        self._peft = [model]  # in a list: of the modules only the adapters belong to a checkpoint
         self._layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "set_adapter")]
         self.adapters = registered({f"{k}.{key}": p for k, own in enumerate(tensors) for key, p in own.items()})
         self._kept: Tensor | None = None
@@ -204,25 +134,8 @@ class AdapterExperts(Experts):
         if not self.keep_lower or self.blocks[0] == 0:
             return AdapterConstants(ids, ref, None, offsets)
 
-        def build(folder: Path) -> None:
-            out = np.lib.format.open_memmap(
-                folder / "lower.npy", mode="w+", dtype=np.float32, shape=(int(offsets[-1]), base.hidden_size)
-            )
-            order = sorted(range(len(ids)), key=lambda i: -len(ids[i][0]) - len(ids[i][1]))
-            for start in range(0, len(order), 48):
-                rows = order[start : start + 48]
-                inputs = padded([ids[i] for i in rows])
-                on = (inputs[name].to(base.device) for name in ("input_ids", "attention_mask"))
-                states = entering(self._model, self.blocks[0], *on)
-                for state, i in zip(states.float().cpu().numpy(), rows, strict=True):
-                    out[offsets[i] : offsets[i + 1]] = state[: offsets[i + 1] - offsets[i]]
-                progress("lower blocks", start + len(rows), len(order), "texts")
-            out.flush()
-
-        folder = cached(
-            "lower", VERSION, {"block": self.blocks[0], "base": base.fingerprint}, build, inputs=[texts.key]
-        )
-        return AdapterConstants(ids, ref, np.load(folder / "lower.npy", mmap_mode="r", allow_pickle=False), offsets)
+        lower = lower_states(base, self._model, self.blocks[0], ids, texts.key)
+        return AdapterConstants(ids, ref, lower, offsets)
 
     def batch(self, constants: AdapterConstants, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
         """Everything `logps` reads for these pairs; each distinct text is held once."""

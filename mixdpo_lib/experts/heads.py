@@ -25,7 +25,7 @@ from ..base.model import Base
 from ..data.pairs import Pairs, Texts
 from .contract import Experts, Voices, check_chosen
 from .head_voices import HeadGroup, HeadVoices
-from .leaving import adapter_tensors, lora_config, replace_head, shared_copy, with_lora
+from .leaving import replace_head, shared_copy, with_lora_head
 from .low_rank import Workspace, low_rank_text_logps
 
 
@@ -54,7 +54,7 @@ class HeadExperts(Experts):
     little that A does not read at the start, and a step is of the same size for every rank.
     """
 
-    rates = {"adamw": 3e-3, "sgd": 0.03}  # chosen on 30 made-up pairs and on the study; see docs/log.md
+    rates = {"adamw": 3e-3, "sgd": 0.03}  # on 30 pairs and on the study, see docs/log.md
 
     def __init__(
         self, base: Base, n_experts: int = 3, rank: int = 8, active: str = "responses", min_count: int = 1
@@ -84,8 +84,7 @@ class HeadExperts(Experts):
 
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters."""
-        names = ("n_experts", "rank", "active", "min_count")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("n_experts", "rank", "active", "min_count")}
 
     @property
     def _head(self) -> Any:
@@ -95,8 +94,7 @@ class HeadExperts(Experts):
 
     def start(self, data: Pairs) -> None:
         """Choose the active tokens and A by these training responses, unless it was done (`activate_responses`)."""
-        fresh = self.active == "all" and not bool(self.up.any())
-        if len(self.active_ids) == 0 or fresh:
+        if len(self.active_ids) == 0 or (self.active == "all" and not bool(self.up.any())):
             self.activate_responses(data)
 
     def fit_state(self, state: Mapping[str, Tensor]) -> None:
@@ -143,8 +141,6 @@ class HeadExperts(Experts):
         bias = getattr(self._head, "bias", None)
         return self._head_rows, None if bias is None else bias[self.active_ids.to(bias.device)]
 
-    # ----------------------------------------------------------------------------------------------------- learning
-
     def perturb(self, scale: float, generator: torch.Generator) -> None:
         """Symmetry breaking "random_heads": B_k ~ N(0, scale^2), drawn for each expert; A stays."""
         with torch.no_grad():
@@ -190,20 +186,14 @@ class HeadExperts(Experts):
         self, batch: dict[str, Tensor], chosen: Bool[Tensor, "texts experts"] | None = None
     ) -> Float[Tensor, "texts experts"]:
         """See `Experts.text_logps`. float32 whatever the blocks of a model are computed in."""
+        device, texts = self.up.device, len(batch["text_ref_logps"])
         if chosen is not None:
-            check_chosen(chosen, len(batch["text_ref_logps"]), self.n_experts)
-        device = self.up.device
+            check_chosen(chosen, texts, self.n_experts)
         head, bias = self.active_head()
+        head, bias = head.to(device), None if bias is None else bias.to(device)
         with torch.autocast(device.type, enabled=False):
             return low_rank_text_logps(
-                batch,
-                self.down,
-                self.up,
-                head.to(device),
-                None if bias is None else bias.to(device),
-                chosen,
-                self._map,
-                self._workspace,
+                batch, self.down, self.up, head, bias, chosen, self._map, self._workspace
             )
 
     # ----------------------------------------------------------------------------------------- speaking and leaving
@@ -220,20 +210,13 @@ class HeadExperts(Experts):
     def head_correction(self, k: int) -> tuple[Float[Tensor, "rank hidden"], Float[Tensor, "tokens rank"]]:
         """A_k, and W B_k with zero rows for tokens that are not active: logits_k = W h + (W B_k) A_k h."""
         up = torch.zeros(self._head.weight.shape[0], self.rank, device=self.up.device)
-        up[self.active_ids.to(up.device)] = (self.active_head()[0].to(up.device) @ self.up[k]).detach()
+        active = self.active_head()[0].to(up.device) @ self.up[k]
+        up[self.active_ids.to(up.device)] = active.detach()
         return self.down[k].detach(), up
 
     def as_adapter(self, k: int) -> Any:
         """Expert k as LoRA on the output head: lora_A = A, lora_B = W B where a token is active and 0 elsewhere."""
-        model = shared_copy(self._base.model)
-        head = model.get_output_embeddings()
-        name = next(name for name, module in model.named_modules() if module is head)
-        wrapped = with_lora(model, lora_config(self.rank, [name]))
-        down, up = self.head_correction(k)
-        with torch.no_grad():
-            for name, p in adapter_tensors(wrapped, "default").items():
-                p.copy_(down if "lora_A" in name else up)
-        return wrapped
+        return with_lora_head(shared_copy(self._base.model), *self.head_correction(k))
 
     def as_model(self, k: int) -> Any:
         """Expert k as a plain model; a head that was tied to the embeddings is untied."""

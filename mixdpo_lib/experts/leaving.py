@@ -32,11 +32,39 @@ def lora_config(rank: int, modules: Sequence[str], **options: Any) -> Any:
     )
 
 
-def with_lora(model: Any, config: Any) -> Any:
-    """`model` wrapped by peft with one fresh adapter, "default"."""
+def with_lora(model: Any, config: Any, name: str = "default") -> Any:
+    """`model` wrapped by peft with one fresh adapter of this name."""
     from peft import get_peft_model
 
-    return get_peft_model(model, config)
+    return get_peft_model(model, config, adapter_name=name)
+
+
+@torch.no_grad()
+def with_lora_head(
+    model: Any, down: Float[Tensor, "rank hidden"], up: Float[Tensor, "tokens rank"]
+) -> Any:
+    """`model` wrapped by peft with LoRA on its output head: lora_A = down, lora_B = up."""
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    wrapped = with_lora(model, lora_config(len(down), [name]))
+    for name, p in adapter_tensors(wrapped, "default").items():
+        p.copy_(down if "lora_A" in name else up)
+    return wrapped
+
+
+def with_equal_adapters(model: Any, config: Any, names: Sequence[str]) -> Any:
+    """`model` wrapped by peft with one adapter a name, all with the same start (seed 0)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wrapped = with_lora(model, config, names[0])
+        for name in names[1:]:
+            wrapped.add_adapter(name, config)
+    first = adapter_tensors(wrapped, names[0])
+    with torch.no_grad():
+        for name in names[1:]:
+            for key, value in adapter_tensors(wrapped, name).items():
+                value.copy_(first[key])
+    return wrapped.eval()
 
 
 def adapter_tensors(peft_model: Any, adapter: str) -> dict[str, nn.Parameter]:

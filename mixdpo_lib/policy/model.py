@@ -1,0 +1,151 @@
+"""What does learning ask of a mixture? log w(x) and log sigma(D_k), of one batch and of a whole preference set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ..base.model import Base
+from ..data.pairs import Pairs, Texts, as_pairs
+from ..elbo import margins
+from ..experts.contract import Experts, chosen_texts
+from ..gates.contract import Gate
+from ..gates.inputs import distinct_rows
+
+
+class MixtureModel(nn.Module):
+    """The latent-variable model of preferences: p(y_w over y_l given x) = sum_k w_k(x) sigma(D_k)  (arXiv 2510.08256).
+
+    What learning needs: log w and log sigma(D_k). For its parameters see `MixturePolicy`, which serves people with it.
+    """
+
+    def __init__(self, experts: Experts, gate: Gate, beta: float = 0.1) -> None:
+        super().__init__()
+        if not (beta > 0 and math.isfinite(beta)):
+            raise ValueError(f"beta={beta}: the strength of the KL term is a positive number; 0.1 is the usual value")
+        if gate.n_experts != experts.n_experts:
+            raise ValueError(f"the gate has {gate.n_experts} weights for {experts.n_experts} experts: make them equal")
+        self.experts, self.gate, self.beta = experts, gate, float(beta)
+        self._constants: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.experts.parameters()) / self.n_experts
+        where = "no words" if self.base is None else self.base.name
+        reads = ", ".join(self.gate.reads) or "nothing"
+        return (
+            f"MixturePolicy: {self.n_experts} {type(self.experts).__name__} of {size:,.0f} numbers each on {where}; "
+            f"{type(self.gate).__name__} that reads {reads}; beta {self.beta:g}"
+        )
+
+    @property
+    def n_experts(self) -> int:
+        """K."""
+        return self.experts.n_experts
+
+    @property
+    def base(self) -> Base:
+        """The frozen base model."""
+        return self.experts.base[0]
+
+    # ------------------------------------------------------------------------------------------------ likelihoods
+
+    def prepare(self, data: Dataset | Pairs) -> Pairs:
+        """A preference set, checked, with its distinct texts."""
+        return as_pairs(data)
+
+    def constants(self, texts: Texts) -> Any:
+        """What the experts compute once for these texts, kept while it stays the same (see `Experts.constants`)."""
+        key = f"{texts.key}-{self.experts.constants_key()}"
+        if key not in self._constants:
+            self._constants = {**dict(list(self._constants.items())[-3:]), key: self.experts.constants(texts)}
+        return self._constants[key]
+
+    def batch_loglik(
+        self, batch: dict[str, Tensor], chosen: Bool[Tensor, "pairs experts"] | None = None
+    ) -> Float[Tensor, "pairs experts"]:
+        """log sigma(D_k) of a batch, nats; gradients flow to the experts.
+
+        With `chosen` only those experts are computed for a pair; the others are -inf, which adds nothing to
+        `sum_k w_k sigma(D_k)`, and carry no gradient.
+        """
+        logps = self.experts.logps(batch, chosen)
+        if chosen is not None:  # before the answers are subtracted: the difference of two infinities is NaN
+            logps = logps.masked_fill(~chosen[:, None], 0.0)
+        loglik = F.logsigmoid(margins(logps, self.experts.ref_logps(batch), self.beta))
+        return loglik if chosen is None else loglik.masked_fill(~chosen, -math.inf)
+
+    @torch.no_grad()
+    def text_rewards(
+        self, texts: Texts, ids: Tensor | None = None, chosen: Bool[Tensor, "ids experts"] | None = None
+    ) -> Float[Tensor, "texts experts"]:
+        """beta (log pi_k - log pi_ref) of every text: the implicit reward of each expert, beta x nats.
+
+        With `ids` only those texts are computed, with `chosen` only those experts of each of the ids; what is not
+        computed is NaN.
+        """
+        ids = torch.arange(len(texts)) if ids is None else ids
+        logps, refs = self.experts.all_text_logps(self.constants(texts), ids, chosen=chosen)
+        found = self.beta * (logps - refs)
+        rewards = torch.full((len(texts), self.n_experts), torch.nan)
+        rewards[ids] = found if chosen is None else found.masked_fill(~chosen, torch.nan)
+        return rewards
+
+    @torch.no_grad()
+    def loglik(
+        self,
+        data: Dataset | Pairs,
+        rewards: Tensor | None = None,
+        chosen: Bool[Tensor, "pairs experts"] | None = None,
+    ) -> Float[Tensor, "pairs experts"]:
+        """log sigma(D_k) of every pair, nats.
+
+        Parameters
+        ----------
+        rewards : of the texts (see `text_rewards`), if they are known.
+        chosen : which experts are computed for each pair, such as `elbo.keep_top_s(log_w, s) > -inf`; the others are
+            -inf, so that `elbo.restricted_log_likelihood` and `elbo.certified_gap` read the rest. All by default.
+        """
+        data = self.prepare(data)
+        if rewards is None and chosen is not None and not bool(chosen.all()):
+            by_text = chosen_texts(chosen, data.index, len(data.texts))
+            ids = by_text.any(1).nonzero().squeeze(1)
+            rewards = self.text_rewards(data.texts, ids, by_text[ids])
+        elif rewards is None:
+            rewards = self.text_rewards(data.texts)
+        loglik = F.logsigmoid(rewards[data.index[:, 0]] - rewards[data.index[:, 1]])
+        return loglik if chosen is None else loglik.masked_fill(~chosen, -math.inf)
+
+    # -------------------------------------------------------------------------------------------------- the gate
+
+    def gate_inputs(self, data: Pairs) -> dict[str, Tensor]:
+        """What the gate reads of each pair, see `Gate.inputs`."""
+        names = [name for name in self.gate.reads if name in data.rows.column_names]
+        return self.gate.inputs({name: list(data.rows[name]) for name in names}, self.base)
+
+    def log_w(self, data: Dataset | Pairs) -> Float[Tensor, "pairs experts"]:
+        """The gate's weights of each pair, nats; gradients flow to the gate."""
+        data = self.prepare(data)
+        inputs, place = distinct_rows(self.gate_inputs(data), len(data))
+        return self.gate.log_w(inputs)[place]
+
+    def prompt_log_w(self, prompts: Sequence[str]) -> Float[Tensor, "prompts experts"]:
+        """The gate's weights of each prompt, nats.
+
+        Raises
+        ------
+        ValueError : a gate that reads what no prompt says, such as who the user is.
+        """
+        missing = [name for name in self.gate.reads if name not in self.gate.of_prompt]
+        if missing:
+            raise ValueError(
+                f"the gate reads what is known of the user ({', '.join(missing)}): give user=policy.user(...)"
+            )
+        inputs = self.gate.inputs({name: list(prompts) for name in self.gate.of_prompt}, self.base)
+        return self.gate.log_w(inputs).expand(len(prompts), self.n_experts)
