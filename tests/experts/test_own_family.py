@@ -79,7 +79,7 @@ def data():
 @pytest.fixture(scope="module")
 def policy(tiny_base, data):
     policy = mx.MixturePolicy(ShiftExperts(tiny_base), mx.LearnedWeights(2), beta=0.3)
-    mx.fit(policy, data, plain_fit(passes=20.0, learning_rate=0.05))
+    mx.fit(policy, data, plain_fit(passes=20.0, learning_rate=0.05, evaluations_per_pass=0.2))
     return policy
 
 

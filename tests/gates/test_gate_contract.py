@@ -83,7 +83,7 @@ def test_an_m_step_never_lowers_the_bound(name):
     def bound():
         log_w = gate.log_w(inputs)[place].detach()
         terms = elbo_terms(loglik, log_w, log_q)
-        return float(terms.elbo.sum()) + float(gate.log_prior())
+        return float(terms.elbo.sum()) + float(gate.log_prior().detach())
 
     bounds = [bound()]
     for _ in range(4):

@@ -53,8 +53,9 @@ def rows_by_hour(n, seed):
 @pytest.fixture(scope="module")
 def policy(tiny_base):
     policy = mx.MixturePolicy(mx.HeadExperts(tiny_base, n_experts=2, rank=4), HourGate(2), beta=0.3)
-    config = plain_fit(latent="pair", batch_size=8, passes=6.0, learning_rate=0.02)
+    config = plain_fit(latent="pair", batch_size=8, passes=5.0, learning_rate=0.02)
     config = config.change(start__temperature=1.0, start__kind="clusters", start__passes=1.0)
+    config = config.change(evaluations_per_pass=0.2, evaluate_training=False)
     mx.fit(policy, rows_by_hour(88, seed=0), config)
     return policy
 
