@@ -48,7 +48,7 @@ class HeadExperts(Experts):
     Notes
     -----
     All experts start with the same A and B_k = 0, which is the reference; equal experts cannot part by themselves (see
-    `perturb` and `FitConfig.symmetry_breaking`). A is random until `activate_responses` has seen the training
+    `perturb` and `FitConfig.start`). A is random until `activate_responses` has seen the training
     responses: then its rows read the mean and the first r - 1 principal directions of their hidden states, each with
     mean square 1/r (after Paischer et al. 2024, arXiv 2410.07170, who start LoRA so). On frozen features a head learns
     little that A does not read at the start, and a step is of the same size for every rank.

@@ -1,0 +1,102 @@
+"""What every gate of the library keeps: shapes, description, prior, an M-step that cannot lower the bound."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from mixdpo_lib.elbo import elbo_terms
+from mixdpo_lib.gates import GATES, make_gate
+from mixdpo_lib.gates.membership import MixedMembershipGate
+from mixdpo_lib.gates.prompt import ContextGate
+from mixdpo_lib.gates.user import UserGate
+from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
+
+K, ROWS = 3, 12
+LIBRARY = sorted(n for n, gate in GATES.items() if gate.__module__.startswith("mixdpo_lib."))
+STATE = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0))
+METADATA = {"age": [20 + i for i in range(ROWS)], "country": list("xyz") * (ROWS // 3)}
+MAKE = {  # how each gate is made for n experts; a new gate needs a line here
+    "FixedWeights": lambda n: FixedWeights([1 / n] * n if n else []),
+    "LearnedWeights": lambda n: LearnedWeights(n),
+    "ContextGate": lambda n: ContextGate(4, n),
+    "UserGate": lambda n: UserGate.from_metadata(METADATA, n),
+    "MixedMembershipGate": lambda n: MixedMembershipGate([ContextGate(4, n)], n, ["ann", "bob"]),
+}
+BAD = {
+    "FixedWeights": [{"weights": [0.5, 0.6]}, {"weights": [math.nan, 1.0]}],
+    "LearnedWeights": [{"n_experts": 2, "alpha": a} for a in (0.5, math.nan, math.inf)],
+    "ContextGate": [{"n_features": 4, "n_experts": 2, "weight_scale": s} for s in (0, math.nan)],
+    "UserGate": [{"columns": {"age": (0.0, 1.0)}, "n_experts": 2, "weight_scale": -1}],
+    "MixedMembershipGate": [
+        {"gates": [], "n_experts": 2, "units": ["a"], "offset_scale": s} for s in (0, math.inf)
+    ],
+}
+
+
+def read_by(gate):
+    """Inputs of twelve rows; nothing for a gate that reads nothing."""
+    if isinstance(gate, MixedMembershipGate):
+        return {"0/state": STATE, "unit": torch.arange(ROWS) % 2}
+    if isinstance(gate, ContextGate):
+        return {"state": STATE}
+    return gate.inputs(METADATA, None)
+
+
+def test_every_gate_of_the_library_is_tried_here():
+    assert set(LIBRARY) == set(MAKE) == set(BAD)
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_weights_are_normalised_rows(name):
+    gate = MAKE[name](K)
+    log_w = gate.log_w(read_by(gate))
+    assert log_w.shape == (ROWS if gate.reads else 1, K)
+    torch.testing.assert_close(log_w.logsumexp(1), torch.zeros(len(log_w)))
+    assert gate.log_prior().shape == () and bool(gate.log_prior().isfinite())
+    assert set(gate.of_prompt) <= set(gate.reads)
+    one = {name: value[:1] for name, value in read_by(gate).items()}
+    torch.testing.assert_close(gate.served(one), log_w[0].detach())
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_a_description_makes_an_equal_gate(name):
+    gate = MAKE[name](K)
+    described = json.loads(json.dumps(gate.describe(), allow_nan=False))
+    again = make_gate(described)
+    assert type(again) is type(gate) and again.reads == gate.reads
+    assert json.loads(json.dumps(again.describe())) == described
+    again.load_state_dict(gate.state_dict())
+    torch.testing.assert_close(again.log_w(read_by(gate)), gate.log_w(read_by(gate)))
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_an_m_step_never_lowers_the_bound(name):
+    gate = MAKE[name](K)
+    inputs = read_by(gate)
+    place = torch.arange(ROWS) if inputs else torch.zeros(ROWS, dtype=torch.long)
+    generator = torch.Generator().manual_seed(1)
+    log_q = (2 * torch.randn(ROWS, K, generator=generator)).log_softmax(1)
+    loglik = -torch.rand(ROWS, K, generator=generator)
+
+    def bound():
+        log_w = gate.log_w(inputs)[place].detach()
+        terms = elbo_terms(loglik, log_w, log_q)
+        return float(terms.elbo.sum()) + float(gate.log_prior().detach())
+
+    bounds = [bound()]
+    for _ in range(4):
+        gate.m_step(inputs, log_q, place, max_iter=3)
+        bounds.append(bound())
+    assert all(b >= a - 1e-5 for a, b in zip(bounds, bounds[1:], strict=False))
+    assert (bounds[-1] > bounds[0] + 0.01) == gate.learns
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_bad_numbers_are_refused(name):
+    with pytest.raises(ValueError, match="n_experts=0"):
+        MAKE[name](0)
+    for options in BAD[name]:
+        with pytest.raises(ValueError):
+            GATES[name](**options)
