@@ -139,7 +139,7 @@ def test_the_single_counterpart_is_equal_but_for_k(tiny_base):
 
 
 # ------------------------------------------------------------------------------------------------- on a tiny base
-CONFIG = mx.FitConfig().change(min_steps=60, evaluations_per_pass=0.5)
+CONFIG = mx.FitConfig().change(passes=1.0, min_steps=40, evaluations_per_pass=4)
 NOUNS = {"train": ["film", "plot", "story", "actor"], "validation": ["scene", "music"], "test": ["look", "cast"]}
 
 
