@@ -66,7 +66,7 @@ class FitResult:
         shown = [name for name in ("elbo", "validation_loglik") if name in self.history]
         fig, axes = plt.subplots(1, len(shown) + bool(usage), figsize=(7.0, 2.6), squeeze=False, layout="constrained")
         for ax, name in zip(axes[0], shown, strict=False):
-            figures.training_curves(self.history, ax, column=name)
+            figures.training_curves(self.history.assign(method="", seed=0), ax, column=name)
         if usage:
             long = self.history.melt("step", usage, "expert", "usage")
             long["expert"] = long["expert"].str.replace("usage_", "expert ")
