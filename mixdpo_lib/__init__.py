@@ -9,6 +9,7 @@ from typing import Any
 
 _HOME = {
     "Base": "base.model", "load_base": "base.model", "load_preferences": "data.files",
+    "example_preferences": "data.files", "report": "choosing", "choose_k": "choosing",
     "FixedWeights": "gates.weights", "LearnedWeights": "gates.weights", "ContextGate": "gates.prompt",
     "UserGate": "gates.user", "MixedMembershipGate": "gates.membership",
     "HeadExperts": "experts.heads", "AdapterExperts": "experts.adapters", "IndependentExperts": "experts.whole",

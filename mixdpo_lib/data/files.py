@@ -107,3 +107,16 @@ def load_preferences(path: str | Path, columns: Sequence[str] = ()) -> DatasetDi
         n: check_preferences(explicit_prompts(d, f"{folder} ({n})"), f"{folder} ({n})", columns)
         for n, d in found.items()
     })  # fmt: skip
+
+
+def example_preferences() -> DatasetDict:
+    """A small set that was written by hand, to try things on: 3 users who want different answers about films.
+
+    The same prompts for every user; "ann" prefers the enthusiastic answer, "ben" the informative one, "cleo" the terse
+    one. Columns prompt, chosen, rejected, user, age, country; parts train (30 pairs), validation and test (9 pairs each,
+    on prompts of their own). Three made-up people show how things work, never how well.
+
+    >>> {name: len(part) for name, part in sorted(example_preferences().items())}
+    {'test': 9, 'train': 30, 'validation': 9}
+    """
+    return load_preferences(Path(__file__).parent / "example", ["user", "age", "country"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,12 +66,45 @@ class FitResult:
         shown = [name for name in ("elbo", "validation_loglik") if name in self.history]
         fig, axes = plt.subplots(1, len(shown) + bool(usage), figsize=(7.0, 2.6), squeeze=False, layout="constrained")
         for ax, name in zip(axes[0], shown, strict=False):
-            figures.training_curves(self.history, ax, column=name)
+            figures.training_curves(self.history.assign(method="", seed=0), ax, column=name)
         if usage:
             long = self.history.melt("step", usage, "expert", "usage")
             long["expert"] = long["expert"].str.replace("usage_", "expert ")
             figures.curves(long, axes[0, -1], "step", "usage", "expert", "step", "mean responsibility (share)")
         return fig
+
+
+def certainty(log_q: Float[Tensor, "latents experts"]) -> float:
+    """How far responsibilities stand, on average, between equal (0) and certain (1); 1 for K = 1.
+
+    >>> import torch
+    >>> round(certainty(torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()), 3)
+    0.25
+    """
+    n_experts = log_q.shape[1]
+    if n_experts == 1:
+        return 1.0
+    return float((log_q.exp().amax(1).mean() - 1 / n_experts) / (1 - 1 / n_experts))
+
+
+def dead_experts(log_q: Float[Tensor, "latents experts"]) -> list[int]:
+    """Experts of less than `DEAD` mean responsibility."""
+    return [k for k, usage in enumerate(log_q.exp().mean(0).tolist()) if usage < DEAD]
+
+
+def equal_experts(
+    loglik: Float[Tensor, "pairs experts"], dead: Sequence[int] = ()
+) -> list[tuple[int, int]]:
+    """Pairs of living experts whose sigma(D) differ by less than `EQUAL` on average, the later one first.
+
+    >>> import torch
+    >>> equal_experts(torch.tensor([[0.9, 0.9, 0.1]]).log())
+    [(1, 0)]
+    """
+    p, living = loglik.exp(), [k for k in range(loglik.shape[1]) if k not in set(dead)]
+    return [
+        (i, j) for i in living for j in living if j < i and float((p[:, i] - p[:, j]).abs().mean()) < EQUAL
+    ]
 
 
 def summarise(
@@ -99,18 +133,10 @@ def summarise(
     if turned:
         said.append("almost nothing was learned: raise passes, min_steps or learning_rate")
     elif n_experts > 1:
-        q = log_q.exp()
-        certainty = (q.amax(1).mean() - 1 / n_experts) / (1 - 1 / n_experts)
-        dead = [k for k, usage in enumerate(q.mean(0).tolist()) if usage < DEAD]
-        p = loglik.exp()
-        alike = [
-            f"{i} and {j}"
-            for i in range(n_experts)
-            for j in range(i)
-            if float((p[:, i] - p[:, j]).abs().mean()) < EQUAL and not {i, j} & set(dead)
-        ]
-        parted = float(certainty) >= PARTED and not alike
-        said.append(f"experts have {'' if parted else 'not '}parted (mean certainty {float(certainty):.2f})")
+        sure, dead = certainty(log_q), dead_experts(log_q)
+        alike = [f"{i} and {j}" for i, j in equal_experts(loglik, dead)]
+        parted = sure >= PARTED and not alike
+        said.append(f"experts have {'' if parted else 'not '}parted (mean certainty {sure:.2f})")
         if dead:
             said.append(f"{'experts' if len(dead) > 1 else 'expert'} {', '.join(map(str, dead))} almost unused: fewer "
                         "experts may do, or another seed")

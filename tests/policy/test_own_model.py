@@ -7,9 +7,11 @@ import datasets
 import pytest
 from tiny import preference_rows, save_tiny_base
 
+import mixdpo_lib as mx
 from mixdpo_lib.data.files import explicit_prompts, load_preferences
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "using-your-own-model-and-data.md"
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = ROOT / "docs" / "using-your-own-model-and-data.md"
 
 
 def test_the_guide_runs(tmp_path, monkeypatch, capsys):
@@ -27,6 +29,18 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     assert all(f"{family}Experts -0." in said for family in ("Head", "Adapter", "Independent"))
     assert load_preferences("for-trl.jsonl")["train"]["prompt"] == names["pairs"]["train"]["prompt"]
     assert names["again"].loglik(names["pairs"]["train"]).equal(names["adapters"].loglik(names["pairs"]["train"]))
+
+
+def test_the_block_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
+    tiny = mx.load_base(save_tiny_base(tmp_path / "my-model"))  # in the place of the packaged one
+    monkeypatch.setattr(mx, "load_base", lambda name: tiny, raising=False)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["result"].stop_reason and names["who"].shape == (3,)
+    assert (tmp_path / "my-mixture" / "config.json").is_file()
 
 
 def said(role, text):

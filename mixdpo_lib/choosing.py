@@ -1,0 +1,341 @@
+"""Is it any good, and how many experts? A mixture against one policy, and Ks against each other, on held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor
+
+from .base.model import Base
+from .data.pairs import Pairs, as_pairs
+from .elbo import correct
+from .evaluation import bootstrap_means, choose_n_experts, interval
+from .experts.contract import make_experts
+from .experts.heads import HeadExperts
+from .gates.weights import LearnedWeights
+from .learning.config import FitConfig
+from .learning.fit import fit
+from .learning.result import certainty, dead_experts, equal_experts
+from .policy.mixture import MixturePolicy
+
+FEW_UNITS = 10  # fewer drawn with replacement give an interval that is too narrow
+
+
+@dataclass(frozen=True)
+class Report:
+    """What held-out pairs say of a mixture, beside one policy; `repr` is the text, the tables are tidy.
+
+    totals : rows "mixture", "one policy" and "difference"; accuracy (share) and loglik (nats per pair), each with the
+        ends of its 95 % bootstrap interval over units. A unit counts once, however many pairs it has.
+    units : a row a unit with test pairs: n_train, n_test, served_by, accuracy, loglik, the same of one policy
+        (single_), and the difference of loglik.
+    experts : a row an expert: usage (mean responsibility over units), distance (nats: mean of log pi_k - log pi_ref of
+        the chosen answers of test pairs, weighted by how far expert k serves them), remark (dead, or equal to which).
+    certainty : 0 where units are shared equally, 1 where each has one expert. No evidence by itself.
+    notes : units that were left out or served by the gate alone, and what makes the interval rough.
+    sentence : whether a mixture pays; it rests on the interval of the difference of loglik alone.
+    """
+
+    totals: pd.DataFrame
+    units: pd.DataFrame
+    experts: pd.DataFrame
+    certainty: float
+    notes: tuple[str, ...]
+    sentence: str
+
+    def __repr__(self) -> str:
+        tables = [table.to_string(float_format="{:.3f}".format) for table in (self.totals, self.experts)]
+        said = [f"mean certainty {self.certainty:.2f}", *self.notes, self.sentence]
+        return "\n\n".join([f"on test pairs of {len(self.units)} units", *tables, "\n".join(said)])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which K, and why.
+
+    chosen : the smallest K within one standard error of the best (`evaluation.choose_n_experts`).
+    table : a row a K: loglik (nats per pair, mean over units), behind (the best K's minus this one's) and error, the
+        standard error of that paired difference; chosen.
+    held_out : a row a unit, a column a K: mean held-out log-likelihood of the unit's pairs, nats.
+    """
+
+    chosen: int
+    table: pd.DataFrame
+    held_out: pd.DataFrame = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        said = f"K = {self.chosen}: the smallest within one standard error of the best, {len(self.held_out)} units"
+        return "\n".join([self.table.to_string(float_format="{:.3f}".format), *self.notes, said])
+
+
+@torch.no_grad()
+def served_weights(
+    policy: MixturePolicy, train: Dataset | Pairs, test: Dataset | Pairs, unit: str = "user"
+) -> tuple[Float[Tensor, "pairs experts"], list[str]]:
+    """log w of every test pair, nats, and the units without training pairs, whom the gate alone serves.
+
+    A unit is served by its own training pairs (`Gate.served`); where the gate reads the prompt, by the gate's weights of
+    each prompt. No test answer is read.
+
+    Raises
+    ------
+    ValueError : units without training pairs where the gate reads nothing; training pairs of one unit that differ in
+        what the gate reads.
+    """
+    train, test = policy.prepare(train), policy.prepare(test)
+    ids, names = train.units(unit)
+    place = {name: i for i, name in enumerate(names)}
+    test_ids, test_names = test.units(unit)
+    unknown = [name for name in test_names if name not in place]
+    if unknown and not policy.gate.reads:
+        raise ValueError(
+            f"test: units {unknown[:3]} have no training pairs, and the gate reads nothing by which to serve them; give "
+            "each some training pairs, leave them out, or take a gate that reads what is known of them"
+        )
+    if policy.gate.of_prompt:
+        return policy.log_w(test), unknown
+    loglik, inputs = policy.loglik(train), policy.gate_inputs(train)
+    served = []
+    for i, name in enumerate(names):
+        own = (ids == i).nonzero().squeeze(1)
+        for value in inputs.values():
+            if not bool((value[own] == value[own[:1]]).all()):
+                raise ValueError(f"training pairs of {unit} {name!r} differ in what the gate reads "
+                                 f"({', '.join(policy.gate.reads)}); expected one value a unit; mend the rows")
+        first = {column: value[own[:1]] for column, value in inputs.items()}
+        served.append(policy.gate.served(first, loglik[own]))
+    known = torch.tensor([place.get(name, -1) for name in test_names])[test_ids]
+    weights = torch.stack(served)[known]
+    if unknown:
+        weights = torch.where(known[:, None] < 0, policy.log_w(test), weights)
+    return weights, unknown
+
+
+def _by_unit(values: Float[Tensor, "pairs"], test: Pairs, unit: str) -> pd.Series:
+    """Mean over the pairs of each unit."""
+    ids, names = test.units(unit)
+    return pd.Series(values.double().numpy()).groupby(np.array(names)[ids.numpy()]).mean().reindex(names)
+
+
+def _left_out(train: Pairs, test: Pairs, unit: str, unknown: Sequence[str]) -> list[str]:
+    """Units that are not measured, or not by their own pairs, by name; and whether there are few."""
+    trained, tested = train.units(unit)[1], test.units(unit)[1]
+    untested = [name for name in trained if name not in set(tested)]
+    notes = []
+    if untested:
+        notes.append(f"without test pairs, not measured: {', '.join(untested)}")
+    if unknown:
+        notes.append(f"without training pairs, served by the gate alone: {', '.join(unknown)}")
+    if len(tested) < FEW_UNITS:
+        notes.append(f"{len(tested)} units are few: the interval is rough and too narrow")
+    return notes
+
+
+def single_counterpart(policy: MixturePolicy) -> MixturePolicy:
+    """One expert of the same family and options, base and beta, as at the start.
+
+    Raises
+    ------
+    ValueError : a family whose options do not say how many experts there are; the way out is `single=`.
+    """
+    description = policy.experts.describe()
+    if "n_experts" not in description:
+        raise ValueError(
+            f"{type(policy.experts).__name__}: no single policy can be made from a description without n_experts; fit "
+            "one expert of this family yourself (whole models: IndependentExperts(bases[:1])) and give single=..."
+        )
+    experts = make_experts({**description, "n_experts": 1}, lambda *_: policy.base)
+    own = dict(experts.named_buffers())
+    for name, buffer in policy.experts.named_buffers():  # such as a table's reference: no part of what is learned
+        if name in own and own[name].shape == buffer.shape:
+            own[name].copy_(buffer)
+    return MixturePolicy(experts, LearnedWeights(1), policy.beta)
+
+
+def report(
+    policy: MixturePolicy,
+    train: Dataset | Pairs,
+    test: Dataset | Pairs,
+    *,
+    unit: str = "user",
+    single: MixturePolicy | None = None,
+    config: FitConfig | None = None,
+    validation: Dataset | Pairs | None = None,
+) -> Report:
+    """Does a mixture pay? Test pairs, each unit served by its own training pairs, against one policy.
+
+    Log-likelihood of a test pair: log sum_k w_uk sigma(D_k), w_u of `served_weights`. Nothing is fitted but the single
+    policy, where none is given.
+
+    Parameters
+    ----------
+    train : what `policy` was fitted on. test : pairs that no fit has seen, also not to choose its best step.
+    unit : the column that says whose pairs these are.
+    single : a fitted policy to compare with; by default `single_counterpart(policy)` is fitted on `train`.
+    config, validation : of that fit. Give those that `policy` was fitted with: a mixture of its best step against a
+        single policy of its last one is no fair comparison.
+
+    Raises
+    ------
+    ValueError : K = 1; fewer than two units with test pairs; see `served_weights` and `single_counterpart`.
+    """
+    if policy.n_experts == 1:
+        raise ValueError("policy has one expert: found K = 1, expected a mixture to compare with one policy")
+    train, test = policy.prepare(train), policy.prepare(test)
+    if len(test.units(unit)[1]) < 2:
+        raise ValueError(
+            f"test has {len(test.units(unit)[1])} unit in column {unit!r}; expected at least 2: the interval is over "
+            "units; give test pairs of more of them, or name another column by unit="
+        )
+    log_w, unknown = served_weights(policy, train, test, unit)
+    if single is None:
+        single = single_counterpart(policy)
+        fit(single, train, config or FitConfig(unit=unit), validation=validation)
+    single_w = served_weights(single, train, test, unit)[0] if single.gate.reads else single.log_w(test)
+    columns = {}
+    for prefix, one, weights in (("", policy, log_w), ("single_", single, single_w)):
+        prediction = (one.loglik(test) + weights).logsumexp(1)
+        columns[f"{prefix}accuracy"] = _by_unit(correct(prediction.exp()), test, unit)
+        columns[f"{prefix}loglik"] = _by_unit(prediction, test, unit)
+    units = pd.DataFrame(columns)
+    units["difference"] = units["loglik"] - units["single_loglik"]
+    for name, part in (("n_test", test), ("n_train", train)):
+        counts = pd.Series([str(value) for value in part.rows[unit]]).value_counts()
+        units.insert(0, name, counts.reindex(units.index, fill_value=0))
+    units.insert(2, "served_by", _by_expert(log_w, test, unit))
+    log_q = policy.log_posterior(train, unit)[0]
+    totals = _totals(units)
+    return Report(
+        totals=totals,
+        units=units.rename_axis(unit),
+        experts=_experts(policy, train, test, log_q, log_w),
+        certainty=certainty(log_q),
+        notes=tuple(_left_out(train, test, unit, unknown)),
+        sentence=_verdict(policy.n_experts, totals.loc["difference"], len(units), unit),
+    )
+
+
+def _by_expert(log_w: Tensor, test: Pairs, unit: str) -> pd.Series:
+    """The expert of largest weight of each unit, over its test pairs."""
+    weights = [_by_unit(w, test, unit) for w in log_w.exp().unbind(1)]
+    return pd.concat(weights, axis=1, keys=range(len(weights))).idxmax(axis=1)
+
+
+def _totals(units: pd.DataFrame) -> pd.DataFrame:
+    """Means over units with intervals; the same draws for both policies, so that the difference is paired."""
+    pairs = {
+        name: units[[name, f"single_{name}"]].assign(difference=units[name] - units[f"single_{name}"])
+        for name in ("accuracy", "loglik")
+    }
+    columns: dict[str, Any] = {}
+    for name, values in pairs.items():
+        draws = bootstrap_means(values.to_numpy(float))
+        ends = np.array([interval(draws[:, i]) for i in range(3)])
+        columns |= {name: values.mean().to_numpy(), f"{name}_low": ends[:, 0], f"{name}_high": ends[:, 1]}
+    return pd.DataFrame(columns, index=pd.Index(["mixture", "one policy", "difference"]))
+
+
+@torch.no_grad()
+def _experts(policy: MixturePolicy, train: Pairs, test: Pairs, log_q: Tensor, log_w: Tensor) -> pd.DataFrame:
+    """Usage, distance from the base and remarks of each expert."""
+    chosen = test.index[:, 0]
+    distinct, place = torch.unique(chosen, return_inverse=True)
+    nats = policy.text_rewards(test.texts, distinct)[distinct][place] / policy.beta
+    distance = (nats * log_w.softmax(0)).sum(0)
+    dead = dead_experts(log_q)
+    remarks = ["dead" if k in dead else "" for k in range(policy.n_experts)]
+    for i, j in equal_experts(policy.loglik(train), dead):
+        remarks[i] = ", ".join(filter(None, [remarks[i], f"equal to {j}"]))
+    table = {"usage": log_q.exp().mean(0).numpy(), "distance": distance.numpy(), "remark": remarks}
+    return pd.DataFrame(table).rename_axis("expert")
+
+
+def _verdict(n_experts: int, difference: pd.Series, n_units: int, unit: str) -> str:
+    mean, low, high = (float(difference[name]) for name in ("loglik", "loglik_low", "loglik_high"))
+    found = f"by {abs(mean):.3f} nats per pair"
+    if low > 0:
+        return f"K = {n_experts} predicts test pairs better than one policy {found} [{low:.3f}, {high:.3f}]: the mixture pays."
+    if high < 0:
+        return (
+            f"K = {n_experts} predicts test pairs worse than one policy {found} [{-high:.3f}, {-low:.3f}]: one policy "
+            "serves better."
+        )
+    return (
+        f"K = {n_experts} minus one policy: {mean:+.3f} nats per test pair [{low:.3f}, {high:.3f}], the interval holds 0: "
+        "no sign that a mixture pays."
+    )
+
+
+def choose_k(
+    base_or_make: Base | Callable[[int], MixturePolicy],
+    pairs: Mapping[str, Any] | Dataset | Pairs,
+    ks: Sequence[int],
+    *,
+    config: FitConfig | None = None,
+    unit: str = "user",
+    validation: Dataset | Pairs | None = None,
+) -> Choice:
+    """Fit every K alike and choose by the held-out likelihood of units, by the one-standard-error rule.
+
+    Parameters
+    ----------
+    base_or_make : a base (HeadExperts and LearnedWeights of defaults), or what makes an unfitted policy of K experts.
+    pairs : with parts "train" and "validation"; with `validation=` the training pairs alone will do.
+    ks : numbers of experts, distinct, each at least 1.
+    config : of every fit. The validation pairs also choose each fit's best step, alike for every K: their likelihood
+        compares Ks, and flatters each a little. How good the chosen one is, say test pairs and `report`.
+
+    Raises
+    ------
+    ValueError : no ks, or ks that are no numbers of experts; an absent part; fewer than two units; a policy of another K
+        than was asked for.
+    """
+    if not ks or len(set(ks)) < len(ks) or min(ks) < 1:
+        raise ValueError(f"ks={list(ks)}: expected distinct numbers of experts, each at least 1, such as [1, 2, 3]")
+    train, held_out = _parts(pairs, validation)
+    config = config or FitConfig(unit=unit)
+    columns, notes = {}, []
+    for k in sorted(ks):
+        if isinstance(base_or_make, Base):
+            policy = MixturePolicy(HeadExperts(base_or_make, k), LearnedWeights(k))
+        else:
+            policy = base_or_make(k)
+        if policy.n_experts != k:
+            raise ValueError(f"make({k}) gave a policy of {policy.n_experts} experts; expected {k}")
+        fit(policy, train, config, validation=held_out)
+        log_w, unknown = served_weights(policy, train, held_out, unit)
+        columns[k] = _by_unit((policy.loglik(held_out) + log_w).logsumexp(1), held_out, unit)
+        notes = _left_out(train, held_out, unit, unknown)
+    table = pd.DataFrame(columns).rename_axis(unit)
+    chosen = choose_n_experts(table)
+    behind = table.rsub(table[table.mean().idxmax()], axis=0)
+    summary = pd.DataFrame({
+        "loglik": table.mean(), "behind": behind.mean(), "error": behind.std(ddof=1) / len(behind) ** 0.5,
+    })
+    summary["chosen"] = summary.index == chosen
+    return Choice(chosen, summary.rename_axis("K"), table, tuple(notes))
+
+
+def _parts(pairs: Any, validation: Dataset | Pairs | None) -> tuple[Pairs, Pairs]:
+    """Training and held-out pairs."""
+    if isinstance(pairs, (Dataset, Pairs)):
+        parts: dict[str, Any] = {"train": pairs}
+    else:
+        parts = dict(pairs)
+    if validation is not None:
+        parts["validation"] = validation
+    for name in ("train", "validation"):
+        if name not in parts:
+            raise ValueError(
+                f"pairs: no part {name!r}; found {sorted(parts)}; K is chosen by pairs that no step was taken on: add "
+                "the part, or give validation=..."
+            )
+    return as_pairs(parts["train"]), as_pairs(parts["validation"])
