@@ -28,7 +28,9 @@ def review_pairs(base, n):
         if len(ids) == n + 1:
             break
     for own, other in zip(ids, ids[1:], strict=False):
-        prompt, chosen, rejected = (base.tokenizer.decode(part) for part in (own[:32], own[32:56], other[32:56]))
+        prompt, chosen, rejected = (
+            base.tokenizer.decode(part) for part in (own[:32], own[32:56], other[32:56])
+        )
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "ended": False})
     return Dataset.from_list(rows)
 
@@ -66,8 +68,12 @@ def main():
         "HeadExperts, K=1, all tokens": lambda: mx.HeadExperts(base, 1, 8, active="all"),
         "AdapterExperts, K=1": lambda: mx.AdapterExperts(base, 1, **lora),
         "AdapterExperts, K=4": lambda: mx.AdapterExperts(base, 4, **lora),
-        "AdapterExperts, K=1, nothing kept": lambda: mx.AdapterExperts(base, 1, **lora, keep_lower=False),
-        "AdapterExperts, K=4, nothing kept": lambda: mx.AdapterExperts(base, 4, **lora, keep_lower=False),
+        "AdapterExperts, K=1, nothing kept": lambda: mx.AdapterExperts(
+            base, 1, **lora, keep_lower=False
+        ),
+        "AdapterExperts, K=4, nothing kept": lambda: mx.AdapterExperts(
+            base, 4, **lora, keep_lower=False
+        ),
         "IndependentExperts, K=1": lambda: mx.IndependentExperts([base]),
     }
     times = {name: [] for name in makers}
@@ -88,18 +94,33 @@ def main():
     for name, own in times.items():
         ratios = [a / b for a, b in zip(own, times[one], strict=True)]
         share = numbers[name] / size
-        print(f"| {name} | {numbers[name]:,.0f} | {100 * share:.3g} % | {statistics.median(ratios):.2f} "
-              f"[{min(ratios):.2f}, {max(ratios):.2f}] |")  # fmt: skip
+        print(
+            f"| {name} | {numbers[name]:,.0f} | {100 * share:.3g} % | {statistics.median(ratios):.2f} "
+            f"[{min(ratios):.2f}, {max(ratios):.2f}] |"
+        )
 
     def ratio(what, a, b, factor=1.0):
         own = [x / (factor * y) for x, y in zip(times[a], times[b], strict=True)]
         print(f"{what}: {statistics.median(own):.3f} [{min(own):.3f}, {max(own):.3f}]")
 
     whole = "AdapterExperts, K=4, nothing kept"
-    ratio("K=4 adapters / four runs with K=1, nothing kept", whole, "AdapterExperts, K=1, nothing kept", 4)
-    ratio("K=4 adapters / four runs with K=1, lower blocks kept", "AdapterExperts, K=4", "AdapterExperts, K=1", 4)
-    ratio("pairs per second with kept lower blocks / without, K=1", "AdapterExperts, K=1, nothing kept",
-          "AdapterExperts, K=1")  # fmt: skip
+    ratio(
+        "K=4 adapters / four runs with K=1, nothing kept",
+        whole,
+        "AdapterExperts, K=1, nothing kept",
+        4,
+    )
+    ratio(
+        "K=4 adapters / four runs with K=1, lower blocks kept",
+        "AdapterExperts, K=4",
+        "AdapterExperts, K=1",
+        4,
+    )
+    ratio(
+        "pairs per second with kept lower blocks / without, K=1",
+        "AdapterExperts, K=1, nothing kept",
+        "AdapterExperts, K=1",
+    )
     ratio("pairs per second with kept lower blocks / without, K=4", whole, "AdapterExperts, K=4")
 
 

@@ -33,20 +33,38 @@ def one(n_experts: int, seed: int) -> dict[str, float]:
     pairs, unit = truth.sample_pairs(belongs, PAIRS, torch.Generator().manual_seed(seed + 200))
     seen, known = unit < N_USERS, belongs[:N_USERS]
     log_shares = (torch.bincount(known, minlength=n_experts) / N_USERS).double().log()
-    bayes = elbo.log_responsibilities(truth.loglik(pairs[seen]).detach(), log_shares, unit[seen]).argmax(1)
-    row: dict[str, float] = {"K": n_experts, "seed": seed, "bayes_accuracy": float((bayes == known).double().mean())}
+    bayes = elbo.log_responsibilities(
+        truth.loglik(pairs[seen]).detach(), log_shares, unit[seen]
+    ).argmax(1)
+    row: dict[str, float] = {
+        "K": n_experts,
+        "seed": seed,
+        "bayes_accuracy": float((bayes == known).double().mean()),
+    }
     held_out = {}
     for k in range(1, n_experts + 3):
         experts, gate = TabularExperts(N_ANSWERS, k), LearnedWeights(k)
         result = full_batch_em(
-            experts, gate, pairs[seen], unit[seen], restarts=5, seed=seed, max_iter=300, tolerance=1e-7
+            experts,
+            gate,
+            pairs[seen],
+            unit[seen],
+            restarts=5,
+            seed=seed,
+            max_iter=300,
+            tolerance=1e-7,
         )
         loglik = experts.loglik(pairs[~seen]).detach()
         held_out[k] = elbo.mixture_log_likelihood(loglik, gate(), unit[~seen] - N_USERS).numpy()
         if k == n_experts:
-            found = recovery(pd.DataFrame(result.log_q.exp().numpy()), [str(z) for z in known.tolist()])
+            found = recovery(
+                pd.DataFrame(result.log_q.exp().numpy()), [str(z) for z in known.tolist()]
+            )
             weights, shares = gate().exp().sort().values, log_shares.exp().sort().values
-            row |= {"accuracy": found["aligned_accuracy"], "weight_error": float((weights - shares).abs().max())}
+            row |= {
+                "accuracy": found["aligned_accuracy"],
+                "weight_error": float((weights - shares).abs().max()),
+            }
     row["behind_bayes"] = row["bayes_accuracy"] - row["accuracy"]
     row["chosen_k"] = choose_n_experts(pd.DataFrame(held_out))
     return row
@@ -67,7 +85,9 @@ def main() -> None:
     if options.out:
         table.to_csv(options.out, index=False)
     summary = table.groupby("K").agg(
-        behind_bayes_max=("behind_bayes", "max"), weight_error_max=("weight_error", "max"), seeds=("seed", "count")
+        behind_bayes_max=("behind_bayes", "max"),
+        weight_error_max=("weight_error", "max"),
+        seeds=("seed", "count"),
     )
     summary["right_k"] = (table["chosen_k"] == table["K"]).groupby(table["K"]).sum()
     print(summary.to_string())

@@ -33,11 +33,17 @@ def excerpts(n: int) -> datasets.Dataset:
     """Pairs of excerpts behind the same prompt, two texts a pair."""
     words = [review.split() for review in load_reviews()["text"][: 4 * n]]
     words = [w for w in words if len(w) > PROMPT_WORDS + WORDS][: 2 * (n // 2)]
-    return datasets.Dataset.from_list([
-        {"prompt": " ".join(a[:PROMPT_WORDS]), "chosen": " ".join(a[PROMPT_WORDS:][:WORDS]),
-         "rejected": " ".join(b[PROMPT_WORDS:][:WORDS]), "ended": False}
-        for a, b in zip(words[::2], words[1::2], strict=True)
-    ])  # fmt: skip
+    return datasets.Dataset.from_list(
+        [
+            {
+                "prompt": " ".join(a[:PROMPT_WORDS]),
+                "chosen": " ".join(a[PROMPT_WORDS:][:WORDS]),
+                "rejected": " ".join(b[PROMPT_WORDS:][:WORDS]),
+                "ended": False,
+            }
+            for a, b in zip(words[::2], words[1::2], strict=True)
+        ]
+    )
 
 
 def measure(variants: dict[str, Callable[[], object]], repeats: int) -> pd.DataFrame:
@@ -57,11 +63,18 @@ def measure(variants: dict[str, Callable[[], object]], repeats: int) -> pd.DataF
 def report(title: str, seconds: pd.DataFrame, sequences: int) -> None:
     """Milliseconds a sequence (median) and the ratio to K = 1 of the same repeat (median, min, max)."""
     ratio = seconds.div(seconds["K = 1"], axis=0)
-    table = pd.DataFrame({
-        "ms a sequence": 1000 * seconds.median() / sequences,
-        "ratio": ratio.median(), "min": ratio.min(), "max": ratio.max(),
-    })  # fmt: skip
-    print(f"\n{title}, {sequences} sequences, {len(seconds)} repeats\n{table.round(3).to_string()}\n", flush=True)
+    table = pd.DataFrame(
+        {
+            "ms a sequence": 1000 * seconds.median() / sequences,
+            "ratio": ratio.median(),
+            "min": ratio.min(),
+            "max": ratio.max(),
+        }
+    )
+    print(
+        f"\n{title}, {sequences} sequences, {len(seconds)} repeats\n{table.round(3).to_string()}\n",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -81,17 +94,24 @@ def main() -> None:
         policies[n_experts].constants(data.texts)  # of the frozen head: computed once, kept on disk
     one, many = policies[1], policies[K]
     n_texts, n_active = len(data.texts), len(many.experts.active_ids)
-    print(f"{n_texts} texts of {len(data.texts.tokens) / n_texts:.0f} tokens, {n_active} active tokens, K = {K}")
+    print(
+        f"{n_texts} texts of {len(data.texts.tokens) / n_texts:.0f} tokens, {n_active} active tokens, K = {K}"
+    )
 
-    log_w = torch.randn(max(n_texts, options.prompts), K, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    log_w = torch.randn(
+        max(n_texts, options.prompts), K, generator=torch.Generator().manual_seed(1)
+    ).log_softmax(-1)
     fixed = torch.arange(K, 0, -1).float().log().log_softmax(-1).expand_as(log_w)
     variants: dict[str, Callable[[], object]] = {
-        "K = 1": partial(one.text_rewards, data.texts), f"K = {K}, all": partial(many.text_rewards, data.texts)
-    }  # fmt: skip
+        "K = 1": partial(one.text_rewards, data.texts),
+        f"K = {K}, all": partial(many.text_rewards, data.texts),
+    }
     for routing, weights in (("spread", log_w), ("one for all", fixed)):
         for s in (1, 2, 4) if routing == "spread" else (1,):
             chosen = top_s(weights[:n_texts], s) > -torch.inf
-            variants[f"K = {K}, top-{s}, {routing}"] = partial(many.text_rewards, data.texts, chosen=chosen)
+            variants[f"K = {K}, top-{s}, {routing}"] = partial(
+                many.text_rewards, data.texts, chosen=chosen
+            )
     report("log-probabilities", measure(variants, options.repeats), n_texts)
 
     prompts = list(data.rows["prompt"])
@@ -99,17 +119,25 @@ def main() -> None:
     speak = {"max_new_tokens": options.tokens, "seed": 0}
     variants = {
         "K = 1": partial(one.generate, prompts, **speak),
-        f"K = {K}, all, an expert a text": partial(many.generate, prompts, log_w[: len(prompts)], **speak),
-        f"K = {K}, all, token form": partial(many.generate, prompts, log_w[: len(prompts)], form="token", **speak),
+        f"K = {K}, all, an expert a text": partial(
+            many.generate, prompts, log_w[: len(prompts)], **speak
+        ),
+        f"K = {K}, all, token form": partial(
+            many.generate, prompts, log_w[: len(prompts)], form="token", **speak
+        ),
     }
     for routing, weights in (("spread", log_w), ("one for all", fixed)):
         for s in (1, 2, 4) if routing == "spread" else (1,):
             rest = {"top_s": s, **speak}
-            variants[f"K = {K}, top-{s}, {routing}"] = partial(many.generate, prompts, weights[: len(prompts)], **rest)
+            variants[f"K = {K}, top-{s}, {routing}"] = partial(
+                many.generate, prompts, weights[: len(prompts)], **rest
+            )
     variants[f"K = {K}, top-1, spread, token form"] = partial(
         many.generate, prompts, log_w[: len(prompts)], form="token", top_s=1, **speak
     )
-    report(f"generation of {options.tokens} tokens", measure(variants, options.repeats), len(prompts))
+    report(
+        f"generation of {options.tokens} tokens", measure(variants, options.repeats), len(prompts)
+    )
 
 
 if __name__ == "__main__":

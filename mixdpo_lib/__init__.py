@@ -8,20 +8,42 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "Base": "base.model", "load_base": "base.model", "load_preferences": "data.files",
-    "example_preferences": "data.files", "report": "choosing", "choose_k": "choosing",
-    "FixedWeights": "gates.weights", "LearnedWeights": "gates.weights", "ContextGate": "gates.prompt",
-    "UserGate": "gates.user", "MixedMembershipGate": "gates.membership",
-    "HeadExperts": "experts.heads", "AdapterExperts": "experts.adapters", "IndependentExperts": "experts.whole",
-    "TabularExperts": "experts.tables", "MixturePolicy": "policy.mixture",
-    "fit": "learning.fit", "fit_gate": "learning.fit", "FitConfig": "learning.config",
-    "FitResult": "learning.result", "Start": "learning.starts", "Stop": "learning.config",
-    "Routing": "learning.routing", "Exact": "learning.inference", "Relaxed": "learning.inference",
-    "Recognition": "learning.inference", "Annealed": "learning.inference", "EffectiveExperts": "learning.inference",
-    "MixDPOTrainer": "learning.trainer", "Gate": "gates.contract", "Experts": "experts.contract",
+    "Base": "base.model",
+    "load_base": "base.model",
+    "load_preferences": "data.files",
+    "example_preferences": "data.files",
+    "report": "choosing",
+    "choose_k": "choosing",
+    "FixedWeights": "gates.weights",
+    "LearnedWeights": "gates.weights",
+    "ContextGate": "gates.prompt",
+    "UserGate": "gates.user",
+    "MixedMembershipGate": "gates.membership",
+    "HeadExperts": "experts.heads",
+    "AdapterExperts": "experts.adapters",
+    "IndependentExperts": "experts.whole",
+    "TabularExperts": "experts.tables",
+    "MixturePolicy": "policy.mixture",
+    "fit": "learning.fit",
+    "fit_gate": "learning.fit",
+    "FitConfig": "learning.config",
+    "FitResult": "learning.result",
+    "Start": "learning.starts",
+    "Stop": "learning.config",
+    "Routing": "learning.routing",
+    "Exact": "learning.inference",
+    "Relaxed": "learning.inference",
+    "Recognition": "learning.inference",
+    "Annealed": "learning.inference",
+    "EffectiveExperts": "learning.inference",
+    "MixDPOTrainer": "learning.trainer",
+    "Gate": "gates.contract",
+    "Experts": "experts.contract",
     "Pairs": "data.pairs",
-    "start_run": "runner.record", "load_table": "runner.results", "load_values": "runner.results",
-}  # fmt: skip
+    "start_run": "runner.record",
+    "load_table": "runner.results",
+    "load_values": "runner.results",
+}
 __all__ = sorted(_HOME)
 
 
@@ -31,7 +53,9 @@ def __getattr__(name: str) -> Any:
             return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
         except ModuleNotFoundError as error:
             if _HOME[name].startswith("runner.") and not str(error.name).startswith(__name__):
-                raise ModuleNotFoundError(f"{name} needs {error.name}: pip install 'mixdpo[runner]'") from error
+                raise ModuleNotFoundError(
+                    f"{name} needs {error.name}: pip install 'mixdpo[runner]'"
+                ) from error
             raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

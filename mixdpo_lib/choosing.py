@@ -51,7 +51,9 @@ class Report:
     sentence: str
 
     def __repr__(self) -> str:
-        tables = [table.to_string(float_format="{:.3f}".format) for table in (self.totals, self.experts)]
+        tables = [
+            table.to_string(float_format="{:.3f}".format) for table in (self.totals, self.experts)
+        ]
         said = [f"mean certainty {self.certainty:.2f}", *self.notes, self.sentence]
         return "\n\n".join([f"on test pairs of {len(self.units)} units", *tables, "\n".join(said)])
 
@@ -108,8 +110,10 @@ def served_weights(
         own = (ids == i).nonzero().squeeze(1)
         for value in inputs.values():
             if not bool((value[own] == value[own[:1]]).all()):
-                raise ValueError(f"training pairs of {unit} {name!r} differ in what the gate reads "
-                                 f"({', '.join(policy.gate.reads)}); expected one value a unit; mend the rows")
+                raise ValueError(
+                    f"training pairs of {unit} {name!r} differ in what the gate reads "
+                    f"({', '.join(policy.gate.reads)}); expected one value a unit; mend the rows"
+                )
         first = {column: value[own[:1]] for column, value in inputs.items()}
         served.append(policy.gate.served(first, loglik[own]))
     known = torch.tensor([place.get(name, -1) for name in test_names])[test_ids]
@@ -122,7 +126,12 @@ def served_weights(
 def _by_unit(values: Float[Tensor, "pairs"], test: Pairs, unit: str) -> pd.Series:
     """Mean over the pairs of each unit."""
     ids, names = test.units(unit)
-    return pd.Series(values.double().numpy()).groupby(np.array(names)[ids.numpy()]).mean().reindex(names)
+    return (
+        pd.Series(values.double().numpy())
+        .groupby(np.array(names)[ids.numpy()])
+        .mean()
+        .reindex(names)
+    )
 
 
 def _left_out(train: Pairs, test: Pairs, unit: str, unknown: Sequence[str]) -> list[str]:
@@ -154,7 +163,10 @@ def single_counterpart(policy: MixturePolicy) -> MixturePolicy:
         )
     experts = make_experts({**description, "n_experts": 1}, lambda *_: policy.base)
     own = dict(experts.named_buffers())
-    for name, buffer in policy.experts.named_buffers():  # such as a table's reference: no part of what is learned
+    for (
+        name,
+        buffer,
+    ) in policy.experts.named_buffers():  # such as a table's reference: no part of what is learned
         if name in own and own[name].shape == buffer.shape:
             own[name].copy_(buffer)
     return MixturePolicy(experts, LearnedWeights(1), policy.beta)
@@ -188,7 +200,9 @@ def report(
     ValueError : K = 1; fewer than two units with test pairs; see `served_weights` and `single_counterpart`.
     """
     if policy.n_experts == 1:
-        raise ValueError("policy has one expert: found K = 1, expected a mixture to compare with one policy")
+        raise ValueError(
+            "policy has one expert: found K = 1, expected a mixture to compare with one policy"
+        )
     train, test = policy.prepare(train), policy.prepare(test)
     if len(test.units(unit)[1]) < 2:
         raise ValueError(
@@ -199,7 +213,9 @@ def report(
     if single is None:
         single = single_counterpart(policy)
         fit(single, train, config or FitConfig(unit=unit), validation=validation)
-    single_w = served_weights(single, train, test, unit)[0] if single.gate.reads else single.log_w(test)
+    single_w = (
+        served_weights(single, train, test, unit)[0] if single.gate.reads else single.log_w(test)
+    )
     columns = {}
     for prefix, one, weights in (("", policy, log_w), ("single_", single, single_w)):
         prediction = (one.loglik(test) + weights).logsumexp(1)
@@ -232,19 +248,27 @@ def _by_expert(log_w: Tensor, test: Pairs, unit: str) -> pd.Series:
 def _totals(units: pd.DataFrame) -> pd.DataFrame:
     """Means over units with intervals; the same draws for both policies, so that the difference is paired."""
     pairs = {
-        name: units[[name, f"single_{name}"]].assign(difference=units[name] - units[f"single_{name}"])
+        name: units[[name, f"single_{name}"]].assign(
+            difference=units[name] - units[f"single_{name}"]
+        )
         for name in ("accuracy", "loglik")
     }
     columns: dict[str, Any] = {}
     for name, values in pairs.items():
         draws = bootstrap_means(values.to_numpy(float))
         ends = np.array([interval(draws[:, i]) for i in range(3)])
-        columns |= {name: values.mean().to_numpy(), f"{name}_low": ends[:, 0], f"{name}_high": ends[:, 1]}
+        columns |= {
+            name: values.mean().to_numpy(),
+            f"{name}_low": ends[:, 0],
+            f"{name}_high": ends[:, 1],
+        }
     return pd.DataFrame(columns, index=pd.Index(["mixture", "one policy", "difference"]))
 
 
 @torch.no_grad()
-def _experts(policy: MixturePolicy, train: Pairs, test: Pairs, log_q: Tensor, log_w: Tensor) -> pd.DataFrame:
+def _experts(
+    policy: MixturePolicy, train: Pairs, test: Pairs, log_q: Tensor, log_w: Tensor
+) -> pd.DataFrame:
     """Usage, distance from the base and remarks of each expert."""
     chosen = test.index[:, 0]
     distinct, place = torch.unique(chosen, return_inverse=True)
@@ -299,7 +323,9 @@ def choose_k(
         than was asked for.
     """
     if not ks or len(set(ks)) < len(ks) or min(ks) < 1:
-        raise ValueError(f"ks={list(ks)}: expected distinct numbers of experts, each at least 1, such as [1, 2, 3]")
+        raise ValueError(
+            f"ks={list(ks)}: expected distinct numbers of experts, each at least 1, such as [1, 2, 3]"
+        )
     train, held_out = _parts(pairs, validation)
     config = config or FitConfig(unit=unit)
     columns, notes = {}, []
@@ -317,9 +343,13 @@ def choose_k(
     table = pd.DataFrame(columns).rename_axis(unit)
     chosen = choose_n_experts(table)
     behind = table.rsub(table[table.mean().idxmax()], axis=0)
-    summary = pd.DataFrame({
-        "loglik": table.mean(), "behind": behind.mean(), "error": behind.std(ddof=1) / len(behind) ** 0.5,
-    })
+    summary = pd.DataFrame(
+        {
+            "loglik": table.mean(),
+            "behind": behind.mean(),
+            "error": behind.std(ddof=1) / len(behind) ** 0.5,
+        }
+    )
     summary["chosen"] = summary.index == chosen
     return Choice(chosen, summary.rename_axis("K"), table, tuple(notes))
 

@@ -11,7 +11,9 @@ from typing import Annotated
 try:
     import typer
 except ModuleNotFoundError:
-    sys.exit("mixdpo: error: the command line needs more than the method alone: pip install 'mixdpo[study,runner]'")
+    sys.exit(
+        "mixdpo: error: the command line needs more than the method alone: pip install 'mixdpo[study,runner]'"
+    )
 
 from .runner import execute, parameters
 from .runner import reproduce as reproduction

@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-GATE_TOLERANCE = 1e-5  # how far the log of a row's total weight may lie above 0: rounding of float32
+GATE_TOLERANCE = (
+    1e-5  # how far the log of a row's total weight may lie above 0: rounding of float32
+)
 NORMALISED_TOLERANCE = 1e-4  # how far the log of a responsibility row's total may lie from 0
 __all__ = [
     "ElboTerms",
@@ -53,13 +55,17 @@ class ElboTerms(NamedTuple):
 
 def _check_float(name: str, value: Tensor) -> None:
     if value.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} has dtype {value.dtype}; expected float32 or float64: convert it with {name}.float()")
+        raise ValueError(
+            f"{name} has dtype {value.dtype}; expected float32 or float64: convert it with {name}.float()"
+        )
 
 
 def _check_matrix(name: str, value: Tensor, axes: str = "pairs, experts") -> None:
     _check_float(name, value)
     if value.dim() != 2 or value.shape[0] == 0 or value.shape[1] == 0:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected ({axes}), neither of them empty")
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; expected ({axes}), neither of them empty"
+        )
 
 
 def _row_name(value: Tensor, row: int, name: str) -> str:
@@ -89,17 +95,23 @@ def check_log_w(log_w: Float[Tensor, "..."], name: str = "log_w") -> Float[Tenso
     """
     _check_float(name, log_w)
     if log_w.dim() not in (1, 2) or log_w.shape[-1] == 0:
-        raise ValueError(f"{name} has shape {tuple(log_w.shape)}; expected (experts,) or (rows, experts), not empty")
+        raise ValueError(
+            f"{name} has shape {tuple(log_w.shape)}; expected (experts,) or (rows, experts), not empty"
+        )
     rows = log_w.detach().reshape(-1, log_w.shape[-1])
     broken = (rows.isnan() | (rows == math.inf)).any(-1)
     if broken.any():
         row = int(broken.nonzero()[0])
         where, found = _row_name(log_w, row, name), rows[row].tolist()
-        raise ValueError(f"{where}: holds NaN or +inf ({found}); expected log-probabilities, at most 0 nats each")
+        raise ValueError(
+            f"{where}: holds NaN or +inf ({found}); expected log-probabilities, at most 0 nats each"
+        )
     totals = rows.logsumexp(-1)
     if (totals == -math.inf).any():
         where = _row_name(log_w, int((totals == -math.inf).nonzero()[0]), name)
-        raise ValueError(f"{where}: every expert has weight 0 (all -inf); leave at least one expert in")
+        raise ValueError(
+            f"{where}: every expert has weight 0 (all -inf); leave at least one expert in"
+        )
     if (totals > GATE_TOLERANCE).any():
         row = int((totals > GATE_TOLERANCE).nonzero()[0])
         total = math.exp(min(float(totals[row]), 700.0))
@@ -124,7 +136,9 @@ def _check_loglik(loglik: Tensor) -> None:
 def _check_log_q(log_q: Tensor, rows: int, experts: int) -> None:
     _check_matrix("log_q", log_q, "rows, experts")
     if log_q.shape != (rows, experts):
-        raise ValueError(f"log_q has shape {tuple(log_q.shape)}; expected ({rows}, {experts}): one row a pair or unit")
+        raise ValueError(
+            f"log_q has shape {tuple(log_q.shape)}; expected ({rows}, {experts}): one row a pair or unit"
+        )
     totals = log_q.detach().logsumexp(-1)
     wrong = ~(totals.abs() <= NORMALISED_TOLERANCE)
     if wrong.any():
@@ -137,12 +151,16 @@ def _check_log_q(log_q: Tensor, rows: int, experts: int) -> None:
 
 def _count_units(unit: Tensor, pairs: int, n_units: int | None, validate: bool) -> int:
     if unit.shape != (pairs,):
-        raise ValueError(f"unit has shape {tuple(unit.shape)}; expected ({pairs},): one unit number for each pair")
+        raise ValueError(
+            f"unit has shape {tuple(unit.shape)}; expected ({pairs},): one unit number for each pair"
+        )
     if not validate and n_units is not None:
         return n_units
     if validate and int(unit.min()) < 0:
         row = int((unit < 0).nonzero()[0])
-        raise ValueError(f"unit[{row}] = {int(unit[row])}; expected numbers from 0 on: renumber the units")
+        raise ValueError(
+            f"unit[{row}] = {int(unit[row])}; expected numbers from 0 on: renumber the units"
+        )
     highest = int(unit.max())
     if n_units is None:
         if validate:
@@ -156,7 +174,9 @@ def _count_units(unit: Tensor, pairs: int, n_units: int | None, validate: bool) 
         return highest + 1
     if highest >= n_units:
         row = int((unit >= n_units).nonzero()[0])
-        raise ValueError(f"unit[{row}] = {int(unit[row])} with n_units={n_units}; expected at most {n_units - 1}")
+        raise ValueError(
+            f"unit[{row}] = {int(unit[row])} with n_units={n_units}; expected at most {n_units - 1}"
+        )
     return n_units
 
 
@@ -189,7 +209,9 @@ def _unit_gate(log_w: Tensor, unit: Tensor, n_units: int, validate: bool) -> Ten
     first = first.scatter_reduce(0, unit.long(), torch.arange(pairs, device=unit.device), "amin")
     if (first == pairs).any():
         missing = int((first == pairs).nonzero()[0])
-        raise ValueError(f"unit {missing} has no pairs, so a log_w by pair says nothing of it; give log_w by unit")
+        raise ValueError(
+            f"unit {missing} has no pairs, so a log_w by pair says nothing of it; give log_w by unit"
+        )
     per_unit = log_w[first]
     if validate:
         differs = ((log_w.exp() - per_unit[unit].exp()).abs() > GATE_TOLERANCE).any(-1)
@@ -217,7 +239,9 @@ def _rows(
         )
     if unit is None:
         if n_units is not None:
-            raise ValueError(f"n_units={n_units} without unit; give unit, the number of the unit of each pair")
+            raise ValueError(
+                f"n_units={n_units} without unit; give unit, the number of the unit of each pair"
+            )
         if log_w.dim() == 2 and log_w.shape[0] not in (1, loglik.shape[0]):
             raise ValueError(
                 f"log_w has {log_w.shape[0]} rows and loglik {loglik.shape[0]}; expected one row a pair, or "
@@ -231,7 +255,9 @@ def _rows(
 
 
 def margins(
-    policy_logps: Float[Tensor, "pairs answers experts"], ref_logps: Float[Tensor, "..."], beta: float | int
+    policy_logps: Float[Tensor, "pairs answers experts"],
+    ref_logps: Float[Tensor, "..."],
+    beta: float | int,
 ) -> Float[Tensor, "pairs experts"]:
     """Margin of the better answer under each expert, ``D_k``.
 
@@ -256,9 +282,13 @@ def margins(
     tensor([[1.]])
     """
     if not 0 < beta < math.inf:
-        raise ValueError(f"beta={beta}: the strength of the KL term is above 0; 0.1 is a usual value")
+        raise ValueError(
+            f"beta={beta}: the strength of the KL term is above 0; 0.1 is a usual value"
+        )
     if policy_logps.dim() != 3 or policy_logps.shape[1] != 2:
-        raise ValueError(f"policy_logps has shape {tuple(policy_logps.shape)}; expected (pairs, 2, experts)")
+        raise ValueError(
+            f"policy_logps has shape {tuple(policy_logps.shape)}; expected (pairs, 2, experts)"
+        )
     _check_float("policy_logps", policy_logps)
     _check_float("ref_logps", ref_logps)
     pairs, _, experts = policy_logps.shape
@@ -348,7 +378,9 @@ def log_responsibilities(
     tensor([[0.7500, 0.2500]])
     """
     if not 0 < responsibility_temperature < math.inf:
-        raise ValueError(f"responsibility_temperature={responsibility_temperature}: expected above 0; 1 is exact")
+        raise ValueError(
+            f"responsibility_temperature={responsibility_temperature}: expected above 0; 1 is exact"
+        )
     rows, gate = _rows(loglik, log_w, unit, n_units, validate)
     return (gate + rows / responsibility_temperature).log_softmax(-1)
 
@@ -449,9 +481,13 @@ def mixture_reward(
         broken = (rewards.isnan() | (rewards == math.inf)).any(-1)
         if broken.any():
             row = int(broken.nonzero()[0])
-            raise ValueError(f"rewards[{row}]: holds NaN or +inf ({rewards[row].tolist()}); expected finite rewards")
+            raise ValueError(
+                f"rewards[{row}]: holds NaN or +inf ({rewards[row].tolist()}); expected finite rewards"
+            )
         check_log_w(log_w)
-    if log_w.shape[-1] != rewards.shape[1] or (log_w.dim() == 2 and log_w.shape[0] not in (1, rewards.shape[0])):
+    if log_w.shape[-1] != rewards.shape[1] or (
+        log_w.dim() == 2 and log_w.shape[0] not in (1, rewards.shape[0])
+    ):
         raise ValueError(
             f"log_w has shape {tuple(log_w.shape)} and rewards {tuple(rewards.shape)}; expected the same experts, "
             "and one row of log_w for each row of rewards or for all"
@@ -577,7 +613,9 @@ def gumbel_softmax_samples(
     True
     """
     if not 0 < gumbel_temperature < math.inf:
-        raise ValueError(f"gumbel_temperature={gumbel_temperature}: expected above 0, for example 1.0")
+        raise ValueError(
+            f"gumbel_temperature={gumbel_temperature}: expected above 0, for example 1.0"
+        )
     if n_samples < 1:
         raise ValueError(f"n_samples={n_samples}: expected at least 1 Monte-Carlo sample")
     noise = torch.empty(n_samples, *log_q.shape, dtype=log_q.dtype, device=log_q.device)
@@ -650,4 +688,6 @@ def correct(probability: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
 def check_n_experts(n_experts: int) -> None:
     """Refuse a mixture without an expert."""
     if n_experts < 1:
-        raise ValueError(f"n_experts={n_experts}: a mixture needs at least one expert; use 1 for plain DPO")
+        raise ValueError(
+            f"n_experts={n_experts}: a mixture needs at least one expert; use 1 for plain DPO"
+        )

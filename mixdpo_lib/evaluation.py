@@ -22,7 +22,9 @@ from .policy.mixture import MixturePolicy
 N_BOOTSTRAP = 2000
 
 
-def bootstrap_means(values: np.ndarray, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0) -> np.ndarray:
+def bootstrap_means(
+    values: np.ndarray, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0
+) -> np.ndarray:
     """Means over resampled rows (clusters), (n_bootstrap, columns); NaN entries are left out of a mean."""
     rng = np.random.default_rng(seed)
     known = np.isfinite(values)
@@ -38,7 +40,9 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def align(
-    responsibilities: Float[np.ndarray, "units experts"], groups: Sequence[str], names: Sequence[str]
+    responsibilities: Float[np.ndarray, "units experts"],
+    groups: Sequence[str],
+    names: Sequence[str],
 ) -> list[int]:
     """Which expert serves which group: order[i] is the expert of names[i] (Hungarian, on summed responsibilities).
 
@@ -91,7 +95,9 @@ def choose_n_experts(held_out: pd.DataFrame) -> int:
     2
     """
     if len(held_out) < 2:
-        raise ValueError(f"no held-out units to choose K by: found {len(held_out)}, expected at least 2")
+        raise ValueError(
+            f"no held-out units to choose K by: found {len(held_out)}, expected at least 2"
+        )
     best = held_out.mean().idxmax()
     behind = held_out.rsub(held_out[best], axis=0)
     error = behind.std(ddof=1) / len(behind) ** 0.5
@@ -99,9 +105,11 @@ def choose_n_experts(held_out: pd.DataFrame) -> int:
 
 
 def prompt_accuracy(
-    policy: MixturePolicy, test: Pairs, weights: dict[str, Float[Tensor, "rows experts"]],
+    policy: MixturePolicy,
+    test: Pairs,
+    weights: dict[str, Float[Tensor, "rows experts"]],
     test_loglik: Float[Tensor, "pairs experts"] | None = None,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """Share of correct predictions by group and prompt: sum_k w_k sigma(D_k) > 0.5, one half counts half.
 
     Parameters
@@ -121,22 +129,35 @@ def prompt_accuracy(
         mask = np.flatnonzero(group == name)
         hits = correct((loglik[mask][None] + log_w[:, None]).logsumexp(-1).exp()).double()
         table = pd.DataFrame(
-            {"group": name, "prompt_id": prompt[mask], "accuracy": hits.mean(0).numpy(), "n_pairs": 1}
+            {
+                "group": name,
+                "prompt_id": prompt[mask],
+                "accuracy": hits.mean(0).numpy(),
+                "n_pairs": 1,
+            }
         )
-        parts.append(table.groupby(["group", "prompt_id"], as_index=False).agg({"accuracy": "mean", "n_pairs": "sum"}))
+        parts.append(
+            table.groupby(["group", "prompt_id"], as_index=False).agg(
+                {"accuracy": "mean", "n_pairs": "sum"}
+            )
+        )
     return pd.concat(parts, ignore_index=True)
 
 
 def by_prompt_and_group(by_prompt: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(prompts, groups) accuracies and pair counts, seeds averaged within a prompt."""
-    mean = by_prompt.pivot_table(index="prompt_id", columns="group", values="accuracy", aggfunc="mean")
-    count = by_prompt.pivot_table(index="prompt_id", columns="group", values="n_pairs", aggfunc="mean").reindex_like(
-        mean
+    mean = by_prompt.pivot_table(
+        index="prompt_id", columns="group", values="accuracy", aggfunc="mean"
     )
+    count = by_prompt.pivot_table(
+        index="prompt_id", columns="group", values="n_pairs", aggfunc="mean"
+    ).reindex_like(mean)
     return mean.to_numpy(), count.fillna(0).to_numpy(), list(mean.columns)
 
 
-def group_accuracy(accuracy: np.ndarray, count: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def group_accuracy(
+    accuracy: np.ndarray, count: np.ndarray, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Pair-weighted accuracy of each group, and its bootstrap draws over prompts (the same prompts for all groups)."""
     rng = np.random.default_rng(seed)
     hits = np.where(count > 0, np.nan_to_num(accuracy) * count, 0.0)
@@ -155,17 +176,40 @@ def summarise_accuracy(by_prompt: pd.DataFrame, keys: Sequence[str]) -> pd.DataF
     for key, part in by_prompt.groupby(list(keys), sort=False):
         seeds: list[object] = [*sorted(part["seed"].unique()), "mean"]
         for s in seeds:
-            accuracy, count, names = by_prompt_and_group(part if s == "mean" else part[part["seed"] == s])
+            accuracy, count, names = by_prompt_and_group(
+                part if s == "mean" else part[part["seed"] == s]
+            )
             means, draws = group_accuracy(accuracy, count)
             head = dict(zip(keys, key, strict=True)) | {"seed": str(s)}
             for i, name in enumerate(names):
                 low, high = interval(draws[:, i])
                 n = int(count[:, i].sum())
-                rows.append({**head, "group": name, "n_pairs": n, "accuracy": means[i], "low": low, "high": high})
-            for name, value, spread in (("mean", means.mean(), draws.mean(1)), ("worst", means.min(), draws.min(1))):
+                rows.append(
+                    {
+                        **head,
+                        "group": name,
+                        "n_pairs": n,
+                        "accuracy": means[i],
+                        "low": low,
+                        "high": high,
+                    }
+                )
+            for name, value, spread in (
+                ("mean", means.mean(), draws.mean(1)),
+                ("worst", means.min(), draws.min(1)),
+            ):
                 low, high = interval(spread)
                 n = int(count.sum())
-                rows.append({**head, "group": name, "n_pairs": n, "accuracy": value, "low": low, "high": high})
+                rows.append(
+                    {
+                        **head,
+                        "group": name,
+                        "n_pairs": n,
+                        "accuracy": value,
+                        "low": low,
+                        "high": high,
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -181,10 +225,26 @@ def accuracy_gain(better: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
         (mean_a, draw_a), (mean_b, draw_b) = group_accuracy(a, count), group_accuracy(b, count)
         for i, name in enumerate(names):
             low, high = interval(draw_a[:, i] - draw_b[:, i])
-            rows.append({"seed": str(s), "group": name, "gain": mean_a[i] - mean_b[i], "low": low, "high": high})
+            rows.append(
+                {
+                    "seed": str(s),
+                    "group": name,
+                    "gain": mean_a[i] - mean_b[i],
+                    "low": low,
+                    "high": high,
+                }
+            )
         for name, f in (("mean", np.mean), ("worst", np.min)):
             low, high = interval(f(draw_a, axis=1) - f(draw_b, axis=1))
-            rows.append({"seed": str(s), "group": name, "gain": f(mean_a) - f(mean_b), "low": low, "high": high})
+            rows.append(
+                {
+                    "seed": str(s),
+                    "group": name,
+                    "gain": f(mean_a) - f(mean_b),
+                    "low": low,
+                    "high": high,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -201,10 +261,16 @@ def reliability(probability: np.ndarray, outcome: np.ndarray, n_bins: int = 10) 
     """
     p, y = np.asarray(probability, float), np.asarray(outcome, float)
     if p.shape != y.shape or len(p) == 0 or not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"probability {p.shape}, outcome {y.shape}: expected as many of each, probabilities in [0, 1]")
-    table = pd.DataFrame({"bin": np.minimum((p * n_bins).astype(int), n_bins - 1), "probability": p, "frequency": y})
+        raise ValueError(
+            f"probability {p.shape}, outcome {y.shape}: expected as many of each, probabilities in [0, 1]"
+        )
+    table = pd.DataFrame(
+        {"bin": np.minimum((p * n_bins).astype(int), n_bins - 1), "probability": p, "frequency": y}
+    )
     means = table.groupby("bin").agg(
-        probability=("probability", "mean"), frequency=("frequency", "mean"), n=("frequency", "size")
+        probability=("probability", "mean"),
+        frequency=("frequency", "mean"),
+        n=("frequency", "size"),
     )
     z, n, f = 1.96, means["n"], means["frequency"]
     centre, half = (f + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n)

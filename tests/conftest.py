@@ -2,11 +2,13 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"      # before anything imports huggingface_hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
-THREADS = 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1  # two workers: a core for each
-os.environ["OMP_NUM_THREADS"] = str(THREADS)    # of the kernels that notebooks run in
+THREADS = (
+    2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1
+)  # two workers: a core for each
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the kernels that notebooks run in
 for name in ("ROOT", "RUN_FOLDER", "PROGRESS", "STARTED", "PROFILE", "COMMAND"):
     os.environ.pop(f"MIXDPO_{name}", None)
 
@@ -59,12 +61,20 @@ def write_notebook(project):
 
     def write(name, *cells, parameters=PARAMETERS, start=True, finish=True, shares=()):
         book = nbformat.v4.new_notebook()
-        book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        book.metadata.kernelspec = {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
         head = nbformat.v4.new_code_cell(parameters)
         head.metadata["tags"] = ["parameters"]
         begin = f'from mixdpo_lib.runner import record, results\nrun = record.start_run("{name}", globals())'
         sources = [*([begin] if start else []), *cells, *(["run.finish()"] if finish else [])]
-        book.cells = [nbformat.v4.new_markdown_cell("# A test"), head, *map(nbformat.v4.new_code_cell, sources)]
+        book.cells = [
+            nbformat.v4.new_markdown_cell("# A test"),
+            head,
+            *map(nbformat.v4.new_code_cell, sources),
+        ]
         nbformat.write(book, project / "notebooks" / f"{name}.ipynb")
         path = project / "workflow" / "notebooks.yaml"
         listed = yaml.safe_load(path.read_text()) if path.exists() else {"main": {}}
@@ -85,7 +95,9 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny_base(tiny_folder, tmp_path_factory):
     """The tiny model, loaded as any other; MIXDPO_CACHE is a temporary folder while this module's tests run."""
-    from mixdpo_lib.base import model  # here: what is imported before pytest is set up is not checked for shapes
+    from mixdpo_lib.base import (
+        model,
+    )  # here: what is imported before pytest is set up is not checked for shapes
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIXDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -16,9 +16,12 @@ ANSWERS = [Text("p", "a", True), Text("p", "b", True)]
 
 def rows(*choices):
     """One pair a choice: user and the answer that was chosen, "a" or "b"."""
-    return datasets.Dataset.from_list([
-        {"prompt": "p", "chosen": one, "rejected": "b" if one == "a" else "a", "user": user} for user, one in choices
-    ])
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": "p", "chosen": one, "rejected": "b" if one == "a" else "a", "user": user}
+            for user, one in choices
+        ]
+    )
 
 
 @pytest.fixture
@@ -44,15 +47,22 @@ def test_a_report_by_hand(table):
     # q of each user's own expert: (3/4)^2 / ((3/4)^2 + (1/4)^2) = .9; prediction .9 x .75 + .1 x .25 = .7
     assert found.units["loglik"].tolist() == pytest.approx([math.log(0.7)] * 2)
     assert found.units["single_loglik"].tolist() == pytest.approx([math.log(0.5)] * 2)
-    assert found.units[["n_train", "n_test", "served_by"]].to_numpy().tolist() == [[2, 1, 0], [2, 2, 1]]
+    assert found.units[["n_train", "n_test", "served_by"]].to_numpy().tolist() == [
+        [2, 1, 0],
+        [2, 2, 1],
+    ]
     gain = math.log(0.7 / 0.5)  # the same for both users: the interval is a point
-    assert found.totals.loc["difference", ["loglik", "loglik_low", "loglik_high"]].tolist() == pytest.approx([gain] * 3)
+    assert found.totals.loc[
+        "difference", ["loglik", "loglik_low", "loglik_high"]
+    ].tolist() == pytest.approx([gain] * 3)
     assert found.totals["accuracy"].tolist() == pytest.approx([1.0, 0.5, 0.5])
     assert found.certainty == pytest.approx(0.8)  # (.9 - .5) / .5
     # chosen answers, weighted by .9 and .1 as the expert serves them: ann's log(3/4) - log(1/2), bob's log(1/4) - log(1/2)
     serves = np.array([[0.9, 0.1, 0.1], [0.1, 0.9, 0.9]])
     nats = np.log([[0.75, 0.25, 0.25], [0.25, 0.75, 0.75]]) - math.log(0.5)
-    assert found.experts["distance"].tolist() == pytest.approx(list((serves * nats).sum(1) / serves.sum(1)))
+    assert found.experts["distance"].tolist() == pytest.approx(
+        list((serves * nats).sum(1) / serves.sum(1))
+    )
     assert found.experts["remark"].tolist() == ["", ""]
     assert found.sentence == (
         "K = 2 predicts test pairs better than one policy by 0.336 nats per pair [0.336, 0.336]: the mixture pays."
@@ -71,14 +81,20 @@ def test_a_report_says_when_one_policy_serves_as_well_or_better(table):
 
 
 def test_sure_experts_are_no_evidence(table):
-    found = mx.report(table(20.0, -20.0), TRAIN, rows(("ann", "a"), ("bob", "a")), single=table(0.0))
+    found = mx.report(
+        table(20.0, -20.0), TRAIN, rows(("ann", "a"), ("bob", "a")), single=table(0.0)
+    )
     assert found.certainty > 0.999
     assert found.sentence.endswith("the interval holds 0: no sign that a mixture pays.")
 
 
 def test_dead_and_equal_experts_are_named(table):
-    found = mx.report(table(LOG3, LOG3 + 1e-3, -9.0), rows(("ann", "a"), ("ann", "a"), ("bob", "a")),
-                      rows(("ann", "a"), ("bob", "a")), single=table(0.0))  # fmt: skip
+    found = mx.report(
+        table(LOG3, LOG3 + 1e-3, -9.0),
+        rows(("ann", "a"), ("ann", "a"), ("bob", "a")),
+        rows(("ann", "a"), ("bob", "a")),
+        single=table(0.0),
+    )
     assert found.experts["remark"].tolist() == ["", "equal to 0", "dead"]
 
 
@@ -86,8 +102,13 @@ def test_units_that_are_not_measured_are_named(table):
     train = rows(("ann", "a"), ("bob", "b"), ("cleo", "a"))
     test = rows(("ann", "a"), ("bob", "b"))
     found = mx.report(table(LOG3, -LOG3), train, test, single=table(0.0))
-    assert "without test pairs, not measured: cleo" in repr(found) and list(found.units.index) == ["ann", "bob"]
-    with pytest.raises(ValueError, match=r"units \['eve'\] have no training pairs, and the gate reads nothing"):
+    assert "without test pairs, not measured: cleo" in repr(found) and list(found.units.index) == [
+        "ann",
+        "bob",
+    ]
+    with pytest.raises(
+        ValueError, match=r"units \['eve'\] have no training pairs, and the gate reads nothing"
+    ):
         mx.report(table(LOG3, -LOG3), train, rows(("ann", "a"), ("eve", "b")), single=table(0.0))
 
 
@@ -105,19 +126,31 @@ def test_an_unknown_unit_is_served_by_a_gate_that_reads(table):
     train, test = with_country(TRAIN), with_country(rows(("ann", "a"), ("eve", "b")))
     found = mx.report(policy, train, test, single=table(0.0))
     # ann: 3 x 9 against 1 x 1; eve by the gate alone: 3/4 x 3/4 + 1/4 x 1/4
-    assert found.units["loglik"].tolist() == pytest.approx([math.log(27 / 28 * 0.75 + 1 / 28 * 0.25), math.log(0.625)])
+    assert found.units["loglik"].tolist() == pytest.approx(
+        [math.log(27 / 28 * 0.75 + 1 / 28 * 0.25), math.log(0.625)]
+    )
     assert found.units.loc["eve", "n_train"] == 0
     assert "without training pairs, served by the gate alone: eve" in found.notes
     mixed = train.remove_columns("country").add_column("country", ["x", "y", "y", "y"])
-    with pytest.raises(ValueError, match="training pairs of user 'ann' differ in what the gate reads"):
+    with pytest.raises(
+        ValueError, match="training pairs of user 'ann' differ in what the gate reads"
+    ):
         mx.report(policy, mixed, test, single=table(0.0))
 
 
-@pytest.mark.parametrize(("rewards", "test", "options", "message"), [
-    ([1.0], TRAIN, {}, "found K = 1, expected a mixture"),
-    ([1.0, 0.0], rows(("ann", "a")), {}, "test has 1 unit in column 'user'; expected at least 2"),
-    ([1.0, 0.0], TRAIN, {"unit": "group"}, "unit column 'group' is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rewards", "test", "options", "message"),
+    [
+        ([1.0], TRAIN, {}, "found K = 1, expected a mixture"),
+        (
+            [1.0, 0.0],
+            rows(("ann", "a")),
+            {},
+            "test has 1 unit in column 'user'; expected at least 2",
+        ),
+        ([1.0, 0.0], TRAIN, {"unit": "group"}, "unit column 'group' is missing"),
+    ],
+)
 def test_a_report_refuses(table, rewards, test, options, message):
     with pytest.raises(ValueError, match=message):
         mx.report(table(*rewards), TRAIN, test, **options)
@@ -132,15 +165,26 @@ def test_whole_models_need_a_single_policy_of_their_own(tiny_base):
 def test_the_single_counterpart_is_equal_but_for_k(tiny_base):
     policy = mx.MixturePolicy(mx.HeadExperts(tiny_base, 3, rank=2), mx.LearnedWeights(3), beta=0.2)
     single = choosing.single_counterpart(policy)
-    assert single.experts.describe() == {**policy.experts.describe(), "n_experts": 1} and single.beta == 0.2
+    assert (
+        single.experts.describe() == {**policy.experts.describe(), "n_experts": 1}
+        and single.beta == 0.2
+    )
     tables = mx.MixturePolicy(mx.TabularExperts.of(tiny_base, TRAIN, 2), mx.LearnedWeights(2))
     alone = choosing.single_counterpart(tables).experts
-    assert alone.n_experts == 1 and alone.log_ref.equal(tables.experts.log_ref) and alone.log_ref[0] != alone.log_ref[1]
+    assert (
+        alone.n_experts == 1
+        and alone.log_ref.equal(tables.experts.log_ref)
+        and alone.log_ref[0] != alone.log_ref[1]
+    )
 
 
 # ------------------------------------------------------------------------------------------------- on a tiny base
 CONFIG = mx.FitConfig().change(passes=1.0, min_steps=40, evaluations_per_pass=4)
-NOUNS = {"train": ["film", "plot", "story", "actor"], "validation": ["scene", "music"], "test": ["look", "cast"]}
+NOUNS = {
+    "train": ["film", "plot", "story", "actor"],
+    "validation": ["scene", "music"],
+    "test": ["look", "cast"],
+}
 
 
 def people(equal):
@@ -151,9 +195,15 @@ def people(equal):
         for noun in nouns:
             for i in range(12):
                 good, bad = ("bright", "dull") if equal or i % 2 == 0 else ("dull", "bright")
-                row = {"prompt": f"the {noun} is", "chosen": f"very {good}", "rejected": f"very {bad}"}
+                row = {
+                    "prompt": f"the {noun} is",
+                    "chosen": f"very {good}",
+                    "rejected": f"very {bad}",
+                }
                 parts[name].append({**row, "user": f"user{i}"})
-    return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()})
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +224,9 @@ def fitted(base, pairs):
 
 def test_a_mixture_pays_for_opposed_users(tiny_base, opposed):
     policy = fitted(tiny_base, opposed)
-    found = mx.report(policy, opposed["train"], opposed["test"], config=CONFIG, validation=opposed["validation"])
+    found = mx.report(
+        policy, opposed["train"], opposed["test"], config=CONFIG, validation=opposed["validation"]
+    )
     assert found.sentence.endswith("the mixture pays.")
     assert found.totals.loc["difference", "accuracy"] > 0.2
     assert len({found.units.loc[f"user{i}", "served_by"] for i in range(0, 12, 2)}) == 1
@@ -182,7 +234,9 @@ def test_a_mixture_pays_for_opposed_users(tiny_base, opposed):
 
 def test_a_mixture_does_not_pay_for_equal_users(tiny_base, alike):
     policy = fitted(tiny_base, alike)
-    found = mx.report(policy, alike["train"], alike["test"], config=CONFIG, validation=alike["validation"])
+    found = mx.report(
+        policy, alike["train"], alike["test"], config=CONFIG, validation=alike["validation"]
+    )
     assert not found.sentence.endswith("the mixture pays.")
 
 
@@ -193,7 +247,9 @@ def test_k_is_two_for_two_opposed_groups(tiny_base, opposed):
     behind = found.held_out[found.table["loglik"].idxmax()] - found.held_out[1]
     assert found.table.loc[1, "behind"] == pytest.approx(behind.mean())
     assert found.table.loc[1, "error"] == pytest.approx(behind.std(ddof=1) / 12**0.5)
-    assert repr(found).endswith("K = 2: the smallest within one standard error of the best, 12 units")
+    assert repr(found).endswith(
+        "K = 2: the smallest within one standard error of the best, 12 units"
+    )
 
 
 def test_k_is_one_for_equal_users(tiny_base, alike):
@@ -206,7 +262,9 @@ def test_k_is_one_for_equal_users(tiny_base, alike):
 
 def test_choose_k_refuses(table, opposed):
     for ks in ([], [0, 1], [2, 2]):
-        with pytest.raises(ValueError, match="expected distinct numbers of experts, each at least 1"):
+        with pytest.raises(
+            ValueError, match="expected distinct numbers of experts, each at least 1"
+        ):
             mx.choose_k(lambda k: table(*[0.0] * k), opposed, ks)
     with pytest.raises(ValueError, match=r"no part 'validation'; found \['train'\]"):
         mx.choose_k(lambda k: table(*[0.0] * k), TRAIN, [1, 2])

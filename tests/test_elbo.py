@@ -48,7 +48,9 @@ def test_mixture_of_bradley_terry_is_not_bradley_terry_on_the_mixture_reward():
     log_w = weights(0.5, 0.5)
     margin = torch.tensor([[3.0, -3.0]], dtype=torch.float64)
     mbt = elbo.mixture_log_likelihood(F.logsigmoid(margin), log_w).exp()
-    better, worse = elbo.mixture_reward(torch.tensor([[3.0, -3.0], [0.0, 0.0]], dtype=torch.float64), log_w)
+    better, worse = elbo.mixture_reward(
+        torch.tensor([[3.0, -3.0], [0.0, 0.0]], dtype=torch.float64), log_w
+    )
     assert mbt.item() == pytest.approx(0.500, abs=5e-4)
     assert torch.sigmoid(better - worse).item() == pytest.approx(0.910, abs=5e-4)
     assert better.item() == pytest.approx(math.log(math.cosh(3.0)))  # log((e^3 + e^-3) / 2)
@@ -97,7 +99,9 @@ def test_tempered_responsibilities():
     ratio = math.sqrt(0.9 / 0.3)
     q = elbo.log_responsibilities(loglik, log_w, responsibility_temperature=2.0).exp()
     assert q[0].tolist() == pytest.approx([ratio / (1 + ratio), 1 / (1 + ratio)])
-    cold = elbo.log_responsibilities(loglik, weights(0.2, 0.8), responsibility_temperature=1e9).exp()
+    cold = elbo.log_responsibilities(
+        loglik, weights(0.2, 0.8), responsibility_temperature=1e9
+    ).exp()
     assert cold[0].tolist() == pytest.approx([0.2, 0.8])  # no evidence is left, the prior is
 
 
@@ -138,7 +142,8 @@ def test_bound_lies_below_the_likelihood_for_1000_random_q(level):
     loglik, log_w, unit = problem(0, pairs=1000 if level == "pair" else 3000, units=1000)
     unit = unit if level == "unit" else None
     likelihood, posterior = (
-        function(loglik, log_w, unit) for function in (elbo.mixture_log_likelihood, elbo.log_responsibilities)
+        function(loglik, log_w, unit)
+        for function in (elbo.mixture_log_likelihood, elbo.log_responsibilities)
     )
     assert len(likelihood) == 1000
     log_q = random_q(1, 1000, 3)
@@ -176,7 +181,9 @@ def test_certified_gap_stays_above_the_true_gap_in_float32():
     """A gate so sure that 1 - W_S would round to 0: the weight left out is read directly."""
     loglik = torch.tensor([[-50.0, 0.0]])
     log_w = torch.tensor([0.0, -25.0])
-    true = elbo.mixture_log_likelihood(loglik, log_w) - elbo.restricted_log_likelihood(loglik, log_w, 1)
+    true = elbo.mixture_log_likelihood(loglik, log_w) - elbo.restricted_log_likelihood(
+        loglik, log_w, 1
+    )
     assert true.item() > 20
     assert elbo.certified_gap(loglik, log_w, 1).item() >= true.item() - 1e-5
 
@@ -242,14 +249,18 @@ def test_one_expert_is_dpo(level):
     unit = unit if level == "unit" else None
     log_q = elbo.log_responsibilities(loglik, weights(1.0), unit)
     assert (log_q == 0).all()
-    assert elbo.elbo_terms(loglik, weights(1.0), log_q, unit).elbo.sum().item() == pytest.approx(loglik.sum().item())
+    assert elbo.elbo_terms(loglik, weights(1.0), log_q, unit).elbo.sum().item() == pytest.approx(
+        loglik.sum().item()
+    )
 
 
 def test_equal_margins_give_the_gate_back():
     """At the start all margins are 0: responsibilities equal the weights, so experts cannot part by themselves."""
     loglik = F.logsigmoid(torch.zeros(4, 3, dtype=torch.float64))
     log_w = weights(0.2, 0.3, 0.5)
-    torch.testing.assert_close(elbo.log_responsibilities(loglik, log_w), log_w.expand(4, 3), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        elbo.log_responsibilities(loglik, log_w), log_w.expand(4, 3), rtol=0, atol=1e-12
+    )
     margin = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
     log_q = elbo.log_responsibilities(F.logsigmoid(margin), weights(1 / 3, 1 / 3, 1 / 3))
     elbo.elbo_terms(F.logsigmoid(margin), weights(1 / 3, 1 / 3, 1 / 3), log_q).elbo.sum().backward()
@@ -296,21 +307,28 @@ def test_gradients_against_finite_differences(level):
     inputs = tuple(t.clone().requires_grad_() for t in (loglik, log_w, log_q))
 
     def normalised(loglik, raw_w, raw_q):
-        return elbo.elbo_terms(loglik, raw_w.log_softmax(-1), raw_q.log_softmax(-1), unit, validate=False)
+        return elbo.elbo_terms(
+            loglik, raw_w.log_softmax(-1), raw_q.log_softmax(-1), unit, validate=False
+        )
 
     assert torch.autograd.gradcheck(normalised, inputs)
     assert torch.autograd.gradcheck(
-        lambda a, b: elbo.mixture_log_likelihood(a, b.log_softmax(-1), unit, validate=False), inputs[:2]
+        lambda a, b: elbo.mixture_log_likelihood(a, b.log_softmax(-1), unit, validate=False),
+        inputs[:2],
     )
     assert torch.autograd.gradcheck(
         lambda a, b: elbo.certified_gap(a, b.log_softmax(-1), 2, unit, validate=False), inputs[:2]
     )
-    assert torch.autograd.gradcheck(lambda a, b: elbo.mixture_reward(a, b.log_softmax(-1), validate=False), inputs[:2])
+    assert torch.autograd.gradcheck(
+        lambda a, b: elbo.mixture_reward(a, b.log_softmax(-1), validate=False), inputs[:2]
+    )
 
     def relaxed(loglik, raw_w, raw_q):
         draw = torch.Generator().manual_seed(4)  # the same noise at each evaluation
         gate, q = raw_w.log_softmax(-1), raw_q.log_softmax(-1)
-        return elbo.relaxed_objective(loglik, gate, q, 0.7, 5, generator=draw, unit=unit, validate=False)
+        return elbo.relaxed_objective(
+            loglik, gate, q, 0.7, 5, generator=draw, unit=unit, validate=False
+        )
 
     assert torch.autograd.gradcheck(relaxed, inputs)
 
@@ -322,7 +340,9 @@ def test_gradient_of_the_likelihood_is_the_responsibility():
         variable = loglik.clone().requires_grad_()
         elbo.mixture_log_likelihood(variable, log_w, groups).sum().backward()
         q = elbo.log_responsibilities(loglik, log_w, groups).exp()
-        torch.testing.assert_close(variable.grad, q if groups is None else q[groups], rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            variable.grad, q if groups is None else q[groups], rtol=0, atol=1e-10
+        )
 
 
 def test_responsibilities_carry_no_gradient():
@@ -334,7 +354,9 @@ def test_responsibilities_carry_no_gradient():
 @pytest.mark.parametrize("level", ["pair", "unit"])
 def test_excluded_experts_leave_values_and_gradients_finite(dtype, level):
     unit = torch.tensor([0, 0, 1]) if level == "unit" else None
-    margin = torch.tensor([[1.0, -1.0, 1e4], [0.5, 2.0, -1e4], [3.0, 0.0, 0.0]], dtype=dtype, requires_grad=True)
+    margin = torch.tensor(
+        [[1.0, -1.0, 1e4], [0.5, 2.0, -1e4], [3.0, 0.0, 0.0]], dtype=dtype, requires_grad=True
+    )
     log_w = torch.tensor([math.log(0.5), math.log(0.5), -INF], dtype=dtype, requires_grad=True)
     loglik = F.logsigmoid(margin)
     log_q = elbo.log_responsibilities(loglik, log_w, unit)
@@ -344,7 +366,10 @@ def test_excluded_experts_leave_values_and_gradients_finite(dtype, level):
     total = total + elbo.restricted_log_likelihood(loglik, log_w, 1, unit).sum()
     total = total + elbo.certified_gap(loglik, log_w, 1, unit).sum()
     draw = torch.Generator().manual_seed(0)
-    total = total + elbo.relaxed_objective(loglik, log_w, log_q, 0.5, 3, generator=draw, unit=unit).sum()
+    total = (
+        total
+        + elbo.relaxed_objective(loglik, log_w, log_q, 0.5, 3, generator=draw, unit=unit).sum()
+    )
     total.backward()
     assert total.isfinite()
     for gradient in (margin.grad, log_w.grad):
@@ -366,7 +391,9 @@ def test_a_term_with_q_zero_counts_zero():
 @pytest.mark.parametrize("level", ["pair", "unit"])
 def test_margins_of_ten_thousand_stay_finite(dtype, level):
     unit = torch.tensor([0, 0, 1, 1]) if level == "unit" else None
-    margin = torch.tensor([[1e4, -1e4], [-1e4, -1e4], [-1e4, 1e4], [1e4, 1e4]], dtype=dtype, requires_grad=True)
+    margin = torch.tensor(
+        [[1e4, -1e4], [-1e4, -1e4], [-1e4, 1e4], [1e4, 1e4]], dtype=dtype, requires_grad=True
+    )
     log_w = torch.tensor([0.5, 0.5], dtype=dtype).log()
     loglik = F.logsigmoid(margin)
     log_q = elbo.log_responsibilities(loglik, log_w, unit)
@@ -403,7 +430,9 @@ def test_soft_samples_against_quadrature(temperature, known):
     values = (z[:, 0] * loglik).sum(-1)
     assert abs(values.mean().item() - exact) < 4 * values.std().item() / 200
     draw = torch.Generator().manual_seed(1)
-    objective = elbo.relaxed_objective(loglik, log_w, log_w[None], temperature, 40_000, generator=draw)
+    objective = elbo.relaxed_objective(
+        loglik, log_w, log_w[None], temperature, 40_000, generator=draw
+    )
     assert objective.item() == pytest.approx(values.mean().item())
 
 
@@ -439,13 +468,18 @@ def test_straight_through_gradient_is_the_soft_one():
 
 def test_samples_repeat_with_the_generator():
     log_q = weights(0.5, 0.5)[None]
-    one, two = (elbo.gumbel_softmax_samples(log_q, 1.0, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    one, two = (
+        elbo.gumbel_softmax_samples(log_q, 1.0, generator=torch.Generator().manual_seed(0))
+        for _ in range(2)
+    )
     assert (one == two).all()
 
 
 # ------------------------------------------------------------------------------------------------------- properties
 
-rows_of_floats = st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), min_size=1, max_size=6)
+rows_of_floats = st.lists(
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), min_size=1, max_size=6
+)
 raw_gate = st.lists(st.floats(-30, 30, width=32), min_size=3, max_size=3)
 
 
@@ -468,7 +502,9 @@ def test_properties_hold_for_any_margins_and_gate(rows, gate, data):
         assert (likelihood >= total.min(-1).values - 1e-9).all()
         assert (elbo.restricted_log_likelihood(loglik, log_w, 2, groups) <= likelihood + 1e-9).all()
         reward = elbo.mixture_reward(total, log_w)
-        torch.testing.assert_close(reward, likelihood, rtol=1e-12, atol=1e-12)  # the same formula, another meaning
+        torch.testing.assert_close(
+            reward, likelihood, rtol=1e-12, atol=1e-12
+        )  # the same formula, another meaning
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
@@ -481,14 +517,26 @@ EVEN = torch.tensor([0.5, 0.5]).log()
     "log_w, message",
     [
         (torch.tensor([0.1, 0.2]), r"log_w: weights sum to 2\.3\d*, expected at most 1"),
-        (torch.tensor([[-1.0, -1.0], [0.0, -1.0], [-1.0, -1.0]]), r"log_w\[1\]: weights sum to 1\.36"),
+        (
+            torch.tensor([[-1.0, -1.0], [0.0, -1.0], [-1.0, -1.0]]),
+            r"log_w\[1\]: weights sum to 1\.36",
+        ),
         (torch.tensor([-INF, -INF]), r"log_w: every expert has weight 0"),
-        (torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [-INF, -INF]]), r"log_w\[2\]: every expert has weight 0"),
+        (
+            torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [-INF, -INF]]),
+            r"log_w\[2\]: every expert has weight 0",
+        ),
         (torch.tensor([math.nan, -1.0]), r"log_w: holds NaN or \+inf"),
         (torch.tensor([INF, -1.0]), r"log_w: holds NaN or \+inf"),
         (torch.tensor([-2.0, -2.0, -2.0]), r"log_w has 3 experts and loglik 2"),
-        (torch.tensor([[-1.0, -1.0], [-1.0, -1.0]]), r"log_w has 2 rows and loglik 3; .*needs unit"),
-        (torch.tensor([-1.0, -1.0]).half(), r"log_w has dtype torch.float16; expected float32 or float64"),
+        (
+            torch.tensor([[-1.0, -1.0], [-1.0, -1.0]]),
+            r"log_w has 2 rows and loglik 3; .*needs unit",
+        ),
+        (
+            torch.tensor([-1.0, -1.0]).half(),
+            r"log_w has dtype torch.float16; expected float32 or float64",
+        ),
         (torch.zeros(1, 1, 2), r"log_w has shape \(1, 1, 2\)"),
     ],
 )
@@ -524,16 +572,22 @@ def test_a_bad_loglik_is_refused(loglik, message):
 )
 def test_bad_units_are_refused(unit, n_units, message):
     with pytest.raises(ValueError, match=message):
-        elbo.log_responsibilities(GOOD, EVEN, None if unit is None else torch.tensor(unit), n_units=n_units)
+        elbo.log_responsibilities(
+            GOOD, EVEN, None if unit is None else torch.tensor(unit), n_units=n_units
+        )
 
 
 def test_a_gate_that_differs_inside_a_unit_is_refused_with_its_row():
     log_w = torch.tensor([[0.5, 0.5], [0.3, 0.7], [0.4, 0.6]]).log()
-    with pytest.raises(ValueError, match=r"log_w\[2\] = .* differs from the first row of its unit 0,.*unit=None"):
+    with pytest.raises(
+        ValueError, match=r"log_w\[2\] = .* differs from the first row of its unit 0,.*unit=None"
+    ):
         elbo.log_responsibilities(GOOD, log_w, torch.tensor([0, 1, 0]))
     with pytest.raises(ValueError, match=r"log_w has 4 rows for 3 pairs of 2 units"):
         elbo.log_responsibilities(GOOD, EVEN.expand(4, 2), torch.tensor([0, 1, 0]))
-    with pytest.raises(ValueError, match=r"unit 1 has no pairs, so a log_w by pair says nothing of it"):
+    with pytest.raises(
+        ValueError, match=r"unit 1 has no pairs, so a log_w by pair says nothing of it"
+    ):
         elbo.log_responsibilities(GOOD, EVEN.expand(3, 2), torch.tensor([0, 3, 0]), n_units=4)
 
 
@@ -551,9 +605,13 @@ def test_beta_is_above_zero(beta):
 
 
 def test_shapes_of_logps():
-    with pytest.raises(ValueError, match=r"policy_logps has shape \(1, 3, 3\); expected \(pairs, 2, experts\)"):
+    with pytest.raises(
+        ValueError, match=r"policy_logps has shape \(1, 3, 3\); expected \(pairs, 2, experts\)"
+    ):
         elbo.margins(torch.zeros(1, 3, 3), torch.zeros(1, 2, 1), 0.1)
-    with pytest.raises(ValueError, match=r"ref_logps has shape \(1, 2, 2\); expected \(1, 2, 3\), or \(1, 2, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"ref_logps has shape \(1, 2, 2\); expected \(1, 2, 3\), or \(1, 2, 1\)"
+    ):
         elbo.margins(torch.zeros(1, 2, 3), torch.zeros(1, 2, 2), 0.1)
     with pytest.raises(ValueError, match=r"ref_logps has dtype torch.bfloat16"):
         elbo.margins(torch.zeros(1, 2, 3), torch.zeros(1, 2, 1).bfloat16(), 0.1)
@@ -586,6 +644,12 @@ def test_the_page_of_mathematics_names_what_exists():
     named = re.findall(r"`(\w+)\.(\w+)(?:\.\w+)?`", page)
     assert len(named) > 40
     for module, name in named:
-        places = [*(root / ("tests" if module.startswith("test_") else "mixdpo_lib")).rglob(f"{module}.py")]
+        places = [
+            *(root / ("tests" if module.startswith("test_") else "mixdpo_lib")).rglob(
+                f"{module}.py"
+            )
+        ]
         definition = re.compile(rf"^(?:(?:def|class) {name}\b|{name} = )", re.M)
-        assert any(definition.search(file.read_text(encoding="utf-8")) for file in places), f"{module}.{name}"
+        assert any(definition.search(file.read_text(encoding="utf-8")) for file in places), (
+            f"{module}.{name}"
+        )

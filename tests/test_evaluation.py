@@ -52,10 +52,14 @@ P = torch.tensor([[0.9, 0.2], [0.6, 0.1], [0.4, 0.8], [0.7, 0.7], [0.3, 0.6], [0
 def test_accuracy_by_hand(tiny_base, held_out):
     first, second, even = (torch.tensor(w).log() for w in ([1.0, 0.0], [0.0, 1.0], [0.5, 0.5]))
     weights = {"a": torch.stack([first, second]), "b": even[None]}
-    table = prompt_accuracy(make(tiny_base, held_out), held_out, weights, P.log()).set_index(["group", "prompt_id"])
+    table = prompt_accuracy(make(tiny_base, held_out), held_out, weights, P.log()).set_index(
+        ["group", "prompt_id"]
+    )
     # group a, prompt 0, pairs 0 and 2: the first user is right and wrong, the second wrong and right
     assert table.loc[("a", 0), "accuracy"] == 0.5 and table.loc[("a", 0), "n_pairs"] == 2
-    assert table.loc[("a", 1), "accuracy"] == 0.5 and table.loc[("a", 1), "n_pairs"] == 1  # pair 4: wrong and right
+    assert (
+        table.loc[("a", 1), "accuracy"] == 0.5 and table.loc[("a", 1), "n_pairs"] == 1
+    )  # pair 4: wrong and right
     # group b by the mean: pair 1 .35 is wrong; pairs 3 (.7) right and 5 (.5) a tie, which counts half
     assert table.loc[("b", 0), "accuracy"] == 0.0 and table.loc[("b", 1), "accuracy"] == 0.75
 
@@ -78,8 +82,12 @@ def test_predictions_are_those_of_the_policy(tiny_base, held_out):
 
 def by_prompt(method, values, seeds=(0,)):
     """values[group] = accuracies by prompt, one pair each."""
-    rows = [{"method": method, "seed": s, "group": g, "prompt_id": i, "accuracy": v, "n_pairs": 1}
-            for s in seeds for g, part in values.items() for i, v in enumerate(part)]  # fmt: skip
+    rows = [
+        {"method": method, "seed": s, "group": g, "prompt_id": i, "accuracy": v, "n_pairs": 1}
+        for s in seeds
+        for g, part in values.items()
+        for i, v in enumerate(part)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -88,7 +96,9 @@ def test_groups_mean_and_worst_by_hand():
     table.loc[0, "n_pairs"] = 3  # a prompt with more pairs weighs more: a = (3 + 1 + .5 + .5) / 6
     found = summarise_accuracy(table, ["method"])
     one = found[found["seed"] == "0"].set_index("group")
-    assert one["accuracy"].to_dict() == pytest.approx({"a": 5 / 6, "b": 0.5, "mean": 2 / 3, "worst": 0.5})
+    assert one["accuracy"].to_dict() == pytest.approx(
+        {"a": 5 / 6, "b": 0.5, "mean": 2 / 3, "worst": 0.5}
+    )
     assert one["n_pairs"].to_dict() == {"a": 6, "b": 4, "mean": 10, "worst": 10}
     assert (one["low"] <= one["accuracy"]).all() and (one["accuracy"] <= one["high"]).all()
     assert one.loc["b", "low"] < 0.3 and one.loc["b", "high"] > 0.7
@@ -96,10 +106,14 @@ def test_groups_mean_and_worst_by_hand():
 
 
 def test_seeds_are_averaged_within_a_prompt():
-    parts = [by_prompt("m", {"a": v, "b": v}, seeds=(s,)) for s, v in ((1, [1.0, 0.0]), (2, [0.0, 1.0]))]
+    parts = [
+        by_prompt("m", {"a": v, "b": v}, seeds=(s,)) for s, v in ((1, [1.0, 0.0]), (2, [0.0, 1.0]))
+    ]
     found = summarise_accuracy(pd.concat(parts), ["method"]).set_index(["seed", "group"])
     together = found.loc[("mean", "a")]
-    assert together["accuracy"] == together["low"] == together["high"] == 0.5  # no prompt differs from another
+    assert (
+        together["accuracy"] == together["low"] == together["high"] == 0.5
+    )  # no prompt differs from another
     assert found.loc[("1", "a"), "low"] == 0.0 and found.loc[("1", "a"), "high"] == 1.0
     assert together["n_pairs"] == 2
 
@@ -110,15 +124,25 @@ def test_intervals_hold_what_they_promise():
     for _ in range(100):
         p = rng.beta(0.7, 0.7, 60)  # prompts differ; mean accuracy 0.5
         hits = rng.binomial(10, p)
-        table = pd.DataFrame({"method": "m", "seed": 0, "group": "a", "prompt_id": range(60), "accuracy": hits / 10,
-                              "n_pairs": 10})  # fmt: skip
+        table = pd.DataFrame(
+            {
+                "method": "m",
+                "seed": 0,
+                "group": "a",
+                "prompt_id": range(60),
+                "accuracy": hits / 10,
+                "n_pairs": 10,
+            }
+        )
         row = summarise_accuracy(table, ["method"]).iloc[0]
         covered += row["low"] <= 0.5 <= row["high"]
         width.append(row["high"] - row["low"])
         binomial += abs(row["accuracy"] - 0.5) <= 1.96 * math.sqrt(0.25 / 600)
     assert 0.88 <= covered / 100 <= 0.99
     assert binomial / 100 < 0.8
-    assert np.mean(width) == pytest.approx(2 * 1.96 * math.sqrt((0.25 / 2.4 + 0.25 * 1.4 / 2.4 / 10) / 60), rel=0.1)
+    assert np.mean(width) == pytest.approx(
+        2 * 1.96 * math.sqrt((0.25 / 2.4 + 0.25 * 1.4 / 2.4 / 10) / 60), rel=0.1
+    )
 
 
 def test_a_gain_is_paired():
@@ -129,13 +153,18 @@ def test_a_gain_is_paired():
     gain = accuracy_gain(better, base).set_index(["seed", "group"])
     total = gain.loc["mean"]
     assert total["gain"].to_dict() == pytest.approx({"a": 0.1, "b": 0.3, "mean": 0.2, "worst": 0.2})
-    assert total.loc["a", "low"] == pytest.approx(0.1) and total.loc["a", "high"] == pytest.approx(0.1)
+    assert total.loc["a", "low"] == pytest.approx(0.1) and total.loc["a", "high"] == pytest.approx(
+        0.1
+    )
     assert total.loc["b", "high"] - total.loc["b", "low"] > 0.05  # these two are not alike
     unpaired = summarise_accuracy(base, ["method"]).set_index("group").loc["a"].iloc[0]
     assert unpaired["high"] - unpaired["low"] > 0.05
     assert gain.loc[("0", "mean"), "gain"] == pytest.approx(0.2)
     # the worst group of one method may be another one than that of the other: min(a, b) against min(a, b)
-    mine, theirs = by_prompt("m", {"a": [0.5] * 4, "b": [0.9] * 4}), by_prompt("d", {"a": [0.7] * 4, "b": [0.4] * 4})
+    mine, theirs = (
+        by_prompt("m", {"a": [0.5] * 4, "b": [0.9] * 4}),
+        by_prompt("d", {"a": [0.7] * 4, "b": [0.4] * 4}),
+    )
     turned = accuracy_gain(mine, theirs)
     assert turned.set_index(["seed", "group"]).loc[("mean", "worst"), "gain"] == pytest.approx(0.1)
 
@@ -155,13 +184,18 @@ def test_bootstrap_of_clusters():
 
 
 def test_alignment():
-    q = np.array([[0.1, 0.7, 0.2], [0.2, 0.7, 0.1], [0.6, 0.2, 0.2], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
+    q = np.array(
+        [[0.1, 0.7, 0.2], [0.2, 0.7, 0.1], [0.6, 0.2, 0.2], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]]
+    )
     assert align(q, ["x", "x", "y", "y", "z"], ["x", "y", "z"]) == [1, 0, 2]
     assert align(q[:, [2, 1, 0]], ["x", "x", "y", "y", "z"], ["x", "y", "z"]) == [1, 2, 0]
     # one expert is best for both groups: the better total decides (.9 + .3 < .6 + .8 is not greedy)
     greedy = np.array([[0.9, 0.6], [0.8, 0.3]])
     assert align(greedy, ["x", "y"], ["x", "y"]) == [1, 0]
-    assert align(np.ones((2, 1)), ["x", "y"], ["x", "y"]) in ([0, -1], [-1, 0])  # fewer experts than groups
+    assert align(np.ones((2, 1)), ["x", "y"], ["x", "y"]) in (
+        [0, -1],
+        [-1, 0],
+    )  # fewer experts than groups
     assert sorted(align(q[:2], ["x", "x"], ["x"])) == [1]  # more experts than groups
 
 
@@ -171,8 +205,11 @@ def test_recovery_by_hand():
     found = recovery(q, list("aabbbb"))
     h_group = -(1 / 3 * math.log(1 / 3) + 2 / 3 * math.log(2 / 3))
     h_expert = math.log(2)
-    mutual = 2 / 6 * math.log((2 / 6) / (2 / 6 * 3 / 6)) + 3 / 6 * math.log((3 / 6) / (4 / 6 * 3 / 6)) \
-        + 1 / 6 * math.log((1 / 6) / (4 / 6 * 3 / 6))  # fmt: skip
+    mutual = (
+        2 / 6 * math.log((2 / 6) / (2 / 6 * 3 / 6))
+        + 3 / 6 * math.log((3 / 6) / (4 / 6 * 3 / 6))
+        + 1 / 6 * math.log((1 / 6) / (4 / 6 * 3 / 6))
+    )
     assert found["nmi"] == pytest.approx(2 * mutual / (h_group + h_expert))
     pairs, expected = 1 + 3, (1 + 6) * (3 + 3) / 15  # pairs together in both; by chance
     assert found["ari"] == pytest.approx((pairs - expected) / ((7 + 6) / 2 - expected))
@@ -185,7 +222,10 @@ def test_recovery_does_not_depend_on_the_names_of_experts():
     assert recovery(q[[2, 0, 1]], groups) == pytest.approx(recovery(q, groups))
     assert recovery(q, groups)["nmi"] < 0.2
     alike = pd.DataFrame(np.tile([0.2, 0.5, 0.3], (40, 1)))  # one expert for everybody
-    assert recovery(alike, groups)["nmi"] == pytest.approx(0) and recovery(alike, groups)["aligned_accuracy"] < 0.6
+    assert (
+        recovery(alike, groups)["nmi"] == pytest.approx(0)
+        and recovery(alike, groups)["aligned_accuracy"] < 0.6
+    )
 
 
 def test_groups_of_users(held_out):
@@ -196,34 +236,57 @@ def test_groups_of_users(held_out):
 
 
 def test_distinct_2():
-    assert distinct_2("a b a b") == pytest.approx(2 / 3) and distinct_2("A b a B") == distinct_2("a b a b")
+    assert distinct_2("a b a b") == pytest.approx(2 / 3) and distinct_2("A b a B") == distinct_2(
+        "a b a b"
+    )
     assert distinct_2("good good good good good") == 0.25 and distinct_2("one two three") == 1.0
     assert distinct_2("one") == distinct_2("") == 1.0
 
 
 def test_table_of_texts():
     made = Generated(["a b a b", "c"], [0, 1], [0.5, -0.25], [-3.0, -1.0], [5, 1], [True, False])
-    table = text_table(made, ["p", "q"], [7, 9], pd.DataFrame({"sentiment": [1.0, 2.0]}, index=[5, 6]))
+    table = text_table(
+        made, ["p", "q"], [7, 9], pd.DataFrame({"sentiment": [1.0, 2.0]}, index=[5, 6])
+    )
     assert table.to_dict("records")[0] == {
-        "prompt_id": 7, "prompt": "p", "text": "a b a b", "sentiment": 1.0, "log_ratio": 0.5, "ref_logp": -3.0,
-        "n_tokens": 5, "distinct_2": pytest.approx(2 / 3)}  # fmt: skip
+        "prompt_id": 7,
+        "prompt": "p",
+        "text": "a b a b",
+        "sentiment": 1.0,
+        "log_ratio": 0.5,
+        "ref_logp": -3.0,
+        "n_tokens": 5,
+        "distinct_2": pytest.approx(2 / 3),
+    }
     assert len(table) == 2
 
 
 def test_summary_of_texts_by_hand():
-    texts = pd.DataFrame({
-        "policy": ["dpo"] * 3 + ["mix"] * 3, "seed": 0, "prompt_id": [0, 0, 1] * 2,
-        "sentiment": [1.0, 3.0, 5.0, 3.0, 5.0, 7.0], "log_ratio": [0.1, 0.2, 0.3, 1.0, 2.0, 6.0],
-        "ref_logp": [-10.0, -20.0, -30.0, -5.0, -5.0, -20.0], "n_tokens": [10, 10, 10, 10, 20, 30],
-        "distinct_2": [1.0, 0.5, 0.0, 1.0, 1.0, 0.7],
-    })  # fmt: skip
+    texts = pd.DataFrame(
+        {
+            "policy": ["dpo"] * 3 + ["mix"] * 3,
+            "seed": 0,
+            "prompt_id": [0, 0, 1] * 2,
+            "sentiment": [1.0, 3.0, 5.0, 3.0, 5.0, 7.0],
+            "log_ratio": [0.1, 0.2, 0.3, 1.0, 2.0, 6.0],
+            "ref_logp": [-10.0, -20.0, -30.0, -5.0, -5.0, -20.0],
+            "n_tokens": [10, 10, 10, 10, 20, 30],
+            "distinct_2": [1.0, 0.5, 0.0, 1.0, 1.0, 0.7],
+        }
+    )
     found = summarise_texts(texts, ["sentiment"]).set_index("policy")
     dpo, mix = found.loc["dpo"], found.loc["mix"]
-    assert dpo["mean"] == 3.5 and mix["mean"] == 5.5  # the mean over prompts of (2, 5) and of (4, 7)
-    assert mix["gain_over_dpo"] == mix["gain_low"] == mix["gain_high"] == 2.0  # the same on both prompts
+    assert (
+        dpo["mean"] == 3.5 and mix["mean"] == 5.5
+    )  # the mean over prompts of (2, 5) and of (4, 7)
+    assert (
+        mix["gain_over_dpo"] == mix["gain_low"] == mix["gain_high"] == 2.0
+    )  # the same on both prompts
     assert (dpo["low"], dpo["high"]) == (2.0, 5.0) and dpo["gain_over_dpo"] == 0
     assert dpo["kl"] == pytest.approx(0.2) and mix["kl"] == pytest.approx(3.0)
-    assert dpo["perplexity"] == pytest.approx(math.exp(2)) and mix["perplexity"] == pytest.approx(math.exp(0.5))
+    assert dpo["perplexity"] == pytest.approx(math.exp(2)) and mix["perplexity"] == pytest.approx(
+        math.exp(0.5)
+    )
     assert dpo["length"] == 10 and mix["length"] == 20 and mix["distinct_2"] == pytest.approx(0.9)
     assert dpo["n"] == 3 and dpo["reward"] == "sentiment"
 
@@ -246,9 +309,16 @@ def test_prefix_kl_is_the_kl_over_the_whole_vocabulary(tiny_base, held_out, acti
         prompt, response = tokenise(base, texts[i])
         with torch.no_grad():
             out = base.model(torch.tensor([prompt + response]), output_hidden_states=True)
-        hidden, logits = out.hidden_states[-1][0, len(prompt) - 1 : -1], out.logits[0, len(prompt) - 1 : -1]
+        hidden, logits = (
+            out.hidden_states[-1][0, len(prompt) - 1 : -1],
+            out.logits[0, len(prompt) - 1 : -1],
+        )
         for k in range(2):
-            own = (logits + mask * (hidden @ experts.down[k].T @ experts.up[k].T @ head.T)).log_softmax(-1).detach()
+            own = (
+                (logits + mask * (hidden @ experts.down[k].T @ experts.up[k].T @ head.T))
+                .log_softmax(-1)
+                .detach()
+            )
             total[k] += (own.exp() * (own - logits.log_softmax(-1))).sum()
     np.testing.assert_allclose(found, (total / 5).numpy()[None], rtol=1e-3)
     assert (found > 0.05).all()
@@ -283,6 +353,8 @@ def test_prefix_kl_with_a_bias(tiny_base, held_out):
     data = Pairs.of(held_out.rows)
     policy = make(base, data)
     found = prefix_kl(policy.experts, store, torch.tensor([0]))
-    words = [full_logps(base, policy.experts, "the film", w, False) for w in base.tokenizer.get_vocab()]
+    words = [
+        full_logps(base, policy.experts, "the film", w, False) for w in base.tokenizer.get_vocab()
+    ]
     own, ref = torch.stack([w[0] for w in words]).detach(), torch.stack([w[1] for w in words])
     np.testing.assert_allclose(found, (own.exp() * (own - ref[:, None])).sum(0)[None], rtol=1e-3)

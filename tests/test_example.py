@@ -12,17 +12,34 @@ import mixdpo_lib as mx
 
 def save_example_base(folder, seed=0):
     """A tiny random Llama whose words are those of the example set."""
-    texts = [row[c] for part in mx.example_preferences().values() for row in part for c in ("prompt", "chosen")]
-    words = sorted({word for text in [*texts, "This film"] for word in re.findall(r"\w+|[^\w\s]+", text)})
+    texts = [
+        row[c]
+        for part in mx.example_preferences().values()
+        for row in part
+        for c in ("prompt", "chosen")
+    ]
+    words = sorted(
+        {word for text in [*texts, "This film"] for word in re.findall(r"\w+|[^\w\s]+", text)}
+    )
     vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
+    ).save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.25,
-        eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.25,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -36,7 +53,11 @@ def base(tmp_path, monkeypatch):
 
 def test_three_users_want_three_kinds_of_answers():
     pairs = mx.example_preferences()
-    assert {name: len(part) for name, part in pairs.items()} == {"train": 30, "validation": 9, "test": 9}
+    assert {name: len(part) for name, part in pairs.items()} == {
+        "train": 30,
+        "validation": 9,
+        "test": 9,
+    }
     prompts = {name: set(part["prompt"]) for name, part in pairs.items()}
     assert [len(prompts[name]) for name in ("train", "validation", "test")] == [10, 3, 3]
     assert len(set.union(*prompts.values())) == 16  # no prompt in two parts
@@ -47,7 +68,9 @@ def test_three_users_want_three_kinds_of_answers():
             assert sorted(own["user"]) == ["ann", "ben", "cleo"] and len(set(own["chosen"])) == 3
             assert set(own["rejected"]) <= set(own["chosen"])
             answers = set(zip(own["chosen"], own["rejected"], strict=True))
-            assert any((worse, better) in answers for better, worse in answers)  # two disagree about the same two answers
+            assert any(
+                (worse, better) in answers for better, worse in answers
+            )  # two disagree about the same two answers
 
 
 def test_the_defaults_part_three_users(base):

@@ -28,9 +28,15 @@ def test_the_command_for_continuous_integration_can_be_executed():
 
 
 def test_licence_and_version():
-    assert "Apache License" in (ROOT / "LICENSE").read_text() and "END OF TERMS" in (ROOT / "LICENSE").read_text()
+    assert (
+        "Apache License" in (ROOT / "LICENSE").read_text()
+        and "END OF TERMS" in (ROOT / "LICENSE").read_text()
+    )
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == PROJECT["version"] and PROJECT["version"] in (ROOT / "CHANGELOG.md").read_text()
+    assert (
+        citation["version"] == PROJECT["version"]
+        and PROJECT["version"] in (ROOT / "CHANGELOG.md").read_text()
+    )
     assert citation["license"] == "Apache-2.0"
 
 
@@ -43,7 +49,9 @@ def test_sources_are_pinned():
 def test_nothing_is_pickled():
     for path in [*(ROOT / "mixdpo_lib").rglob("*.py"), *NOTEBOOKS]:
         text = path.read_text()
-        assert not re.search(r"torch\.(load|save)\(|import (pickle|joblib)|joblib\.|pickle\.", text), path
+        assert not re.search(
+            r"torch\.(load|save)\(|import (pickle|joblib)|joblib\.|pickle\.", text
+        ), path
 
 
 # --------------------------------------------------------------------------------------------- notebooks and profiles
@@ -51,14 +59,20 @@ def test_nothing_is_pickled():
 def test_a_notebook_is_bare(path):
     book = json.loads(path.read_text())
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
-    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code), "clear the outputs"
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code), (
+        "clear the outputs"
+    )
     ids = [cell.get("id") for cell in book["cells"]]
     assert None not in ids and len(set(ids)) == len(ids), "every cell needs its own id"
     assert book["metadata"]["kernelspec"]["name"] == "python3"
 
 
 def cell_sources(path, kind):
-    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+    return [
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text())["cells"]
+        if cell["cell_type"] == kind
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -86,7 +100,10 @@ def test_what_was_found_can_be_told(path):
     code = "\n".join(cell_sources(path, "code"))
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     (head,) = [call for call in calls if ast.unparse(call.func) == "run.head"]
-    known, quoted = results.load_values("reference"), tuple(re.findall(r'run\.value\(f?"(\w+)', code))
+    known, quoted = (
+        results.load_values("reference"),
+        tuple(re.findall(r'run\.value\(f?"(\w+)', code)),
+    )
     for found in map(ast.literal_eval, head.args):
         names = [name for _, name, _, _ in Formatter().parse(found) if name]
         assert names and all(name in known or name.startswith(quoted) for name in names)
@@ -95,12 +112,16 @@ def test_what_was_found_can_be_told(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_shows_few_parameters(path):
     parameters = parameters_file.notebook_parameters(path.stem)
-    assert all(parameter.help for parameter in parameters.values()), "a comment beside each parameter"
+    assert all(parameter.help for parameter in parameters.values()), (
+        "a comment beside each parameter"
+    )
     assert len(set(parameters) - {"profile", "common"}) <= 8
     assert "common" not in parameters or list(parameters)[-2:] == ["profile", "common"]
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.parent.name == "notebooks"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.parent.name == "notebooks"], ids=lambda p: p.stem
+)
 @pytest.mark.parametrize("profile", parameters_file.profile_names())
 def test_a_profile_holds_every_parameter(path, profile):
     """The default profile is the notebook's own cell: each value stands once. Every other one names them all."""
@@ -113,7 +134,9 @@ def test_a_profile_holds_every_parameter(path, profile):
 @pytest.mark.parametrize("profile", parameters_file.profile_names())
 def test_a_profile_holds_every_shared_value(profile):
     names = [name for group in parameters_file.common_parameters().values() for name in group]
-    assert list(parameters_file.profile_values(profile, "common")) == ([] if profile == "default" else names)
+    assert list(parameters_file.profile_values(profile, "common")) == (
+        [] if profile == "default" else names
+    )
 
 
 @pytest.mark.parametrize("profile", parameters_file.profile_names())
@@ -129,13 +152,17 @@ def test_the_workflow_knows_every_notebook():
     for name, line in listed.items():
         assert bool(line.shares) == ("common" in parameters_file.notebook_parameters(name)), name
     studies = yaml.safe_load((ROOT / "workflow" / "notebooks.yaml").read_text())
-    assert set(listed) == {name for study in studies.values() for name in study}, "a line without a notebook"
+    assert set(listed) == {name for study in studies.values() for name in study}, (
+        "a line without a notebook"
+    )
 
 
 def test_readme_quotes_the_reference_results():
     values = results.load_values("reference")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme_file.with_results(readme, values) == readme, "run `mixdpo reference`: README is not that of values.json"
+    assert readme_file.with_results(readme, values) == readme, (
+        "run `mixdpo reference`: README is not that of values.json"
+    )
     for picture in re.findall(r"\]\((figures/reference/[^)]+)\)", readme):
         assert (ROOT / picture).is_file(), f"README shows {picture}, which is not there"
 
@@ -144,9 +171,14 @@ def test_readme_quotes_the_reference_results():
 def test_titles_are_enough_distinct_and_of_one_domain_each():
     titles = {}
     for domain in ("films", "books"):
-        with (ROOT / "data" / "titles" / f"{domain}.csv").open(encoding="utf-8", newline="") as file:
+        with (ROOT / "data" / "titles" / f"{domain}.csv").open(
+            encoding="utf-8", newline=""
+        ) as file:
             rows = list(csv.DictReader(file))
-        assert all(set(row) == {"title", "maker"} and all(value.strip() for value in row.values()) for row in rows)
+        assert all(
+            set(row) == {"title", "maker"} and all(value.strip() for value in row.values())
+            for row in rows
+        )
         titles[domain] = [row["title"].casefold() for row in rows]
         assert len(set(titles[domain])) == len(rows) >= 150
     assert not set(titles["films"]) & set(titles["books"])

@@ -6,7 +6,13 @@ import datasets
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = (
     "the a this that film plot story actor scene music was is seems feels looks good bad dull bright slow long short "
@@ -23,19 +29,30 @@ def save_tiny_base(folder, seed=0, context=48):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True, initializer_range=0.25,
-        eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        initializer_range=0.25,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 KINDS = {  # architecture, tied head, pad token
-    "gpt2": ("gpt2", True, False), "llama": ("llama", False, True), "qwen": ("qwen2", True, True),
-    "gemma": ("gemma2", True, False), "phi": ("phi", False, False),
-}  # fmt: skip
+    "gpt2": ("gpt2", True, False),
+    "llama": ("llama", False, True),
+    "qwen": ("qwen2", True, True),
+    "gemma": ("gemma2", True, False),
+    "phi": ("phi", False, False),
+}
 
 
 def save_tiny_kind(folder, kind, seed=0, context=48):
@@ -47,22 +64,40 @@ def save_tiny_kind(folder, kind, seed=0, context=48):
         pieces = Tokenizer(models.BPE(unk_token="<unk>"))
         pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "</s>"], initial_alphabet=alphabet)
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<unk>", "</s>"], initial_alphabet=alphabet
+        )
         pieces.train_from_iterator([" ".join(WORDS)] * 3, trainer)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>", eos_token="</s>")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=pieces, unk_token="<unk>", eos_token="</s>"
+        )
     if pad:
         tokenizer.pad_token = "<unk>"
     tokenizer.save_pretrained(folder)
     sizes = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "max_position_embeddings": context, "tie_word_embeddings": tied, "initializer_range": 0.25, "eos_token_id": 1,
-        "bos_token_id": None, "pad_token_id": 0 if pad else None, "intermediate_size": 48, "num_key_value_heads": 2,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.25,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "pad_token_id": 0 if pad else None,
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+    }
     if model_type == "gpt2":
         for name in ("intermediate_size", "num_key_value_heads"):
             sizes.pop(name)
     if model_type == "gemma2":
-        sizes |= {"head_dim": 8, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "sliding_window": 4}
+        sizes |= {
+            "head_dim": 8,
+            "final_logit_softcapping": 5.0,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 4,
+        }
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes)).save_pretrained(folder)
     return folder
@@ -80,9 +115,21 @@ def preference_rows(n=24, users=4, seed=0):
         group = (i % users) % 2
         good, bad = ("bright", "dull") if group == 0 else ("dull", "bright")
         prompt = sentence(rng, 2, 4)
-        chosen, rejected = (f"{sentence(rng, 1, 4)} {word} {sentence(rng, 1, 3)}" for word in (good, bad))
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "user": f"user{i % users}",
-                     "group": "ab"[group], "prompt_id": i, "ended": i % 3 > 0, "row": i})  # fmt: skip
+        chosen, rejected = (
+            f"{sentence(rng, 1, 4)} {word} {sentence(rng, 1, 3)}" for word in (good, bad)
+        )
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "user": f"user{i % users}",
+                "group": "ab"[group],
+                "prompt_id": i,
+                "ended": i % 3 > 0,
+                "row": i,
+            }
+        )
     return datasets.Dataset.from_list(rows)
 
 
@@ -106,17 +153,26 @@ def full_logps(base, experts, prompt, response, ended):
     def score(z):
         return z.log_softmax(-1)[first - 1 : -1].gather(1, target[:, None]).sum()
 
-    shifts = [hidden @ down.T @ up.T @ head.T for down, up in zip(experts.down, experts.up, strict=True)]
+    shifts = [
+        hidden @ down.T @ up.T @ head.T for down, up in zip(experts.down, experts.up, strict=True)
+    ]
     return torch.stack([score(logits + mask * shift) for shift in shifts]), score(logits)
 
 
 def plain_fit(**choices):
     """A short plain fit, on which the tests' numbers stand: random batches of pairs, AdamW, little tempering."""
-    from mixdpo_lib.learning.config import FitConfig  # here: what is imported with conftest is not checked for shapes
+    from mixdpo_lib.learning.config import (
+        FitConfig,
+    )  # here: what is imported with conftest is not checked for shapes
     from mixdpo_lib.learning.starts import Start
 
     config = FitConfig(
-        batch_by="pair", batch_size=32, passes=3.0, min_steps=0, learning_rate=1e-3, evaluations_per_pass=2,
+        batch_by="pair",
+        batch_size=32,
+        passes=3.0,
+        min_steps=0,
+        learning_rate=1e-3,
+        evaluations_per_pass=2,
         start=Start(passes=0.25, temperature=8.0, tempering_passes=1.0),
-    )  # fmt: skip
+    )
     return config.change(**choices)

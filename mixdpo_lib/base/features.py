@@ -120,7 +120,10 @@ def text_features(base: Base, texts: Texts, batch_size: int = 48) -> TextFeature
         lengths = np.array([len(r) for _, r in ids], dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         hidden = np.lib.format.open_memmap(
-            folder / "hidden.npy", mode="w+", dtype=np.float32, shape=(int(offsets[-1]), base.hidden_size)
+            folder / "hidden.npy",
+            mode="w+",
+            dtype=np.float32,
+            shape=(int(offsets[-1]), base.hidden_size),
         )
         pooled = np.zeros((len(ids), base.hidden_size), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda i: -sum(map(len, ids[i])))
@@ -135,7 +138,9 @@ def text_features(base: Base, texts: Texts, batch_size: int = 48) -> TextFeature
             done += len(rows)
             progress("features", done, len(ids), "texts")
         if not np.isfinite(hidden).all():
-            raise MixDPOError(f"base {base.name} gives non-finite hidden states; check its weights and dtype")
+            raise MixDPOError(
+                f"base {base.name} gives non-finite hidden states; check its weights and dtype"
+            )
         hidden.flush()
         tokens = np.array([t for _, r in ids for t in r], dtype=np.int64)
         np.save(folder / "tokens.npy", tokens, allow_pickle=False)
@@ -199,4 +204,8 @@ def gather_positions(
     starts, stops = features.offsets[ids], features.offsets[ids + 1]
     places = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
     segment = np.repeat(np.arange(len(ids)), stops - starts)
-    return torch.from_numpy(features.hidden[places]), torch.from_numpy(places), torch.from_numpy(segment)
+    return (
+        torch.from_numpy(features.hidden[places]),
+        torch.from_numpy(places),
+        torch.from_numpy(segment),
+    )

@@ -26,14 +26,18 @@ def logit_map(config: Any) -> Callable[[Tensor], Tensor] | None:
 
     c tanh(z / c) keeps every logit between -c and c (Gemma 2, arXiv 2408.00118).
     """
-    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
     cap = getattr(config, "final_logit_softcapping", None)
     if factor == 1.0 and cap is None:
         return None
     return lambda z: factor * z if cap is None else cap * torch.tanh(factor * z / cap)
 
 
-def head_logits(base: Base, hidden: Float[Tensor, "rows hidden"], model: Any = None) -> Float[Tensor, "rows tokens"]:
+def head_logits(
+    base: Base, hidden: Float[Tensor, "rows hidden"], model: Any = None
+) -> Float[Tensor, "rows tokens"]:
     """Logits of last hidden states by the head of `model` (that of the base by default), float32; gradients flow."""
     logits = (base.model if model is None else model).get_output_embeddings()(hidden).float()
     mapped = logit_map(base.model.config.get_text_config())
@@ -53,8 +57,10 @@ def check_head(base: Base) -> None:
     hidden = base.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     error = float((out.logits[0].float() - head_logits(base, hidden[0])).abs().max())
     if not error <= 1e-3 * max(1.0, float(out.logits.abs().max())):
-        raise MixDPOError(f"base {base.name}: its logits differ by {error:.3g} from its head on the last hidden state: "
-                          "this architecture does more there; use IndependentExperts")  # fmt: skip
+        raise MixDPOError(
+            f"base {base.name}: its logits differ by {error:.3g} from its head on the last hidden state: "
+            "this architecture does more there; use IndependentExperts"
+        )
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,9 @@ class HeadConstants:
     lse_inactive: np.ndarray
 
 
-def reference_constants(base: Base, texts: TextFeatures, active: np.ndarray, block: int = 2048) -> HeadConstants:
+def reference_constants(
+    base: Base, texts: TextFeatures, active: np.ndarray, block: int = 2048
+) -> HeadConstants:
     """The frozen head's constants for every position of `texts`, for this set of active tokens, from the cache.
 
     What an empty set gives is all that the reference needs: `lse_inactive` is then not filled (-inf).
@@ -86,13 +94,17 @@ def reference_constants(base: Base, texts: TextFeatures, active: np.ndarray, blo
         inactive_ids = torch.from_numpy(inactive)
         for start in range(0, n, block):
             stop = min(start + block, n)
-            hidden = torch.from_numpy(np.array(texts.hidden[start:stop])).to(base.device, base.model.dtype)
+            hidden = torch.from_numpy(np.array(texts.hidden[start:stop])).to(
+                base.device, base.model.dtype
+            )
             with torch.inference_mode():
                 logits = head_logits(base, hidden).cpu()
                 tokens = torch.from_numpy(texts.tokens[start:stop])
                 out[0, start:stop] = logits.gather(1, tokens[:, None]).squeeze(1)
                 out[1, start:stop] = logits.logsumexp(1)
-                out[2, start:stop] = logits.index_select(1, inactive_ids).logsumexp(1) if len(inactive) else -np.inf
+                out[2, start:stop] = (
+                    logits.index_select(1, inactive_ids).logsumexp(1) if len(inactive) else -np.inf
+                )
             progress("head constants", stop, n, "positions")
         np.save(folder / "constants.npy", out, allow_pickle=False)
 
@@ -106,7 +118,9 @@ def place_of(rows: Int[Tensor, "chosen"], n: int) -> Int[Tensor, "rows"]:
     >>> place_of(torch.tensor([2, 0]), 4)
     tensor([ 1, -1,  0, -1])
     """
-    return torch.full((n,), -1, device=rows.device).index_copy(0, rows, torch.arange(len(rows), device=rows.device))
+    return torch.full((n,), -1, device=rows.device).index_copy(
+        0, rows, torch.arange(len(rows), device=rows.device)
+    )
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
@@ -128,7 +142,9 @@ class _FrozenHeadLogps(torch.autograd.Function):
             total = z.sub_(top[:, None]).exp_().sum(1)
             logps[at] = token - top - total.log()
             if slope is not None:
-                slope[at] = weight[target[at]] - (z.to(weight.dtype) @ weight) / total[:, None].to(weight.dtype)
+                slope[at] = weight[target[at]] - (z.to(weight.dtype) @ weight) / total[:, None].to(
+                    weight.dtype
+                )
         ctx.save_for_backward(slope)
         return logps
 
@@ -138,7 +154,9 @@ class _FrozenHeadLogps(torch.autograd.Function):
         return (grad[:, None] * slope).to(slope.dtype), None, None, None
 
 
-def token_logps(base: Base, model: Any, hidden: Tensor, target: Tensor) -> Float[Tensor, "positions"]:
+def token_logps(
+    base: Base, model: Any, hidden: Tensor, target: Tensor
+) -> Float[Tensor, "positions"]:
     """log probability of the token at each position, nats, float32; gradients flow."""
     head = model.get_output_embeddings()
     plain = type(head) is nn.Linear and logit_map(base.model.config.get_text_config()) is None
@@ -159,7 +177,9 @@ def response_logps(
         own = (place[segment] >= 0).nonzero().squeeze(1)
         input_ids, mask = input_ids[rows], mask[rows]
         column, target, segment = column[own], target[own], place[segment[own]]
-    hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = model.base_model(
+        input_ids=input_ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state
     logps = token_logps(base, model, hidden[segment, column], target)
     return logps.new_zeros(len(input_ids)).index_add(0, segment, logps)
 
@@ -173,7 +193,9 @@ def reference_logps(base: Base, texts: Texts, batch_size: int = 32) -> np.ndarra
     def build(folder: Path) -> None:
         out = []
         for start in range(0, len(ids), batch_size):
-            inputs = {n: v.to(base.device) for n, v in padded(ids[start : start + batch_size]).items()}
+            inputs = {
+                n: v.to(base.device) for n, v in padded(ids[start : start + batch_size]).items()
+            }
             out.append(response_logps(base, base.model, inputs, None, 0).float().cpu())
             progress("reference", min(start + batch_size, len(ids)), len(ids), "texts")
         np.save(folder / "logps.npy", torch.cat(out).numpy(), allow_pickle=False)

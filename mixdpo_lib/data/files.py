@@ -17,7 +17,9 @@ def _read_table(file: Path, kind: str) -> Dataset:
     place = str(cache_part("datasets"))
     try:
         return datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=place)
-    except Exception as error:  # of datasets, pyarrow or pandas: the cause says more than the error itself
+    except (
+        Exception
+    ) as error:  # of datasets, pyarrow or pandas: the cause says more than the error itself
         said = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{file}: not readable as {file.suffix} ({said}); expected one row a pair with text in the columns "
@@ -54,20 +56,28 @@ def explicit_prompts(data: Dataset, place: str = "preference set") -> Dataset:
                 messages = [*(prompt or []), *(side or [])]
                 roles = [message.get("role") for message in messages]
                 if roles != ["user", "assistant"]:
-                    raise ValueError(f"{place}: row {i}: found messages of {roles}, expected one of the user and one "
-                                     "of the assistant; write longer conversations as text")  # fmt: skip
+                    raise ValueError(
+                        f"{place}: row {i}: found messages of {roles}, expected one of the user and one "
+                        "of the assistant; write longer conversations as text"
+                    )
                 sides.append([message["content"] for message in messages])
             if sides[0][0] != sides[1][0]:
                 raise ValueError(f"{place}: row {i}: chosen and rejected answer different prompts")
             return {"prompt": sides[0][0], "chosen": sides[0][1], "rejected": sides[1][1]}
         if not isinstance(chosen, str) or not isinstance(rejected, str):
-            raise ValueError(f"{place}: row {i}: no column 'prompt', and answers that are no text; give three texts")
-        n = next((j for j, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
-                 min(len(chosen), len(rejected)))  # fmt: skip
+            raise ValueError(
+                f"{place}: row {i}: no column 'prompt', and answers that are no text; give three texts"
+            )
+        n = next(
+            (j for j, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+            min(len(chosen), len(rejected)),
+        )
         n -= int(n > 0 and chosen[n - 1] == " ")
         if not chosen[:n].strip():
-            raise ValueError(f"{place}: row {i}: no column 'prompt', and the answers have no common beginning that "
-                             "could be it; give the prompt")  # fmt: skip
+            raise ValueError(
+                f"{place}: row {i}: no column 'prompt', and the answers have no common beginning that "
+                "could be it; give the prompt"
+            )
         return {"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
 
     own = [texts(row, i) for i, row in enumerate(data)]  # type: ignore[arg-type]
@@ -92,8 +102,16 @@ def load_preferences(path: str | Path, columns: Sequence[str] = ()) -> DatasetDi
     elif (folder / "dataset_info.json").is_file():
         found = {"train": datasets.load_from_disk(str(folder))}
     else:
-        kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
-        files = [folder] if folder.is_file() else sorted(folder.glob("*")) if folder.is_dir() else []
+        kinds = {
+            ".parquet": "parquet",
+            ".jsonl": "json",
+            ".json": "json",
+            ".csv": "csv",
+            ".arrow": "arrow",
+        }
+        files = (
+            [folder] if folder.is_file() else sorted(folder.glob("*")) if folder.is_dir() else []
+        )
         for file in files:
             if file.suffix in kinds:
                 name = "train" if folder.is_file() else file.stem
@@ -103,10 +121,12 @@ def load_preferences(path: str | Path, columns: Sequence[str] = ()) -> DatasetDi
             f"{folder}: no preference data found; expected a folder saved with save_to_disk, or files such as "
             "train.parquet, train.jsonl or train.csv with columns prompt, chosen, rejected"
         )
-    return DatasetDict({
-        n: check_preferences(explicit_prompts(d, f"{folder} ({n})"), f"{folder} ({n})", columns)
-        for n, d in found.items()
-    })  # fmt: skip
+    return DatasetDict(
+        {
+            n: check_preferences(explicit_prompts(d, f"{folder} ({n})"), f"{folder} ({n})", columns)
+            for n, d in found.items()
+        }
+    )
 
 
 def example_preferences() -> DatasetDict:

@@ -97,7 +97,11 @@ class Pairs:
                         f"row {row}, column {side!r}: {text.response[:40]!r} is not among the {len(texts)} texts that "
                         "were given; give those of this set, or none"
                     )
-        return cls(rows, texts, torch.tensor([[texts.index[t] for t in side] for side in sides]).T.contiguous())
+        return cls(
+            rows,
+            texts,
+            torch.tensor([[texts.index[t] for t in side] for side in sides]).T.contiguous(),
+        )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -153,7 +157,9 @@ def check_preferences(data: Dataset, place: str, columns: Sequence[str] = ()) ->
     for i, fields in enumerate(zip(*(texts[c] for c in TEXT_COLUMNS), strict=True)):
         for column, value in zip(TEXT_COLUMNS, fields, strict=True):
             if not isinstance(value, str) or not value.strip():
-                found = repr(value) if isinstance(value, str) else f"{type(value).__name__} {value!r}"
+                found = (
+                    repr(value) if isinstance(value, str) else f"{type(value).__name__} {value!r}"
+                )
                 raise ValueError(
                     f"{place}: row {i}, column {column!r}: found {found[:40]}, expected a text with words"
                 )

@@ -63,9 +63,14 @@ class AdapterExperts(Experts):
     """
 
     def __init__(
-        self, base: Base, n_experts: int = 3, rank: int = 8, blocks: int | Sequence[int] = 2,
-        target_modules: Sequence[str] | None = None, keep_lower: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        base: Base,
+        n_experts: int = 3,
+        rank: int = 8,
+        blocks: int | Sequence[int] = 2,
+        target_modules: Sequence[str] | None = None,
+        keep_lower: bool = True,
+    ) -> None:
         super().__init__(base, n_experts)
         if rank < 1:
             raise ValueError(f"rank={rank}: each adapter needs a rank of at least 1")
@@ -76,8 +81,12 @@ class AdapterExperts(Experts):
         model = with_equal_adapters(shared_copy(base.model), self.lora_config(), self._names)
         tensors = [adapter_tensors(model, name) for name in self._names]
         self._peft = [model]  # in a list: of the modules only the adapters belong to a checkpoint
-        self._layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "set_adapter")]
-        self.adapters = registered({f"{k}.{key}": p for k, own in enumerate(tensors) for key, p in own.items()})
+        self._layers = [
+            m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "set_adapter")
+        ]
+        self.adapters = registered(
+            {f"{k}.{key}": p for k, own in enumerate(tensors) for key, p in own.items()}
+        )
         self._kept: Tensor | None = None
         for block in block_list(self._model)[1][: chosen[0]]:
             block.forward = self._unless_kept(block.forward)
@@ -104,12 +113,16 @@ class AdapterExperts(Experts):
 
     def _unless_kept(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A lower block gives what was kept of the last of them, where something was."""
-        return lambda *args, **options: forward(*args, **options) if self._kept is None else self._kept
+        return lambda *args, **options: (
+            forward(*args, **options) if self._kept is None else self._kept
+        )
 
     def _speaks_as(self, k: int) -> None:
         for layer in self._layers:
             layer.set_adapter([self._names[k]])
-        for p in self.adapters.values():  # peft freezes the adapters that are not active: their gradient would be lost
+        for p in (
+            self.adapters.values()
+        ):  # peft freezes the adapters that are not active: their gradient would be lost
             p.requires_grad_(True)
 
     def perturb(self, scale: float, generator: torch.Generator) -> None:
@@ -137,11 +150,16 @@ class AdapterExperts(Experts):
         lower = lower_states(base, self._model, self.blocks[0], ids, texts.key)
         return AdapterConstants(ids, ref, lower, offsets)
 
-    def batch(self, constants: AdapterConstants, pairs: Int[Tensor, "pairs 2"]) -> dict[str, Tensor]:
+    def batch(
+        self, constants: AdapterConstants, pairs: Int[Tensor, "pairs 2"]
+    ) -> dict[str, Tensor]:
         """Everything `logps` reads for these pairs; each distinct text is held once."""
         ids, place = torch.unique(pairs, return_inverse=True)
         own = [constants.ids[int(i)] for i in ids]
-        batch = padded(own) | {"place": place, "text_ref_logps": torch.from_numpy(constants.ref)[ids][:, None]}
+        batch = padded(own) | {
+            "place": place,
+            "text_ref_logps": torch.from_numpy(constants.ref)[ids][:, None],
+        }
         if constants.lower is not None:
             lower = torch.zeros(*batch["input_ids"].shape, self._base.hidden_size)
             for row, i in enumerate(ids.tolist()):
@@ -156,11 +174,17 @@ class AdapterExperts(Experts):
         """See `Experts.text_logps`. The lower blocks run once for all experts, or not at all where they are kept."""
         lower = batch.get("lower")
         if lower is None and self.blocks[0] > 0:
-            lower = entering(self._model, self.blocks[0], batch["input_ids"], batch["attention_mask"])
+            lower = entering(
+                self._model, self.blocks[0], batch["input_ids"], batch["attention_mask"]
+            )
 
         def speak(k: int, rows: Tensor | None) -> Tensor:
             self._speaks_as(k)
-            self._kept = None if lower is None else (lower if rows is None else lower[rows]).to(self._base.model.dtype)
+            self._kept = (
+                None
+                if lower is None
+                else (lower if rows is None else lower[rows]).to(self._base.model.dtype)
+            )
             try:
                 return response_logps(self._base, self._model, batch, rows, len(batch["input_ids"]))
             finally:
@@ -178,7 +202,9 @@ class AdapterExperts(Experts):
 
             return model
 
-        return ModelVoices([self._base] * self.n_experts, [speaker(k) for k in range(self.n_experts)], chosen)
+        return ModelVoices(
+            [self._base] * self.n_experts, [speaker(k) for k in range(self.n_experts)], chosen
+        )
 
     def _wrapped(self, k: int, model: Any) -> Any:
         """`model`, which is the base or a copy of it, wrapped by peft with the adapter of expert k."""

@@ -26,7 +26,11 @@ def block_list(model: Any) -> tuple[str, nn.ModuleList]:
     MixDPOError : a model without one list of `num_hidden_layers` blocks.
     """
     n = int(model.config.get_text_config().num_hidden_layers)
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    found = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == n
+    ]
     if not found:
         raise MixDPOError(f"{type(model).__name__}: no list of {n} blocks found; adapters need one")
     return found[0]
@@ -34,8 +38,11 @@ def block_list(model: Any) -> tuple[str, nn.ModuleList]:
 
 def linear_names(block: nn.Module) -> list[str]:
     """Names of the linear layers of a block, without what is above them, in order."""
-    found = [name.rsplit(".", 1)[-1] for name, m in block.named_modules()
-             if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]  # fmt: skip
+    found = [
+        name.rsplit(".", 1)[-1]
+        for name, m in block.named_modules()
+        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -45,7 +52,10 @@ class _Enough(Exception):
 
 @torch.no_grad()
 def entering(
-    model: Any, block: int, input_ids: Int[Tensor, "rows columns"], mask: Int[Tensor, "rows columns"]
+    model: Any,
+    block: int,
+    input_ids: Int[Tensor, "rows columns"],
+    mask: Int[Tensor, "rows columns"],
 ) -> Float[Tensor, "rows columns hidden"]:
     """What enters a block of the model (its number from 0), without running that block or those above it."""
     found: list[Tensor] = []
@@ -74,10 +84,14 @@ def chosen_layers(
     ValueError : blocks or modules that the base has not (what it has is named).
     """
     n_blocks = len(block_list(base.model)[1])
-    chosen = list(range(n_blocks - blocks, n_blocks)) if isinstance(blocks, int) else sorted(set(blocks))
+    chosen = (
+        list(range(n_blocks - blocks, n_blocks)) if isinstance(blocks, int) else sorted(set(blocks))
+    )
     if not chosen or not 0 <= chosen[0] <= chosen[-1] < n_blocks:
-        raise ValueError(f"blocks={blocks}: {base.name} has {n_blocks} blocks, 0 ... {n_blocks - 1}; give a number "
-                         f"from 1 to {n_blocks}, or a list of them")
+        raise ValueError(
+            f"blocks={blocks}: {base.name} has {n_blocks} blocks, 0 ... {n_blocks - 1}; give a number "
+            f"from 1 to {n_blocks}, or a list of them"
+        )
     known = linear_names(block_list(base.model)[1][chosen[0]])
     unknown = sorted(set(target_modules or ()) - set(known))
     if unknown or (target_modules is not None and not target_modules):
@@ -98,7 +112,9 @@ def lower_states(
 
     def build(folder: Path) -> None:
         shape = (int(offsets[-1]), base.hidden_size)
-        out = np.lib.format.open_memmap(folder / "lower.npy", mode="w+", dtype=np.float32, shape=shape)
+        out = np.lib.format.open_memmap(
+            folder / "lower.npy", mode="w+", dtype=np.float32, shape=shape
+        )
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i][0]) - len(ids[i][1]))
         for start in range(0, len(order), 48):
             rows = order[start : start + 48]

@@ -40,14 +40,20 @@ def chosen_texts(
     return counts.index_add_(0, pairs.flatten(), chosen.long().repeat_interleave(2, 0)) > 0
 
 
-def read_on(model: Any, input_ids: Tensor, mask: Tensor, cache: Any) -> tuple[Float[Tensor, "rows hidden"], Any]:
+def read_on(
+    model: Any, input_ids: Tensor, mask: Tensor, cache: Any
+) -> tuple[Float[Tensor, "rows hidden"], Any]:
     """The last hidden state of each row after these further tokens, and the cache that remembers them.
 
     mask : (rows, total), 0 where left padding stands, over all tokens so far; positions are counted without it.
     """
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
     out = model.base_model(
-        input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, past_key_values=cache
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        past_key_values=cache,
     )
     return out.last_hidden_state[:, -1], out.past_key_values
 
@@ -60,7 +66,9 @@ class Voices(ABC):
         """Row i goes on from what row source[i] has read; both chose the same experts."""
 
     @abstractmethod
-    def __call__(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
+    def __call__(
+        self, input_ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
         """Logits of the reference (rows, V), and for each expert that speaks: its number, its rows, their logits."""
 
 
@@ -78,7 +86,10 @@ class Experts(nn.Module, ABC):
     """
 
     base: list[Any]
-    rates: ClassVar[Mapping[str, float]] = {"adamw": 1e-3, "sgd": 0.03}  # by optimiser, where none is given
+    rates: ClassVar[Mapping[str, float]] = {
+        "adamw": 1e-3,
+        "sgd": 0.03,
+    }  # by optimiser, where none is given
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -174,7 +185,9 @@ class Experts(nn.Module, ABC):
             return self.text_logps(batch)[batch["place"]]
         check_chosen(chosen, len(batch["place"]), self.n_experts)
         by_text = chosen_texts(chosen, batch["place"], len(batch["text_ref_logps"]))
-        return self.text_logps(batch, by_text)[batch["place"]].masked_fill(~chosen[:, None], -torch.inf)
+        return self.text_logps(batch, by_text)[batch["place"]].masked_fill(
+            ~chosen[:, None], -torch.inf
+        )
 
     def ref_logps(self, batch: dict[str, Tensor]) -> Float[Tensor, "pairs 2 references"]:
         """log pi_ref(y given x), nats: one column where the experts share a reference, else one an expert."""

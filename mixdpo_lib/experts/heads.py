@@ -57,7 +57,12 @@ class HeadExperts(Experts):
     rates = {"adamw": 3e-3, "sgd": 0.03}  # on 30 pairs and on the study, see docs/log.md
 
     def __init__(
-        self, base: Base, n_experts: int = 3, rank: int = 8, active: str = "responses", min_count: int = 1
+        self,
+        base: Base,
+        n_experts: int = 3,
+        rank: int = 8,
+        active: str = "responses",
+        min_count: int = 1,
     ) -> None:
         super().__init__(base, n_experts)
         if rank < 1:
@@ -116,7 +121,9 @@ class HeadExperts(Experts):
         features = text_features(self._base, data.texts)
         hidden, positions, _ = gather_positions(features, torch.unique(data.index))
         if self.active == "responses":
-            tokens, counts = torch.unique(torch.from_numpy(features.tokens)[positions], return_counts=True)
+            tokens, counts = torch.unique(
+                torch.from_numpy(features.tokens)[positions], return_counts=True
+            )
             self.activate(tokens[counts >= self.min_count])
         rows = reading_directions(hidden, self.rank)
         with torch.no_grad():
@@ -135,7 +142,9 @@ class HeadExperts(Experts):
         """
         if self._head_rows is None:
             if len(self.active_ids) == 0:
-                raise ValueError("the experts have no active tokens yet: call fit, or activate_responses, first")
+                raise ValueError(
+                    "the experts have no active tokens yet: call fit, or activate_responses, first"
+                )
             rows = self._head.weight[self.active_ids.to(self._head.weight.device)]
             self._head_rows = rows.float().contiguous()
         bias = getattr(self._head, "bias", None)
@@ -207,7 +216,9 @@ class HeadExperts(Experts):
                 groups.append(HeadGroup(k, rows, self.active_ids, self.down[k].detach(), up))
         return HeadVoices(self._base, groups)
 
-    def head_correction(self, k: int) -> tuple[Float[Tensor, "rank hidden"], Float[Tensor, "tokens rank"]]:
+    def head_correction(
+        self, k: int
+    ) -> tuple[Float[Tensor, "rank hidden"], Float[Tensor, "tokens rank"]]:
         """A_k, and W B_k with zero rows for tokens that are not active: logits_k = W h + (W B_k) A_k h."""
         up = torch.zeros(self._head.weight.shape[0], self.rank, device=self.up.device)
         active = self.active_head()[0].to(up.device) @ self.up[k]
@@ -235,8 +246,12 @@ def reading_directions(
     values, vectors = torch.linalg.eigh(torch.cov(hidden.T, correction=0))
     rows = [mean / mean.square().sum()]
     for i in range(1, min(rank, len(values) + 1)):
-        if values[-i] > 1e-6 * values[-1]:  # fewer directions than rows in a tiny set: the random ones stay
-            direction = vectors[:, -i] * vectors[:, -i].sum().sign()  # eigenvectors have no sign of their own
+        if (
+            values[-i] > 1e-6 * values[-1]
+        ):  # fewer directions than rows in a tiny set: the random ones stay
+            direction = (
+                vectors[:, -i] * vectors[:, -i].sum().sign()
+            )  # eigenvectors have no sign of their own
             rows.append(direction / values[-i].sqrt())
     return torch.stack(rows) / rank**0.5
 

@@ -19,7 +19,9 @@ class LowRankTokenLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, down, up, head, bias, target, token_logit, lse_inactive, groups, workspace):  # type: ignore[override]
+    def forward(
+        ctx, hidden, down, up, head, bias, target, token_logit, lse_inactive, groups, workspace
+    ):  # type: ignore[override]
         """See the class."""
         n_experts, n_positions = len(down), len(hidden)
         base_logits = workspace.take("base", (n_positions, len(head)), hidden)
@@ -56,8 +58,12 @@ class LowRankTokenLogps(torch.autograd.Function):
         """Gradients for A and E, from the probabilities that were kept."""
         hidden, up, target = ctx.saved_tensors
         if ctx.ticket != ctx.workspace.ticket():
-            raise RuntimeError("the experts' logits were overwritten by a later call before backward() was reached")
-        grad_down = torch.zeros(len(up), up.shape[2], hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+            raise RuntimeError(
+                "the experts' logits were overwritten by a later call before backward() was reached"
+            )
+        grad_down = torch.zeros(
+            len(up), up.shape[2], hidden.shape[1], dtype=hidden.dtype, device=hidden.device
+        )
         grad_up = torch.zeros_like(up)
         for k, (at, probability) in enumerate(zip(ctx.groups, ctx.buffers, strict=True)):
             own, states = grad[at, k], ctx.states[k]
@@ -84,7 +90,12 @@ class Workspace:
         """A buffer of this name and shape, of the type and on the device of `like`; its content is undefined."""
         size = int(np.prod(shape))
         flat = self._flat.get(name)
-        if flat is None or flat.numel() < size or flat.dtype != like.dtype or flat.device != like.device:
+        if (
+            flat is None
+            or flat.numel() < size
+            or flat.dtype != like.dtype
+            or flat.device != like.device
+        ):
             flat = self._flat[name] = torch.empty(size, dtype=like.dtype, device=like.device)
         self._uses += 1
         return flat[:size].view(shape)

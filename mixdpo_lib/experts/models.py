@@ -49,13 +49,20 @@ class ModelVoices(Voices):
     """
 
     def __init__(
-        self, bases: Sequence[Base], models: Sequence[Callable[[], Any]], chosen: Bool[Tensor, "rows experts"] | None
+        self,
+        bases: Sequence[Base],
+        models: Sequence[Callable[[], Any]],
+        chosen: Bool[Tensor, "rows experts"] | None,
     ) -> None:
         self._bases, self._models = bases, models
-        self._rows: dict[tuple[str, int], Tensor] = {}  # of each that speaks: ("reference" or "expert", its number)
+        self._rows: dict[
+            tuple[str, int], Tensor
+        ] = {}  # of each that speaks: ("reference" or "expert", its number)
         if chosen is not None:
             kind = torch.tensor(kinds(bases), device=chosen.device)[chosen.int().argmax(1)]
-            self._rows = {("reference", k): (kind == k).nonzero().squeeze(1) for k in kind.unique().tolist()}
+            self._rows = {
+                ("reference", k): (kind == k).nonzero().squeeze(1) for k in kind.unique().tolist()
+            }
             experts = {("expert", k): chosen[:, k].nonzero().squeeze(1) for k in range(len(bases))}
             self._rows |= {name: rows for name, rows in experts.items() if len(rows)}
         self._caches: dict[tuple[str, int], Any] = {}
@@ -66,7 +73,9 @@ class ModelVoices(Voices):
             rows = self._rows[name]
             cache.reorder_cache(place_of(rows, len(source))[source[rows]])
 
-    def __call__(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
+    def __call__(
+        self, input_ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
         """See `Voices.__call__`."""
         if not self._rows:
             self._rows = {("reference", 0): torch.arange(len(input_ids), device=input_ids.device)}
@@ -76,7 +85,9 @@ class ModelVoices(Voices):
             what, k = name
             base = self._bases[k]
             model = base.model if what == "reference" else self._models[k]()
-            hidden, self._caches[name] = read_on(model, input_ids[rows], mask[rows], self._caches.get(name))
+            hidden, self._caches[name] = read_on(
+                model, input_ids[rows], mask[rows], self._caches.get(name)
+            )
             logits = head_logits(base, hidden, model)
             if what == "expert":
                 said.append((k, rows, logits))

@@ -21,9 +21,15 @@ class RewardTable(Experts):
     prompt: Tensor
 
     def __init__(
-        self, n_answers: int, n_experts: int, beta: float = 1.0, prior_scale: float = 2.0,
-        log_ref: Tensor | None = None, answers: Sequence[Text] | None = None, base: Base | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        n_answers: int,
+        n_experts: int,
+        beta: float = 1.0,
+        prior_scale: float = 2.0,
+        log_ref: Tensor | None = None,
+        answers: Sequence[Text] | None = None,
+        base: Base | None = None,
+    ) -> None:
         super().__init__(base, n_experts)
         if n_answers < 2:
             raise ValueError(f"n_answers={n_answers}: a preference needs at least two answers")
@@ -31,10 +37,15 @@ class RewardTable(Experts):
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}: expected a positive number")
         if (answers is None) != (base is None) or len(answers or range(n_answers)) != n_answers:
-            raise ValueError(f"n_answers={n_answers}: expected as many answers and their base, or neither")
+            raise ValueError(
+                f"n_answers={n_answers}: expected as many answers and their base, or neither"
+            )
         self.n_answers, self.beta, self.prior_scale = n_answers, beta, prior_scale
         self.answers = tuple(answers or ())
-        prompts = {name: i for i, name in enumerate(dict.fromkeys(answer.prompt for answer in self.answers))}
+        prompts = {
+            name: i
+            for i, name in enumerate(dict.fromkeys(answer.prompt for answer in self.answers))
+        }
         place = [prompts[answer.prompt] for answer in self.answers] or [0] * n_answers
         self.rewards = nn.Parameter(torch.zeros(n_experts, n_answers, dtype=torch.float64))
         self.register_buffer("prompt", torch.tensor(place))
@@ -44,13 +55,17 @@ class RewardTable(Experts):
     def _by_prompt(self, scores: Float[Tensor, "rows answers"]) -> Float[Tensor, "rows answers"]:
         """Log-probabilities of these scores among the answers of each prompt."""
         n, place = int(self.prompt.max()) + 1, self.prompt.expand(scores.shape)
-        top = scores.new_full((len(scores), n), -torch.inf).scatter_reduce(1, place, scores.detach(), "amax")
+        top = scores.new_full((len(scores), n), -torch.inf).scatter_reduce(
+            1, place, scores.detach(), "amax"
+        )
         total = torch.zeros_like(top).scatter_add(1, place, (scores - top.gather(1, place)).exp())
         return scores - (top + total.log()).gather(1, place)
 
     def _check(self, pairs: Tensor) -> None:
         if pairs.dim() != 2 or pairs.shape[1] != 2 or len(pairs) == 0:
-            raise ValueError(f"pairs has shape {tuple(pairs.shape)}; expected (pairs, 2): chosen and rejected answer")
+            raise ValueError(
+                f"pairs has shape {tuple(pairs.shape)}; expected (pairs, 2): chosen and rejected answer"
+            )
         if int(pairs.min()) < 0 or int(pairs.max()) >= self.n_answers:
             row = int(((pairs < 0) | (pairs >= self.n_answers)).any(1).nonzero()[0])
             raise ValueError(
@@ -60,7 +75,9 @@ class RewardTable(Experts):
     @torch.no_grad()
     def perturb(self, scale: float, generator: torch.Generator) -> None:
         """Draw the rewards from N(0, scale^2): symmetry breaking, or known experts for generated data."""
-        self.rewards.copy_(torch.randn(self.rewards.shape, generator=generator, dtype=torch.float64) * scale)
+        self.rewards.copy_(
+            torch.randn(self.rewards.shape, generator=generator, dtype=torch.float64) * scale
+        )
 
     @torch.no_grad()
     def sample_pairs(
@@ -72,12 +89,16 @@ class RewardTable(Experts):
         """
         unit = torch.arange(len(expert)).repeat_interleave(pairs_per_unit)
         first = torch.randint(self.n_answers, (len(unit),), generator=generator)
-        second = (first + torch.randint(1, self.n_answers, (len(unit),), generator=generator)) % self.n_answers
+        second = (
+            first + torch.randint(1, self.n_answers, (len(unit),), generator=generator)
+        ) % self.n_answers
         rewards, k = self.rewards, expert[unit]
         wins = torch.rand(len(unit), generator=generator, dtype=torch.float64) < torch.sigmoid(
             rewards[k, first] - rewards[k, second]
         )
-        return torch.stack([torch.where(wins, first, second), torch.where(wins, second, first)], 1), unit
+        return torch.stack(
+            [torch.where(wins, first, second), torch.where(wins, second, first)], 1
+        ), unit
 
     def log_policy(self) -> Float[Tensor, "experts answers"]:
         """log pi_k(a) among the answers of a's prompt, nats."""
@@ -88,14 +109,18 @@ class RewardTable(Experts):
     def loglik(self, pairs: Int[Tensor, "pairs 2"]) -> Float[Tensor, "pairs experts"]:
         """log sigma(D_k) of every pair, nats. Gradients flow to the rewards."""
         self._check(pairs)
-        return nn.functional.logsigmoid((self.rewards[:, pairs[:, 0]] - self.rewards[:, pairs[:, 1]]).T)
+        return nn.functional.logsigmoid(
+            (self.rewards[:, pairs[:, 0]] - self.rewards[:, pairs[:, 1]]).T
+        )
 
     def log_prior(self) -> Float[Tensor, ""]:
         """Log density of all rewards under their prior, without its constant; nats."""
         return -(self.rewards**2).sum() / (2 * self.prior_scale**2)
 
     @torch.no_grad()
-    def m_step(self, pairs: Int[Tensor, "pairs 2"], weight: Float[Tensor, "pairs experts"], steps: int = 2) -> int:
+    def m_step(
+        self, pairs: Int[Tensor, "pairs 2"], weight: Float[Tensor, "pairs experts"], steps: int = 2
+    ) -> int:
         """Raise sum_n weight_nk log sigma(D_nk) + log prior of every expert by damped Newton steps, in place.
 
         A step that does not raise an expert's objective is halved until it does (generalised EM: the bound never
@@ -111,7 +136,9 @@ class RewardTable(Experts):
         """
         self._check(pairs)
         n, k = self.n_answers, self.n_experts
-        cell = pairs[:, 0] * n + pairs[:, 1]  # experts see a table of counts, whatever the number of pairs
+        cell = (
+            pairs[:, 0] * n + pairs[:, 1]
+        )  # experts see a table of counts, whatever the number of pairs
         count = weight.new_zeros(n * n, k).index_add_(0, cell, weight).T.reshape(k, n, n)
         rewards, updates = newton_steps(self.rewards.data, count, self.prior_scale, steps)
         self.rewards.copy_(rewards)

@@ -57,7 +57,9 @@ class TabularExperts(RewardTable):
     """
 
     @classmethod
-    def of(cls, base: Base, data: Dataset | Pairs, n_experts: int, **options: Any) -> TabularExperts:
+    def of(
+        cls, base: Base, data: Dataset | Pairs, n_experts: int, **options: Any
+    ) -> TabularExperts:
         """A table of all answers of a preference set; the reference is the base's, restricted to a prompt's answers.
 
         options : beta, prior_scale.
@@ -104,7 +106,11 @@ class TabularExperts(RewardTable):
                 f"answer {text.response[:40]!r} to {text.prompt[:40]!r} is not among the {self.n_answers} of the "
                 "table: a table knows its own answers alone; make it of all pairs that it shall judge"
             )
-        return {"place": place, "answer": answer, "text_ref_logps": self.log_ref.cpu()[answer][:, None]}
+        return {
+            "place": place,
+            "answer": answer,
+            "text_ref_logps": self.log_ref.cpu()[answer][:, None],
+        }
 
     def text_logps(
         self, batch: dict[str, Tensor], chosen: Bool[Tensor, "texts experts"] | None = None
@@ -117,7 +123,11 @@ class TabularExperts(RewardTable):
         if isinstance(batch, dict):
             return batch
         self._check(batch)
-        return {"place": batch, "answer": torch.arange(self.n_answers), "text_ref_logps": self.log_ref[:, None]}
+        return {
+            "place": batch,
+            "answer": torch.arange(self.n_answers),
+            "text_ref_logps": self.log_ref[:, None],
+        }
 
     def logps(
         self, batch: dict[str, Tensor] | Tensor, chosen: Bool[Tensor, "pairs experts"] | None = None
@@ -132,19 +142,33 @@ class TabularExperts(RewardTable):
     def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
         """See `Experts.voices`: exact next-token distributions of a table of texts, each of which ends after itself."""
         if not self.answers:
-            raise ValueError("this table has numbers, no words: make it by TabularExperts.of(base, pairs)")
+            raise ValueError(
+                "this table has numbers, no words: make it by TabularExperts.of(base, pairs)"
+            )
         return _TabularVoices(self, chosen)
 
 
 class _TabularVoices(Voices):
     """p(v given y_<t): the share of the probability of all answers that begin with y_<t whose next token is v."""
 
-    def __init__(self, experts: TabularExperts, chosen: Bool[Tensor, "rows experts"] | None) -> None:
+    def __init__(
+        self, experts: TabularExperts, chosen: Bool[Tensor, "rows experts"] | None
+    ) -> None:
         base = experts.base[0]
-        self._size, self._end = base.model.get_output_embeddings().weight.shape[0], base.eos_token_id
+        self._size, self._end = (
+            base.model.get_output_embeddings().weight.shape[0],
+            base.eos_token_id,
+        )
         self._log_p = {-1: experts.log_ref} | dict(enumerate(experts.log_policy().detach()))
-        self._groups = [] if chosen is None else [(k, rows) for k in range(experts.n_experts)
-                                                  if len(rows := chosen[:, k].nonzero().squeeze(1))]  # fmt: skip
+        self._groups = (
+            []
+            if chosen is None
+            else [
+                (k, rows)
+                for k in range(experts.n_experts)
+                if len(rows := chosen[:, k].nonzero().squeeze(1))
+            ]
+        )
         self._table: dict[tuple[int, ...], list[tuple[list[int], int]]] = {}
         for i, answer in enumerate(experts.answers):
             prompt, response = tokenise(base, answer)
@@ -158,13 +182,19 @@ class _TabularVoices(Voices):
         self._prompts = [self._prompts[i] for i in source.tolist()]
         self._said = [list(self._said[i]) for i in source.tolist()]
 
-    def __call__(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
+    def __call__(
+        self, input_ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
         if not self._prompts:
-            self._prompts = [tuple(row[keep > 0].tolist()) for row, keep in zip(input_ids, mask, strict=True)]
+            self._prompts = [
+                tuple(row[keep > 0].tolist()) for row, keep in zip(input_ids, mask, strict=True)
+            ]
             self._said = [[] for _ in self._prompts]
             for row, prompt in enumerate(self._prompts):
                 if prompt not in self._table:
-                    raise ValueError(f"row {row}: its prompt is not in the table, which can answer its own alone")
+                    raise ValueError(
+                        f"row {row}: its prompt is not in the table, which can answer its own alone"
+                    )
         else:
             for said, row in zip(self._said, input_ids.tolist(), strict=True):
                 said.extend(row)
@@ -175,8 +205,11 @@ class _TabularVoices(Voices):
         log_p = torch.full((len(rows), self._size), -torch.inf)
         for place, row in enumerate(rows.tolist()):
             said = self._said[row]
-            left = [(answer[len(said)], i) for answer, i in self._table[self._prompts[row]]
-                    if answer[: len(said)] == said and len(answer) > len(said)]  # fmt: skip
+            left = [
+                (answer[len(said)], i)
+                for answer, i in self._table[self._prompts[row]]
+                if answer[: len(said)] == said and len(answer) > len(said)
+            ]
             if not left:  # everything was said
                 log_p[place, self._end] = 0.0
                 continue

@@ -48,9 +48,7 @@ class Gate(nn.Module, ABC):
     # ---------------------------------------------------------------------------------------- what a gate brings
 
     @abstractmethod
-    def inputs(
-        self, columns: Mapping[str, Sequence[Any]], base: Base | None
-    ) -> dict[str, Tensor]:
+    def inputs(self, columns: Mapping[str, Sequence[Any]], base: Base | None) -> dict[str, Tensor]:
         """Numbers from the columns that the gate reads, one row each; nothing for a gate that reads nothing.
 
         Raises

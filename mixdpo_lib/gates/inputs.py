@@ -66,10 +66,14 @@ def zero_linear(n_in: int, n_out: int) -> nn.Linear:
 def given(inputs: Mapping[str, Tensor], name: str, size: int) -> Float[Tensor, "rows size"]:
     """One of the inputs; refuses what is absent, of another size, or not finite (the row is named)."""
     if name not in inputs:
-        raise ValueError(f"inputs[{name!r}] is absent; found {sorted(inputs)}: this gate reads {name}")
+        raise ValueError(
+            f"inputs[{name!r}] is absent; found {sorted(inputs)}: this gate reads {name}"
+        )
     value = inputs[name]
     if value.dim() != 2 or value.shape[1] != size:
-        raise ValueError(f"inputs[{name!r}] has shape {tuple(value.shape)}; expected (rows, {size})")
+        raise ValueError(
+            f"inputs[{name!r}] has shape {tuple(value.shape)}; expected (rows, {size})"
+        )
     if not bool(value.isfinite().all()):
         row = int((~value.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"inputs[{name!r}], row {row}: found a value that is not finite")

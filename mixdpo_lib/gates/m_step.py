@@ -41,10 +41,15 @@ class EMResult:
 
 
 def gate_m_step(
-    gate: Gate, inputs: Mapping[str, Tensor], log_q: Float[Tensor, "rows experts"], entropy_weight: float = 0.0,
-    balance_weight: float = 0.0, max_iter: int = 10, frozen: Sequence[nn.Parameter] = (),
+    gate: Gate,
+    inputs: Mapping[str, Tensor],
+    log_q: Float[Tensor, "rows experts"],
+    entropy_weight: float = 0.0,
+    balance_weight: float = 0.0,
+    max_iter: int = 10,
+    frozen: Sequence[nn.Parameter] = (),
     place: Int[Tensor, "rows"] | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """Move a gate that reads towards the responsibilities, in place: line-searched L-BFGS on `m_step.gate_loss`.
 
     Minimises gate_loss - log prior / rows over the whole table, so that a step cannot lower the bound (generalised EM).
@@ -63,15 +68,23 @@ def gate_m_step(
     """
     held = {id(p) for p in frozen}
     parameters = [p for p in gate.parameters() if id(p) not in held]
-    optimizer = torch.optim.LBFGS(parameters, lr=1.0, max_iter=max_iter, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        parameters, lr=1.0, max_iter=max_iter, line_search_fn="strong_wolfe"
+    )
     log_q, n, count = log_q.detach(), len(log_q), None
     if place is not None:
         count = torch.bincount(place)
-        log_q = (log_q.new_zeros(len(count), log_q.shape[1]).index_add(0, place, log_q.exp()) / count[:, None]).log()
+        log_q = (
+            log_q.new_zeros(len(count), log_q.shape[1]).index_add(0, place, log_q.exp())
+            / count[:, None]
+        ).log()
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = gate_loss(gate.log_w(inputs), log_q, entropy_weight, balance_weight, count) - gate.log_prior() / n
+        value = (
+            gate_loss(gate.log_w(inputs), log_q, entropy_weight, balance_weight, count)
+            - gate.log_prior() / n
+        )
         value.backward()
         return value
 
@@ -84,11 +97,18 @@ def gate_m_step(
 
 @torch.no_grad()
 def gate_em(
-    gate: Gate, inputs: Mapping[str, Tensor], loglik: Float[Tensor, "pairs experts"],
-    unit: Int[Tensor, "pairs"] | None = None, *, n_units: int | None = None, max_iter: int = 200,
-    tolerance: float = 1e-6, entropy_weight: float = 0.0, balance_weight: float = 0.0,
+    gate: Gate,
+    inputs: Mapping[str, Tensor],
+    loglik: Float[Tensor, "pairs experts"],
+    unit: Int[Tensor, "pairs"] | None = None,
+    *,
+    n_units: int | None = None,
+    max_iter: int = 200,
+    tolerance: float = 1e-6,
+    entropy_weight: float = 0.0,
+    balance_weight: float = 0.0,
     frozen: Sequence[nn.Parameter] = (),
-) -> EMResult:  # fmt: skip
+) -> EMResult:
     """Full-batch EM of the gate alone, in place: the experts are what `loglik` says of them, and stay as they are.
 
     Parameters
@@ -138,9 +158,12 @@ def gate_em(
 
 
 def gate_loss(
-    log_w: Float[Tensor, "..."], log_q: Float[Tensor, "..."], entropy_weight: float | int = 0.0,
-    balance_weight: float | int = 0.0, count: Int[Tensor, "..."] | None = None,
-) -> Float[Tensor, ""]:  # fmt: skip
+    log_w: Float[Tensor, "..."],
+    log_q: Float[Tensor, "..."],
+    entropy_weight: float | int = 0.0,
+    balance_weight: float | int = 0.0,
+    count: Int[Tensor, "..."] | None = None,
+) -> Float[Tensor, ""]:
     """What a gate minimises: ``mean_n [- sum_k q_nk log w_nk - a H(w_n)] + b KL(mean_n w_n || uniform)``, nats a row.
 
     The first term is the gate's part of the bound (method: M-step of the gate); its minimum over w is at w = q.  a > 0
@@ -163,12 +186,18 @@ def gate_loss(
     tensor(0.6931)
     """
     if log_w.shape != log_q.shape:
-        raise ValueError(f"log_w has shape {tuple(log_w.shape)}, log_q {tuple(log_q.shape)}; expected the same")
+        raise ValueError(
+            f"log_w has shape {tuple(log_w.shape)}, log_q {tuple(log_q.shape)}; expected the same"
+        )
     for name, value in (("entropy_weight", entropy_weight), ("balance_weight", balance_weight)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value}: expected 0 or above; 0 leaves the term out")
     q = log_q.detach().exp()
-    share = torch.full_like(log_w[:, 0], 1 / len(log_w)) if count is None else (count / count.sum()).to(log_w)
+    share = (
+        torch.full_like(log_w[:, 0], 1 / len(log_w))
+        if count is None
+        else (count / count.sum()).to(log_w)
+    )
     loss = -share @ (q * log_w.masked_fill(q == 0, 0)).sum(1)
     if entropy_weight:
         loss = loss - entropy_weight * share @ entropy(log_w)

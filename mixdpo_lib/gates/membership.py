@@ -138,11 +138,15 @@ class MixedMembershipGate(Gate):
         unit, n_units = inputs["unit"], len(self.units)
         if len(unit) and not -1 <= int(unit.min()) <= int(unit.max()) < n_units:
             row = int(((unit < -1) | (unit >= n_units)).nonzero()[0])
-            raise ValueError(f"inputs['unit'][{row}] = {int(unit[row])}; expected -1 ... {n_units - 1}")
+            raise ValueError(
+                f"inputs['unit'][{row}] = {int(unit[row])}; expected -1 ... {n_units - 1}"
+            )
         known = (unit >= 0).to(self.offset.dtype)[:, None]
         total = self.offset[unit.clamp(min=0)] * known
         for i, gate in enumerate(self._gates):
-            own = {name[len(f"{i}/") :]: v for name, v in inputs.items() if name.startswith(f"{i}/")}
+            own = {
+                name[len(f"{i}/") :]: v for name, v in inputs.items() if name.startswith(f"{i}/")
+            }
             total = total + gate.logits(own)
         return total
 

@@ -64,7 +64,9 @@ class ContextGate(Gate):
         self.register_buffer("mean", torch.zeros(n_features) if mean is None else mean.float())
         self.register_buffer("scale", torch.ones(n_features) if scale is None else scale.float())
         if not (self.scale > 0).all():
-            raise ValueError("scale: expected every entry above 0; `standardise` gives 1 where nothing varies")
+            raise ValueError(
+                "scale: expected every entry above 0; `standardise` gives 1 where nothing varies"
+            )
         self.outer = zero_linear(n_features, n_experts)
 
     @classmethod
@@ -114,7 +116,9 @@ class ContextGate(Gate):
         """The state of each row's prompt; a prompt that occurs in several rows is read once."""
         prompts = [str(prompt) + self.suffix for prompt in column(columns, self.column)]
         if base is None:
-            raise ValueError("a gate that reads prompts needs a base to read them with: give experts of a base")
+            raise ValueError(
+                "a gate that reads prompts needs a base to read them with: give experts of a base"
+            )
         return {"state": encode_prompts(base, prompts, self.layer)}
 
     def logits(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:

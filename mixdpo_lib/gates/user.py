@@ -45,15 +45,21 @@ class UserGate(Gate):
         weight_scale: float | int = 1.0,
     ) -> None:
         if not columns:
-            raise ValueError("columns: found none; a gate of users needs at least one column of metadata")
+            raise ValueError(
+                "columns: found none; a gate of users needs at least one column of metadata"
+            )
         super().__init__(n_experts, reads=tuple(columns))
         self.weight_scale = positive("weight_scale", weight_scale)
         self.columns = dict(columns)
-        n_features = sum(len(kind) if isinstance(kind, list) else 1 for kind in self.columns.values())
+        n_features = sum(
+            len(kind) if isinstance(kind, list) else 1 for kind in self.columns.values()
+        )
         self.outer = zero_linear(n_features, n_experts)
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Sequence[Any]], n_experts: int, **options: Any) -> UserGate:
+    def from_metadata(
+        cls, metadata: Mapping[str, Sequence[Any]], n_experts: int, **options: Any
+    ) -> UserGate:
         """A gate for these columns: text and truth values are categorical, other numbers numeric.
 
         Raises
@@ -92,7 +98,9 @@ class UserGate(Gate):
             values = metadata[name]
             _check_metadata(name, values)
             if n_rows is not None and len(values) != n_rows:
-                raise ValueError(f"metadata column {name!r} has {len(values)} rows, the ones before it {n_rows}")
+                raise ValueError(
+                    f"metadata column {name!r} has {len(values)} rows, the ones before it {n_rows}"
+                )
             n_rows = len(values)
             if isinstance(kind, tuple):
                 wrong = [i for i, v in enumerate(values) if not isinstance(v, (int, float))]
@@ -100,15 +108,18 @@ class UserGate(Gate):
                     raise ValueError(
                         f"metadata row {wrong[0]}, column {name!r}: found {values[wrong[0]]!r}, expected a number"
                     )
-                parts.append(((torch.tensor([float(v) for v in values]) - kind[0]) / kind[1])[:, None])
+                parts.append(
+                    ((torch.tensor([float(v) for v in values]) - kind[0]) / kind[1])[:, None]
+                )
             else:
                 place = {category: i for i, category in enumerate(kind)}
                 unseen = sorted({str(v) for v in values} - set(place))
                 if unseen:
                     warnings.warn(
                         f"metadata column {name!r}: {unseen[:3]} were not among the training users' categories; "
-                        "users with them are served by their other columns and the bias", stacklevel=2,
-                    )  # fmt: skip
+                        "users with them are served by their other columns and the bias",
+                        stacklevel=2,
+                    )
                 one_hot = torch.zeros(len(values), len(kind))
                 for row, value in enumerate(values):
                     if str(value) in place:
@@ -120,14 +131,20 @@ class UserGate(Gate):
     def from_options(cls, options: Mapping[str, Any]) -> UserGate:
         """An equal gate as at the start; JSON has no tuples, so that mean and standard deviation come as a list."""
         columns = {
-            name: [str(one) for one in kind] if isinstance(kind[0], str) else (float(kind[0]), float(kind[1]))
+            name: [str(one) for one in kind]
+            if isinstance(kind[0], str)
+            else (float(kind[0]), float(kind[1]))
             for name, kind in options["columns"].items()
         }
         return cls(**{**options, "columns": columns})
 
     def options(self) -> dict[str, Any]:
         """What makes an equal gate but for what is learned."""
-        return {"columns": self.columns, "n_experts": self.n_experts, "weight_scale": self.weight_scale}
+        return {
+            "columns": self.columns,
+            "n_experts": self.n_experts,
+            "weight_scale": self.weight_scale,
+        }
 
     def inputs(self, columns: Mapping[str, Sequence[Any]], base: Base | None) -> dict[str, Tensor]:
         """The encoded metadata of each row, see `encode`."""
@@ -160,4 +177,6 @@ def _check_metadata(name: str, values: Sequence[Any]) -> None:
         raise ValueError(f"metadata column {name!r} has no rows: give at least one user")
     for row, value in enumerate(values):
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"metadata row {row}, column {name!r}: found {value!r}, expected text or a finite number")
+            raise ValueError(
+                f"metadata row {row}, column {name!r}: found {value!r}, expected text or a finite number"
+            )

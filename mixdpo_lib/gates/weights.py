@@ -66,7 +66,9 @@ class FixedWeights(_WeightsAlone):
                 raise ValueError(f"weights has shape {tuple(given.shape)}; expected (experts,)")
             check_n_experts(len(given))
             if not (given >= 0).all():
-                raise ValueError(f"weights={given.tolist()}: expected every weight to be 0 or above")
+                raise ValueError(
+                    f"weights={given.tolist()}: expected every weight to be 0 or above"
+                )
             log_w = given.log()
         if log_w.dim() != 1:
             raise ValueError(f"log_w has shape {tuple(log_w.shape)}; expected (experts,)")
@@ -164,7 +166,11 @@ class LearnedWeights(_WeightsAlone):
 
     @torch.no_grad()
     def update(
-        self, mean_responsibility: Float[Tensor, "..."], rho: float | int = 1.0, *, n_units: float | int
+        self,
+        mean_responsibility: Float[Tensor, "..."],
+        rho: float | int = 1.0,
+        *,
+        n_units: float | int,
     ) -> None:
         """Move the weights towards the mean responsibility.
 
@@ -187,10 +193,14 @@ class LearnedWeights(_WeightsAlone):
         if not 0 < rho <= 1:
             raise ValueError(f"rho={rho}: expected above 0 and at most 1; 1 is the full M-step")
         if not 0 < n_units < math.inf:
-            raise ValueError(f"n_units={n_units}: expected the number of units of the training data, above 0")
+            raise ValueError(
+                f"n_units={n_units}: expected the number of units of the training data, above 0"
+            )
         q = mean_responsibility.to(self.log_weights.device, torch.float64)
         if not (q >= 0).all() or not abs(float(q.sum()) - 1) <= 1e-3:
-            raise ValueError(f"mean_responsibility={q.tolist()}: expected probabilities that sum to 1")
+            raise ValueError(
+                f"mean_responsibility={q.tolist()}: expected probabilities that sum to 1"
+            )
         prior = self.alpha - 1
         m = (n_units * q / q.sum() + prior) / (n_units + self.n_experts * prior)
         w = (1 - rho) * self.log_weights.double().exp() + rho * m

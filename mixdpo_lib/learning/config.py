@@ -128,13 +128,24 @@ class FitConfig:
         if self.min_steps < 0:
             raise ValueError(f"min_steps={self.min_steps}: expected 0 or more")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate}: expected above 0, or None for the family's own")
-        for name, kind in (("start", Start), ("stop", Stop), ("inference", Inference), ("routing", Routing)):
+            raise ValueError(
+                f"learning_rate={self.learning_rate}: expected above 0, or None for the family's own"
+            )
+        for name, kind in (
+            ("start", Start),
+            ("stop", Stop),
+            ("inference", Inference),
+            ("routing", Routing),
+        ):
             if not isinstance(getattr(self, name), kind):
                 found = getattr(self, name)
-                raise ValueError(f"{name}={found!r}: expected {kind.__name__}(...), see mixdpo_lib.{kind.__name__}")
+                raise ValueError(
+                    f"{name}={found!r}: expected {kind.__name__}(...), see mixdpo_lib.{kind.__name__}"
+                )
         if self.routing.top_s is not None and not isinstance(self.inference, Exact):
-            raise ValueError(f"top_s={self.routing.top_s} with {self.inference}: expected Exact(), or no top_s")
+            raise ValueError(
+                f"top_s={self.routing.top_s} with {self.inference}: expected Exact(), or no top_s"
+            )
 
     def change(self, **choices: Any) -> FitConfig:
         """The same with other choices; those of a part are named after it, with two underscores.
@@ -157,7 +168,11 @@ class FitConfig:
             names = {f.name for f in fields(own)} if dataclasses.is_dataclass(own) else set()
             unknown = set(values) - names - {""}
             if part not in known or unknown:
-                possible = sorted(f"{part}__{name}" for name in names) if unknown and names else sorted(known)
+                possible = (
+                    sorted(f"{part}__{name}" for name in names)
+                    if unknown and names
+                    else sorted(known)
+                )
                 found = f"{part}__{sorted(unknown)[0]}" if unknown else part
                 raise ValueError(f"{found}: no choice of a fit; possible are {', '.join(possible)}")
             new = values.pop("", own)

@@ -35,7 +35,9 @@ def _restarts(
 ) -> tuple[pd.DataFrame, dict[str, Tensor] | None]:
     """Short fits from several seeds: their table, and the learner of the one with the best training likelihood."""
     if config.start.restarts == 1 or policy.n_experts == 1:
-        return pd.DataFrame({"restart": [0], "seed": [config.seed], "elbo": [float("nan")], "kept": [True]}), None
+        return pd.DataFrame(
+            {"restart": [0], "seed": [config.seed], "elbo": [float("nan")], "kept": [True]}
+        ), None
     start = copy.deepcopy(policy.state_dict())
     rows, states = [], []
     for i in range(config.start.restarts):
@@ -114,7 +116,9 @@ def fit(
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(folder) if folder else Path(scratch)
         trainer = _trainer(policy, train, config, place, valid, bool(folder))
-        if start is not None:  # the best restart goes on: its experts, gate, table, and where it was in the tempering
+        if (
+            start is not None
+        ):  # the best restart goes on: its experts, gate, table, and where it was in the tempering
             trainer.learner.load_state_dict(start)
         if folder and resume:
             restarts = pd.read_csv(place / "restarts.csv")
@@ -123,7 +127,11 @@ def fit(
         watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
         trainer.train(resume_from_checkpoint=resume or None)
     history = pd.DataFrame([row for row in trainer.state.log_history if "elbo" in row])
-    leading = ["step", "pairs_seen", "elbo"]  # a checkpoint sorts the columns: one order, resumed or not
+    leading = [
+        "step",
+        "pairs_seen",
+        "elbo",
+    ]  # a checkpoint sorts the columns: one order, resumed or not
     history = history[leading + sorted(set(history) - set(leading))]
     result = FitResult(
         history=history,
@@ -145,13 +153,24 @@ def fit(
 
 
 def _trainer(
-    policy: MixturePolicy, train: Pairs, config: FitConfig, place: Path, valid: Pairs | None, keep: bool
+    policy: MixturePolicy,
+    train: Pairs,
+    config: FitConfig,
+    place: Path,
+    valid: Pairs | None,
+    keep: bool,
 ) -> MixDPOTrainer:
     """A trainer that writes a checkpoint twice a pass where it is asked to."""
     if not keep:
         return MixDPOTrainer(policy, train, config, place, valid)
     per_step = config.batch_size * config.accumulate
-    twice_a_pass = max(1, math.ceil(len(set(train.rows["prompt"]) if config.batch_by == "prompt" else train) / per_step) // 2)
+    twice_a_pass = max(
+        1,
+        math.ceil(
+            len(set(train.rows["prompt"]) if config.batch_by == "prompt" else train) / per_step
+        )
+        // 2,
+    )
     return MixDPOTrainer(policy, train, config, place, valid, save_steps=twice_a_pass)
 
 

@@ -18,12 +18,21 @@ from .starts import KINDS, random_log_q
 
 @torch.no_grad()
 def full_batch_em(
-    experts: Any, gate: Gate, pairs: Int[Tensor, "pairs 2"],
-    unit: Int[Tensor, "pairs"] | None = None, *, max_iter: int = 500, tolerance: float = 1e-8,
-    start_temperature: float = 1.0, tempering_iterations: int = 20, restarts: int = 1,
-    symmetry_breaking: str = "random_responsibilities", symmetry_scale: float = 1.0, min_usage: float = 0.0,
+    experts: Any,
+    gate: Gate,
+    pairs: Int[Tensor, "pairs 2"],
+    unit: Int[Tensor, "pairs"] | None = None,
+    *,
+    max_iter: int = 500,
+    tolerance: float = 1e-8,
+    start_temperature: float = 1.0,
+    tempering_iterations: int = 20,
+    restarts: int = 1,
+    symmetry_breaking: str = "random_responsibilities",
+    symmetry_scale: float = 1.0,
+    min_usage: float = 0.0,
     seed: int = 0,
-) -> EMResult:  # fmt: skip
+) -> EMResult:
     """Full-batch EM, in place: exact responsibilities, an M-step of the experts that cannot fall, the weights' mode.
 
     The monitored objective is log-likelihood + log prior of the experts + log prior of the weights. It never falls once
@@ -48,10 +57,16 @@ def full_batch_em(
     ValueError : an option out of range; a unit with no pairs.
     KeyboardInterrupt : is not raised: the fit ends as "interrupted" with the state it had reached.
     """
-    for name, value, low in (("max_iter", max_iter, 1), ("restarts", restarts, 1), ("tolerance", tolerance, 0),
-                             ("start_temperature", start_temperature, 1)):  # fmt: skip
+    for name, value, low in (
+        ("max_iter", max_iter, 1),
+        ("restarts", restarts, 1),
+        ("tolerance", tolerance, 0),
+        ("start_temperature", start_temperature, 1),
+    ):
         if not value >= low or (name == "tolerance" and value <= 0):
-            raise ValueError(f"{name}={value}: expected {'above 0' if name == 'tolerance' else f'at least {low}'}")
+            raise ValueError(
+                f"{name}={value}: expected {'above 0' if name == 'tolerance' else f'at least {low}'}"
+            )
     possible = tuple(name for name in KINDS if name != "clusters")  # input-free: nothing to cluster
     if symmetry_breaking not in possible:
         raise ValueError(f"symmetry_breaking={symmetry_breaking!r}: possible are {possible}")
@@ -61,7 +76,10 @@ def full_batch_em(
         )
     gate.double()
     unit = torch.arange(len(pairs)) if unit is None else unit
-    start = {name: value.clone() for name, value in [*experts.state_dict().items(), *gate.state_dict().items()]}
+    start = {
+        name: value.clone()
+        for name, value in [*experts.state_dict().items(), *gate.state_dict().items()]
+    }
     history, table = [], []
     best: tuple[int, dict[str, Tensor]] = (0, start)
     for restart in range(restarts):
@@ -70,12 +88,24 @@ def full_batch_em(
             experts.perturb(symmetry_scale, torch.Generator().manual_seed(seed + restart))
         log_q = random_log_q(int(unit.max()) + 1, gate.n_experts, seed + restart)
         reason, rows = _one_em(
-            experts, gate, pairs, unit, max_iter, tolerance, start_temperature, tempering_iterations,
-            log_q if symmetry_breaking == "random_responsibilities" else None, min_usage,
-        )  # fmt: skip
+            experts,
+            gate,
+            pairs,
+            unit,
+            max_iter,
+            tolerance,
+            start_temperature,
+            tempering_iterations,
+            log_q if symmetry_breaking == "random_responsibilities" else None,
+            min_usage,
+        )
         history += [{"restart": restart, **row} for row in rows]
-        table.append({"restart": restart, "objective": rows[-1]["objective"], "stop_reason": reason})
-        state = {n: v.clone() for n, v in [*experts.state_dict().items(), *gate.state_dict().items()]}
+        table.append(
+            {"restart": restart, "objective": rows[-1]["objective"], "stop_reason": reason}
+        )
+        state = {
+            n: v.clone() for n, v in [*experts.state_dict().items(), *gate.state_dict().items()]
+        }
         if restart == 0 or rows[-1]["objective"] > table[best[0]]["objective"]:
             best = (restart, state)
         if reason == "interrupted":
@@ -94,7 +124,7 @@ def _load(experts: nn.Module, gate: nn.Module, state: dict[str, Tensor]) -> None
 
 def _one_em(
     experts, gate, pairs, unit, max_iter, tolerance, start_temperature, tempering, log_q, min_usage
-) -> tuple[str, list[dict[str, Any]]]:  # fmt: skip
+) -> tuple[str, list[dict[str, Any]]]:
     """Until a reason to stop: the reason, and one row an iteration."""
     n, rows = len(pairs), []
     n_units = int(unit.max()) + 1
@@ -110,18 +140,26 @@ def _one_em(
         for iteration in range(max_iter + 1):
             temperature = start_temperature ** max(0.0, 1 - iteration / max(tempering, 1))
             loglik, log_w = experts.loglik(pairs).detach(), gate.log_w()
-            log_q = log_responsibilities(loglik, log_w, unit, responsibility_temperature=temperature)
+            log_q = log_responsibilities(
+                loglik, log_w, unit, responsibility_temperature=temperature
+            )
             terms = elbo_terms(loglik, log_w, log_q, unit)
             total = float(mixture_log_likelihood(loglik, log_w, unit).sum())
             prior = float(experts.log_prior()) + float(gate.log_prior())
             usage = log_q.exp().mean(0)
-            rows.append({
-                "iteration": iteration, "objective": (total + prior) / n, "loglik": total / n,
-                "elbo": float(terms.elbo.sum()) / n, "expected_loglik": float(terms.expected_loglik.sum()) / n,
-                "kl_q_w": float(terms.kl.sum()) / n, "temperature": temperature,
-                "entropy": float(entropy(log_q).mean()),
-                **{f"usage_{k}": float(u) for k, u in enumerate(usage)},
-            })  # fmt: skip
+            rows.append(
+                {
+                    "iteration": iteration,
+                    "objective": (total + prior) / n,
+                    "loglik": total / n,
+                    "elbo": float(terms.elbo.sum()) / n,
+                    "expected_loglik": float(terms.expected_loglik.sum()) / n,
+                    "kl_q_w": float(terms.kl.sum()) / n,
+                    "temperature": temperature,
+                    "entropy": float(entropy(log_q).mean()),
+                    **{f"usage_{k}": float(u) for k, u in enumerate(usage)},
+                }
+            )
             exact = temperature == 1 and len(rows) > 1 and rows[-2]["temperature"] == 1
             gain = rows[-1]["objective"] - rows[-2]["objective"] if exact else math.inf
             if not math.isfinite(rows[-1]["objective"]):

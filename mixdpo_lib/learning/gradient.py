@@ -53,7 +53,9 @@ def gradient_error(
             learner.steps.fill_(step)  # draws are seeded by the step
             policy.zero_grad()
             learner(**batch)["loss"].backward()
-            return torch.cat([p.grad.flatten() for p in policy.experts.parameters() if p.grad is not None])
+            return torch.cat(
+                [p.grad.flatten() for p in policy.experts.parameters() if p.grad is not None]
+            )
 
         exact = gradient(Exact(), 0)
         draws = torch.stack([gradient(config.inference, step) for step in range(n_draws)])

@@ -40,7 +40,10 @@ class Annealed:
             _above_0(f"temperature {name}", getattr(self, name))
 
     def at(
-        self, share: float | int, log_q: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        share: float | int,
+        log_q: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> float:
         """At `share` (0 to 1) of the training."""
         return self.start * (self.end / self.start) ** min(1.0, max(0.0, share))
@@ -58,7 +61,10 @@ class EffectiveExperts:
 
     @torch.no_grad()
     def at(
-        self, share: float | int, log_q: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        share: float | int,
+        log_q: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> float:
         """For the responsibilities log_q (rows, K) of the step.
 
@@ -70,8 +76,12 @@ class EffectiveExperts:
             raise ValueError("EffectiveExperts needs the responsibilities of the step: give log_q")
         n_experts = log_q.shape[-1]
         if n_experts > 1 and not self.n < n_experts:
-            raise ValueError(f"EffectiveExperts({self.n}) with {n_experts} experts: expected below K")
-        noise = torch.empty_like(log_q).exponential_(generator=generator).clamp_min(1e-30).log().neg()
+            raise ValueError(
+                f"EffectiveExperts({self.n}) with {n_experts} experts: expected below K"
+            )
+        noise = (
+            torch.empty_like(log_q).exponential_(generator=generator).clamp_min(1e-30).log().neg()
+        )
         low, high = math.log(0.01), math.log(100.0)
         for _ in range(30):  # exp(entropy) grows with the temperature
             middle = (low + high) / 2
@@ -96,7 +106,9 @@ class Inference(ABC):
     """A choice; `part` makes what a learner holds of it."""
 
     @abstractmethod
-    def part(self, table: LoglikTable, data: Pairs, base: Base | None, seed: int) -> Responsibilities:
+    def part(
+        self, table: LoglikTable, data: Pairs, base: Base | None, seed: int
+    ) -> Responsibilities:
         """What gives the weights of rows."""
 
 
@@ -104,7 +116,9 @@ class Inference(ABC):
 class Exact(Inference):
     """Responsibilities q ~ w prod sigma(D), of the table of last-seen log-likelihoods."""
 
-    def part(self, table: LoglikTable, data: Pairs, base: Base | None, seed: int) -> Responsibilities:
+    def part(
+        self, table: LoglikTable, data: Pairs, base: Base | None, seed: int
+    ) -> Responsibilities:
         """See `Inference.part`."""
         return Responsibilities(table)
 
@@ -124,7 +138,9 @@ class Relaxed(Inference):
     def __post_init__(self) -> None:
         _check_draws(self.temperature, self.n_samples)
 
-    def part(self, table: LoglikTable, data: Pairs, base: Base | None, seed: int) -> Responsibilities:
+    def part(
+        self, table: LoglikTable, data: Pairs, base: Base | None, seed: int
+    ) -> Responsibilities:
         """See `Inference.part`."""
         return RelaxedDraws(table, self, seed)
 
@@ -145,7 +161,9 @@ class Recognition(Inference):
         _above_0("rate", self.rate)
         _check_draws(self.temperature, self.n_samples)
 
-    def part(self, table: LoglikTable, data: Pairs, base: Base | None, seed: int) -> Responsibilities:
+    def part(
+        self, table: LoglikTable, data: Pairs, base: Base | None, seed: int
+    ) -> Responsibilities:
         """See `Inference.part`.
 
         Raises
@@ -153,7 +171,9 @@ class Recognition(Inference):
         ValueError : experts without a base, whose states the network reads.
         """
         if base is None:
-            raise ValueError("inference=Recognition(...) reads hidden states: give experts of a base, or use Exact()")
+            raise ValueError(
+                "inference=Recognition(...) reads hidden states: give experts of a base, or use Exact()"
+            )
         return RecognitionDraws(table, self, seed, text_features(base, data.texts), data.index)
 
 
@@ -212,7 +232,9 @@ class Responsibilities(nn.Module):
         """Weight of each expert for these rows, and what the loss adds to the likelihoods' part, nats per pair."""
         return self.table.batch_log_q(row, log_w, now.temperature).exp(), log_w.new_zeros(())
 
-    def measure(self, log_w: Float[Tensor, "latents experts"], index: Int[Tensor, "pairs 2"]) -> dict[str, float]:
+    def measure(
+        self, log_w: Float[Tensor, "latents experts"], index: Int[Tensor, "pairs 2"]
+    ) -> dict[str, float]:
         """Further numbers of an evaluation."""
         return {}
 
@@ -226,12 +248,16 @@ class RelaxedDraws(Responsibilities):
         super().__init__(table)
         self.choice, self.seed = choice, seed
 
-    def draw(self, log_q: Float[Tensor, "latents experts"], now: Moment) -> Float[Tensor, "latents experts"]:
+    def draw(
+        self, log_q: Float[Tensor, "latents experts"], now: Moment
+    ) -> Float[Tensor, "latents experts"]:
         """Mean of the draws of every latent; the generator is that of the step, so that a resumed fit repeats it."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + now.step)
         tau = self.choice.temperature
         tau = float(tau) if isinstance(tau, (float, int)) else tau.at(now.share, log_q, generator)
-        return gumbel_softmax_samples(log_q, tau, self.choice.n_samples, self.choice.hard, generator).mean(0)
+        return gumbel_softmax_samples(
+            log_q, tau, self.choice.n_samples, self.choice.hard, generator
+        ).mean(0)
 
     def weights(
         self,
@@ -264,7 +290,9 @@ class RecognitionDraws(RelaxedDraws):
         n_experts = table.loglik.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = RecognitionNetwork(n_features, n_experts, mean=described.mean(0), scale=scale)
+            self.network = RecognitionNetwork(
+                n_features, n_experts, mean=described.mean(0), scale=scale
+            )
         self.evidence = LoglikTable(table.unit.clone(), n_experts)
         self.evidence.fill(torch.zeros_like(self.evidence.loglik))
 
@@ -306,13 +334,17 @@ class RecognitionDraws(RelaxedDraws):
         return self.draw(log_q, now)[unit], kl[unit].mean()
 
     @torch.no_grad()
-    def measure(self, log_w: Float[Tensor, "latents experts"], index: Int[Tensor, "pairs 2"]) -> dict[str, float]:
+    def measure(
+        self, log_w: Float[Tensor, "latents experts"], index: Int[Tensor, "pairs 2"]
+    ) -> dict[str, float]:
         """`elbo_recognition`, the bound at q_phi: how far it lies below the bound is the amortisation gap."""
         parts = [self.network(self.describe(part)) for part in index.split(1024)]
         self.evidence.fill(torch.cat(parts))
         table = self._table[0]
         own = self.evidence.log_q(log_w)
-        terms = elbo_terms(table.loglik, log_w, own, table.unit, n_units=table.n_units, validate=False)
+        terms = elbo_terms(
+            table.loglik, log_w, own, table.unit, n_units=table.n_units, validate=False
+        )
         return {"elbo_recognition": float(terms.elbo.sum()) / len(index)}
 
 

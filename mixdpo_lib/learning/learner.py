@@ -18,11 +18,17 @@ from .inference import Exact, Moment
 from .starts import cluster_log_q, random_log_q
 from .table import LoglikTable
 
-GATE_EXPONENT = 0.6  # Robbins-Monro: steps (t + 1)^-0.6; sum rho = inf and sum rho^2 < inf between 0.5 and 1
-GATE_ITERATIONS = 5  # of L-BFGS in each M-step of a gate that reads: the responsibilities move on anyway
+GATE_EXPONENT = (
+    0.6  # Robbins-Monro: steps (t + 1)^-0.6; sum rho = inf and sum rho^2 < inf between 0.5 and 1
+)
+GATE_ITERATIONS = (
+    5  # of L-BFGS in each M-step of a gate that reads: the responsibilities move on anyway
+)
 
 
-def latent_inputs(policy: MixturePolicy, data: Pairs, config: FitConfig, unit: Tensor) -> dict[str, Tensor]:
+def latent_inputs(
+    policy: MixturePolicy, data: Pairs, config: FitConfig, unit: Tensor
+) -> dict[str, Tensor]:
     """What the gate reads of each latent of the training data.
 
     Raises
@@ -88,7 +94,12 @@ class Learner(nn.Module):
     gate_place: Tensor
 
     def __init__(
-        self, policy: MixturePolicy, data: Pairs, unit: Tensor, config: FitConfig, steps_per_pass: float | int
+        self,
+        policy: MixturePolicy,
+        data: Pairs,
+        unit: Tensor,
+        config: FitConfig,
+        steps_per_pass: float | int,
     ) -> None:
         super().__init__()
         self.policy, self.steps_per_pass = policy, steps_per_pass
@@ -105,7 +116,10 @@ class Learner(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         distinct, place = distinct_rows(inputs, n_latents)
         self._read: Sequence[str] = list(distinct)
-        for name, value in {**distinct, "place": place}.items():  # from the data, so no checkpoint holds them
+        for name, value in {
+            **distinct,
+            "place": place,
+        }.items():  # from the data, so no checkpoint holds them
             self.register_buffer(f"gate_{name}", value, persistent=False)
         if start.kind == "clusters" and policy.n_experts > 1:  # the gate starts from them
             policy.gate.m_step(self.inputs, self.start_log_q, self.gate_place)
@@ -187,7 +201,9 @@ class Learner(nn.Module):
         if self.policy.n_experts == 1 or self.starting() or self.temperature() > 1:
             return
         log_q = self.inference.table.log_q(log_w)
-        if not log_q.isfinite().any() or bool(log_q.isnan().any()):  # the next evaluation ends the fit as non-finite
+        if not log_q.isfinite().any() or bool(
+            log_q.isnan().any()
+        ):  # the next evaluation ends the fit as non-finite
             return
         self.policy.gate.m_step(
             self.inputs,

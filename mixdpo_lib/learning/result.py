@@ -14,7 +14,9 @@ from ..policy.mixture import MixturePolicy
 
 DEAD = 0.02  # mean responsibility below which an expert is called dead: less than a fiftieth of the pairs are its own
 EQUAL = 0.02  # mean difference of sigma(D) below which two experts are called equal: one pair in fifty decided otherwise
-PARTED = 0.5  # how far the latents' weights must stand, on average, between equal (0) and certain (1)
+PARTED = (
+    0.5  # how far the latents' weights must stand, on average, between equal (0) and certain (1)
+)
 LEARNED = 0.02  # nats per pair that the bound must have risen: a fiftieth of a nat decides one pair in fifty
 
 
@@ -48,7 +50,11 @@ class FitResult:
         ValueError : a step whose parameters were not kept; those that were are named.
         """
         last = max(self.snapshots, default=0)
-        number = {"best": self.best_step, "last": last}.get(step, step) if isinstance(step, str) else step
+        number = (
+            {"best": self.best_step, "last": last}.get(step, step)
+            if isinstance(step, str)
+            else step
+        )
         if number not in self.snapshots:
             raise ValueError(
                 f"step={step!r}: kept are {sorted(self.snapshots)}, 'best' and 'last'; fit with keep='all' keeps every "
@@ -64,13 +70,17 @@ class FitResult:
 
         usage = [name for name in self.history if name.startswith("usage_")]
         shown = [name for name in ("elbo", "validation_loglik") if name in self.history]
-        fig, axes = plt.subplots(1, len(shown) + bool(usage), figsize=(7.0, 2.6), squeeze=False, layout="constrained")
+        fig, axes = plt.subplots(
+            1, len(shown) + bool(usage), figsize=(7.0, 2.6), squeeze=False, layout="constrained"
+        )
         for ax, name in zip(axes[0], shown, strict=False):
             figures.training_curves(self.history.assign(method="", seed=0), ax, column=name)
         if usage:
             long = self.history.melt("step", usage, "expert", "usage")
             long["expert"] = long["expert"].str.replace("usage_", "expert ")
-            figures.curves(long, axes[0, -1], "step", "usage", "expert", "step", "mean responsibility (share)")
+            figures.curves(
+                long, axes[0, -1], "step", "usage", "expert", "step", "mean responsibility (share)"
+            )
         return fig
 
 
@@ -103,7 +113,10 @@ def equal_experts(
     """
     p, living = loglik.exp(), [k for k in range(loglik.shape[1]) if k not in set(dead)]
     return [
-        (i, j) for i in living for j in living if j < i and float((p[:, i] - p[:, j]).abs().mean()) < EQUAL
+        (i, j)
+        for i in living
+        for j in living
+        if j < i and float((p[:, i] - p[:, j]).abs().mean()) < EQUAL
     ]
 
 
@@ -122,12 +135,16 @@ def summarise(
     log_q, loglik : responsibilities of the latents and log-likelihoods of the training pairs at the end, nats.
     """
     first, last = history.iloc[0], history.iloc[-1]
-    said = [f"{int(last['step'])} steps; bound {first['elbo']:.3f} to {last['elbo']:.3f} nats per pair"]
+    said = [
+        f"{int(last['step'])} steps; bound {first['elbo']:.3f} to {last['elbo']:.3f} nats per pair"
+    ]
     if stop_reason != "max_iter":
         said.append(f"ended early: {stop_reason}")
     if kept_step is not None:
         at = history[history["step"] == kept_step].iloc[0]
-        said.append(f"step {kept_step} is kept, the best on validation pairs ({at['validation_loglik']:.3f} nats)")
+        said.append(
+            f"step {kept_step} is kept, the best on validation pairs ({at['validation_loglik']:.3f} nats)"
+        )
     n_experts = log_q.shape[1]
     turned = last["elbo"] - first["elbo"] < LEARNED
     if turned:
@@ -138,10 +155,14 @@ def summarise(
         parted = sure >= PARTED and not alike
         said.append(f"experts have {'' if parted else 'not '}parted (mean certainty {sure:.2f})")
         if dead:
-            said.append(f"{'experts' if len(dead) > 1 else 'expert'} {', '.join(map(str, dead))} almost unused: fewer "
-                        "experts may do, or another seed")
+            said.append(
+                f"{'experts' if len(dead) > 1 else 'expert'} {', '.join(map(str, dead))} almost unused: fewer "
+                "experts may do, or another seed"
+            )
         if alike:
             said.append(f"experts {', '.join(alike)} nearly equal")
         if not parted:
-            said.append("if groups are expected, raise passes or min_steps, or give each unit more pairs")
+            said.append(
+                "if groups are expected, raise passes or min_steps, or give each unit more pairs"
+            )
     return "; ".join(said) + "."

@@ -28,10 +28,14 @@ class Routing:
 
     def __post_init__(self) -> None:
         if self.top_s is not None and self.top_s < 1:
-            raise ValueError(f"top_s={self.top_s}: expected at least 1 expert, or None for all of them")
+            raise ValueError(
+                f"top_s={self.top_s}: expected at least 1 expert, or None for all of them"
+            )
         for name in ("entropy", "balance"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or above; 0 leaves the term out")
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: expected 0 or above; 0 leaves the term out"
+                )
 
     def check(self, gate: Gate) -> None:
         """Refuse what this gate cannot do: all of it acts on gates that read.

@@ -47,7 +47,9 @@ class Start:
         if not 0 < self.certainty < 1:
             raise ValueError(f"certainty={self.certainty}: expected above 0 and below 1")
         if not 1 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature}: expected at least 1, which is no tempering")
+            raise ValueError(
+                f"temperature={self.temperature}: expected at least 1, which is no tempering"
+            )
         for name in ("restarts", "restart_passes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
@@ -74,7 +76,10 @@ def random_log_q(n_units: int, n_experts: int, seed: int) -> Float[Tensor, "unit
 
 
 def cluster_log_q(
-    inputs: Mapping[str, Tensor], n_experts: int, seed: int, together: Sequence[str] | None = None,
+    inputs: Mapping[str, Tensor],
+    n_experts: int,
+    seed: int,
+    together: Sequence[str] | None = None,
     certainty: float = 0.8,
 ) -> Float[Tensor, "rows experts"]:
     """Responsibilities from seeded spherical k-means on what the gate reads: symmetry breaking that a gate can follow.
@@ -106,11 +111,17 @@ def cluster_log_q(
         means = np.zeros((len(names), read.shape[1]))
         np.add.at(means, member, read)
         read = (means / np.bincount(member)[:, None])[member]
-    read = read - read.mean(0)  # directions from the centre: a few far prompts must not be a cluster of their own
+    read = read - read.mean(
+        0
+    )  # directions from the centre: a few far prompts must not be a cluster of their own
     size = np.linalg.norm(read, axis=1, keepdims=True)
-    distinct, place = np.unique((read / np.where(size > 0, size, 1)).round(3), axis=0, return_inverse=True)
+    distinct, place = np.unique(
+        (read / np.where(size > 0, size, 1)).round(3), axis=0, return_inverse=True
+    )
     if len(distinct) < n_experts:
-        raise ValueError(f"{len(distinct)} distinct inputs of the gate for {n_experts} experts: use fewer experts")
+        raise ValueError(
+            f"{len(distinct)} distinct inputs of the gate for {n_experts} experts: use fewer experts"
+        )
     label = KMeans(n_experts, n_init=10, random_state=seed).fit_predict(distinct)[place.ravel()]
     log_q = torch.full((len(label), n_experts), math.log((1 - certainty) / (n_experts - 1)))
     log_q[torch.arange(len(label)), torch.from_numpy(label).long()] = math.log(certainty)

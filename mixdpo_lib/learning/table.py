@@ -47,13 +47,22 @@ class LoglikTable(nn.Module):
     @torch.no_grad()
     def update(self, row: Int[Tensor, "batch"], loglik: Float[Tensor, "batch experts"]) -> None:
         """Replace some rows by what a batch has just computed, nats; -inf (expert not computed) changes nothing."""
-        self.loglik[row] = torch.where(loglik == -math.inf, self.loglik[row], loglik.detach().to(self.loglik.dtype))
+        self.loglik[row] = torch.where(
+            loglik == -math.inf, self.loglik[row], loglik.detach().to(self.loglik.dtype)
+        )
 
     @torch.no_grad()
-    def log_q(self, log_w: Float[Tensor, ...], temperature: float = 1.0) -> Float[Tensor, "units experts"]:
+    def log_q(
+        self, log_w: Float[Tensor, ...], temperature: float = 1.0
+    ) -> Float[Tensor, "units experts"]:
         """Responsibilities of every unit (log q, normalised; no gradient), tempered by `temperature` >= 1."""
         return log_responsibilities(
-            self.loglik, log_w, self.unit, responsibility_temperature=temperature, n_units=self.n_units, validate=False
+            self.loglik,
+            log_w,
+            self.unit,
+            responsibility_temperature=temperature,
+            n_units=self.n_units,
+            validate=False,
         )
 
     @torch.no_grad()
@@ -70,8 +79,12 @@ class LoglikTable(nn.Module):
         `bound_gap` is log-likelihood minus bound: 0 at temperature 1, where q is the exact posterior.
         """
         log_q = self.log_q(log_w, temperature)
-        terms = elbo_terms(self.loglik, log_w, log_q, self.unit, n_units=self.n_units, validate=False)
-        total = mixture_log_likelihood(self.loglik, log_w, self.unit, n_units=self.n_units, validate=False).sum()
+        terms = elbo_terms(
+            self.loglik, log_w, log_q, self.unit, n_units=self.n_units, validate=False
+        )
+        total = mixture_log_likelihood(
+            self.loglik, log_w, self.unit, n_units=self.n_units, validate=False
+        ).sum()
         n, q = len(self.loglik), log_q.exp()
         out = {
             "elbo": float(terms.elbo.sum()) / n,

@@ -79,7 +79,9 @@ class MixDPOTrainer(Trainer):
         save_steps: int | None = None,
     ) -> None:
         self.policy, self.data, self.config, self.folder = policy, data, config, folder
-        self.unit, self.names = (torch.arange(len(data)), []) if config.latent == "pair" else data.units(config.unit)
+        self.unit, self.names = (
+            (torch.arange(len(data)), []) if config.latent == "pair" else data.units(config.unit)
+        )
         self.groups = row_groups(data, config.batch_by)
         self.pass_steps = math.ceil(len(self.groups) / (config.batch_size * config.accumulate))
         planned = max(1, round(config.passes * self.pass_steps))
@@ -134,11 +136,17 @@ class MixDPOTrainer(Trainer):
         """Of a step's groups the parts of this process: part i has every n-th group from i."""
         total, parts = sum(map(len, groups)), []
         for i in range(self.here, self.n_parts, self.processes):
-            own = groups[i :: self.n_parts] or groups[:1]  # processes keep step: one without a group has a share of 0
+            own = (
+                groups[i :: self.n_parts] or groups[:1]
+            )  # processes keep step: one without a group has a share of 0
             row = torch.tensor([row for group in own for row in group])
             share = len(row) / total if i < len(groups) else 0.0
             index = self.data.index[row]
-            part = {"row": row, "scale": share * self.processes, **self.policy.experts.batch(self._constants, index)}
+            part = {
+                "row": row,
+                "scale": share * self.processes,
+                **self.policy.experts.batch(self._constants, index),
+            }
             described = self._describe(index)
             parts.append(part if described is None else part | {"described": described})
         return {"parts": parts}
@@ -155,10 +163,16 @@ class MixDPOTrainer(Trainer):
             sampler=self._get_train_sampler(),
         )
         return prepare_data_loader(
-            loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=self.args.data_seed
+            loader,
+            num_processes=1,
+            process_index=0,
+            use_seedable_sampler=True,
+            data_seed=self.args.data_seed,
         )
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
         """One step: E-step for all its pairs, then the gradient, a part at a time."""
         model.train()
         parts = self._prepare_inputs(inputs)["parts"]
@@ -191,7 +205,9 @@ class MixDPOTrainer(Trainer):
         table = learner.table
         sets = [self.data, self.validation] if config.evaluate_training else [self.validation]
         seen = [d.index for d in sets if d is not None and d.texts is self.data.texts]
-        rewards = policy.text_rewards(self.data.texts, torch.unique(torch.cat(seen))) if seen else None
+        rewards = (
+            policy.text_rewards(self.data.texts, torch.unique(torch.cat(seen))) if seen else None
+        )
         if config.evaluate_training:
             table.fill(policy.loglik(self.data, rewards))
         log_w = learner.log_w()
@@ -202,13 +218,17 @@ class MixDPOTrainer(Trainer):
             row["certified_gap"] = float(gap.mean())
         row |= learner.inference.measure(log_w, self.data.index)
         log_q = table.log_q(log_w)
-        row["train_accuracy"] = float(correct((table.loglik + log_q[table.unit]).logsumexp(1).exp()).mean())
+        row["train_accuracy"] = float(
+            correct((table.loglik + log_q[table.unit]).logsumexp(1).exp()).mean()
+        )
         if self.validation is not None:
             same = self.validation.texts is self.data.texts
             loglik = policy.loglik(self.validation, rewards if same else None)
             with torch.no_grad():
                 weights = policy.log_w(self.validation)
-            if self.validation_unit is not None:  # a unit with training pairs by them, another one by the gate alone
+            if (
+                self.validation_unit is not None
+            ):  # a unit with training pairs by them, another one by the gate alone
                 place = self.validation_unit
                 weights = torch.where(place[:, None] < 0, weights, log_q[place])
             prediction = (loglik + weights).logsumexp(1)
@@ -235,12 +255,17 @@ class Watch(TrainerCallback):
         row["seconds"] = time.monotonic() - self.start
         row["responsibility_temperature"] = trainer.learner.temperature()
         state.log_history.append(row)
-        self.snapshots[step] = {k: v.detach().clone() for k, v in trainer.policy.state_dict().items()}
+        self.snapshots[step] = {
+            k: v.detach().clone() for k, v in trainer.policy.state_dict().items()
+        }
         if trainer.args.save_strategy != "no" and trainer.args.should_save:
             save_file(self.snapshots[step], trainer.folder / f"snapshot-{step}.safetensors")
         self.judge(row)
         if trainer.config.keep == "best":
-            for old in set(self.snapshots) - {step, self.best_step(state)}:  # whole models are large
+            for old in set(self.snapshots) - {
+                step,
+                self.best_step(state),
+            }:  # whole models are large
                 del self.snapshots[old]
 
     def best_step(self, state: TrainerState) -> int:
@@ -261,7 +286,9 @@ class Watch(TrainerCallback):
             every = {int(row["step"]) for row in state.log_history if "elbo" in row}
             kept = {int(state.log_history[-1]["step"]), self.best_step(state)}
             for step in every if self.trainer.config.keep == "all" else kept:
-                self.snapshots[step] = load_file(self.trainer.folder / f"snapshot-{step}.safetensors")
+                self.snapshots[step] = load_file(
+                    self.trainer.folder / f"snapshot-{step}.safetensors"
+                )
         else:
             self.look(state)
         control.should_training_stop = bool(self.stop_reason)

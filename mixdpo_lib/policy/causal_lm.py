@@ -38,7 +38,9 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         self._experts, self._log_w = [experts], log_w
         eos = base.eos_token_id
         pad = base.tokenizer.pad_token_id
-        self.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos if pad is None else pad)
+        self.generation_config = GenerationConfig(
+            eos_token_id=eos, pad_token_id=eos if pad is None else pad
+        )
         self._step: MixtureNextToken | None = None
         self._read = torch.zeros(0, 0, dtype=torch.long)
         self._anchor = torch.nn.Parameter(torch.zeros((), device=base.device), requires_grad=False)
@@ -66,16 +68,22 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows, n = input_ids.shape
         if rows % len(self._log_w):
-            raise ValueError(f"{rows} sequences for the weights of {len(self._log_w)} prompts: give each its own")
+            raise ValueError(
+                f"{rows} sequences for the weights of {len(self._log_w)} prompts: give each its own"
+            )
         log_w = self._log_w.repeat_interleave(rows // len(self._log_w), 0)
         if self._step is None or self._read.shape != (rows, n - 1):
             self._step = MixtureNextToken(self._experts[0], log_w)
             log_p = self._step(input_ids, mask)
         else:
             prompt = torch.arange(rows) // (rows // len(self._log_w))
-            same = (input_ids[:, None, :-1] == self._read[None]).all(2).cpu() & (prompt[:, None] == prompt[None])
+            same = (input_ids[:, None, :-1] == self._read[None]).all(2).cpu() & (
+                prompt[:, None] == prompt[None]
+            )
             if not bool(same.any(1).all()):
-                raise ValueError("a sequence extends none of the call before: generate grows them by a token a call")
+                raise ValueError(
+                    "a sequence extends none of the call before: generate grows them by a token a call"
+                )
             self._step.reorder(same.int().argmax(1))
             self._step.observe(input_ids[:, -1])
             log_p = self._step(input_ids[:, -1:], mask)

@@ -39,10 +39,14 @@ class Generated:
     ended: list[bool]
 
 
-def _prompt_ids(policy: MixturePolicy, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+def _prompt_ids(
+    policy: MixturePolicy, prompts: Sequence[str], max_new_tokens: int
+) -> list[list[int]]:
     """Token ids of prompts that leave room for a response; a single text, or one too long, is refused."""
     if isinstance(prompts, str):
-        raise ValueError(f"prompts: found one text, expected a list of prompts; write [{prompts[:40]!r}]")
+        raise ValueError(
+            f"prompts: found one text, expected a list of prompts; write [{prompts[:40]!r}]"
+        )
     if len(prompts) == 0:
         raise ValueError("no prompts: give at least one")
     ids = [policy.base.prompt_ids(p) for p in prompts]
@@ -109,14 +113,20 @@ def generate(
         `expert` in the token form (it draws none).
     """
     if form not in ("sequence", "token"):
-        raise ValueError(f"form={form!r}: possible are 'sequence' (an expert a text) and 'token' (their posterior)")
+        raise ValueError(
+            f"form={form!r}: possible are 'sequence' (an expert a text) and 'token' (their posterior)"
+        )
     ids = _prompt_ids(policy, prompts, max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     log_w = torch.empty(0)
     if expert is None:
-        log_w, expert = _experts_of(policy, prompts, user, top_s, generator if form == "sequence" else None)
+        log_w, expert = _experts_of(
+            policy, prompts, user, top_s, generator if form == "sequence" else None
+        )
     elif form == "token":
-        raise ValueError("expert is given and form='token': that form draws no expert; give user=, or drop one")
+        raise ValueError(
+            "expert is given and form='token': that form draws no expert; give user=, or drop one"
+        )
     elif len(expert) != len(prompts) or not all(-1 <= k < policy.n_experts for k in expert):
         raise ValueError(
             f"expert={list(expert)[:5]}...: expected {len(prompts)} numbers, one a prompt, "
@@ -127,7 +137,9 @@ def generate(
     for start in range(0, len(ids), batch_size):
         part = slice(start, start + batch_size)
         speak: NextToken
-        if expert is None:  # experts are truncated, then mixed, and the mixture is drawn from as it is
+        if (
+            expert is None
+        ):  # experts are truncated, then mixed, and the mixture is drawn from as it is
             speak, drawn = MixtureNextToken(policy.experts, log_w[part], **truncation), {}
         else:
             speak, drawn = NextToken(base, policy.experts, torch.tensor(expert[part])), truncation
@@ -155,7 +167,10 @@ def generate(
 
 
 def say(
-    policy: MixturePolicy, prompts: Sequence[str], user: Float[Tensor, ...] | None = None, **options: Any
+    policy: MixturePolicy,
+    prompts: Sequence[str],
+    user: Float[Tensor, ...] | None = None,
+    **options: Any,
 ) -> pd.DataFrame:
     """What the base and every expert write for the same prompts: one row a prompt, one column a voice.
 

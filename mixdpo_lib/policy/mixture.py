@@ -45,7 +45,9 @@ class MixturePolicy(MixtureModel):
         data = self.prepare(data)
         ids, names = (None, list(range(len(data)))) if unit is None else data.units(unit)
         n_units = None if unit is None else len(names)
-        return log_responsibilities(self.loglik(data, rewards), self.log_w(data), ids, n_units=n_units), names
+        return log_responsibilities(
+            self.loglik(data, rewards), self.log_w(data), ids, n_units=n_units
+        ), names
 
     def posterior(self, data: Dataset | Pairs, unit: str | None = "user") -> pd.DataFrame:
         """Who is served by which expert: one row a unit (a pair, with unit=None), one column an expert, probabilities.
@@ -57,7 +59,9 @@ class MixturePolicy(MixtureModel):
 
     def responsibilities(self, data: Dataset | Pairs, unit: str | None = "user") -> pd.DataFrame:
         """The old name of `posterior`, for one version more."""
-        warnings.warn("`responsibilities` is called `posterior` now", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            "`responsibilities` is called `posterior` now", DeprecationWarning, stacklevel=2
+        )
         return self.posterior(data, unit)
 
     @torch.no_grad()
@@ -93,15 +97,20 @@ class MixturePolicy(MixtureModel):
         for name in self.gate.reads:
             if name not in columns and data is not None and name in data.rows.column_names:
                 if len(set(values := list(data.rows[name]))) > 1:
-                    raise ValueError(f"pairs, column {name!r}: found {sorted(map(str, set(values)))[:3]}, expected one "
-                                     "user; give that user's pairs alone, or metadata")
+                    raise ValueError(
+                        f"pairs, column {name!r}: found {sorted(map(str, set(values)))[:3]}, expected one "
+                        "user; give that user's pairs alone, or metadata"
+                    )
                 columns[name] = values[:1]
         inputs = self.gate.user_inputs(columns, self.base)
         return self.gate.served(inputs, None if data is None else self.loglik(data))
 
     @torch.no_grad()
     def predict(
-        self, data: Dataset | Pairs, user: Float[Tensor, ...] | None = None, top_s: int | None = None
+        self,
+        data: Dataset | Pairs,
+        user: Float[Tensor, ...] | None = None,
+        top_s: int | None = None,
     ) -> Float[Tensor, "pairs"]:
         """Probability that `chosen` is preferred: sum_k w_k sigma(D_k), w the user's or the gate's.
 
@@ -115,11 +124,18 @@ class MixturePolicy(MixtureModel):
             return predictive_probability(self.loglik(data), log_w)
         kept = keep_top_s(log_w, top_s)
         loglik = self.loglik(data, chosen=(kept > -math.inf).expand(len(data), -1))
-        return predictive_probability(loglik, log_w if top_s == self.n_experts else kept.log_softmax(-1))
+        return predictive_probability(
+            loglik, log_w if top_s == self.n_experts else kept.log_softmax(-1)
+        )
 
     @torch.no_grad()
     def logps(
-        self, prompt: str, response: str, user: Tensor | None = None, ended: bool = True, top_s: int | None = None
+        self,
+        prompt: str,
+        response: str,
+        user: Tensor | None = None,
+        ended: bool = True,
+        top_s: int | None = None,
     ) -> float:
         """log sum_k w_k pi_k(response given prompt), nats.
 
@@ -130,7 +146,9 @@ class MixturePolicy(MixtureModel):
         log_w = (self.prompt_log_w([prompt]) if user is None else user).reshape(1, self.n_experts)
         log_w = log_w if top_s is None else keep_top_s(log_w, top_s)
         chosen = None if top_s is None else log_w > -math.inf
-        logps, _ = self.experts.all_text_logps(constants, torch.zeros(1, dtype=torch.long), chosen=chosen)
+        logps, _ = self.experts.all_text_logps(
+            constants, torch.zeros(1, dtype=torch.long), chosen=chosen
+        )
         return float((logps + log_w).logsumexp(-1))
 
     # ------------------------------------------------------------------------------------------ speech and keeping
@@ -141,7 +159,9 @@ class MixturePolicy(MixtureModel):
         """Sample one response a prompt, exactly from the mixture; see `generating.generate` for every option."""
         return generating.generate(self, prompts, user, **options)
 
-    def say(self, prompts: Sequence[str], user: Float[Tensor, ...] | None = None, **options: Any) -> pd.DataFrame:
+    def say(
+        self, prompts: Sequence[str], user: Float[Tensor, ...] | None = None, **options: Any
+    ) -> pd.DataFrame:
         """What the base and every expert write for the same prompts, side by side; see `generating.say`."""
         return generating.say(self, prompts, user, **options)
 
@@ -156,11 +176,15 @@ class MixturePolicy(MixtureModel):
         prompts : what a gate of prompts reads: the prompts that will be continued, in their order.
         """
         if user is None and prompts is None and self.gate.reads:
-            raise ValueError(f"the gate reads {', '.join(self.gate.reads)}: give prompts=[...], or user=")
+            raise ValueError(
+                f"the gate reads {', '.join(self.gate.reads)}: give prompts=[...], or user="
+            )
         log_w = self.prompt_log_w([""] if prompts is None else prompts) if user is None else user
         return MixtureForCausalLM(self.experts, log_w.reshape(-1, self.n_experts).detach())
 
-    def save_pretrained(self, folder: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, provenance: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the mixture, its configuration and a model card, all or nothing; see `saving.save`."""
         saving.save(self, folder, provenance)
 

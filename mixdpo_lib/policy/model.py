@@ -29,9 +29,13 @@ class MixtureModel(nn.Module):
     def __init__(self, experts: Experts, gate: Gate, beta: float = 0.1) -> None:
         super().__init__()
         if not (beta > 0 and math.isfinite(beta)):
-            raise ValueError(f"beta={beta}: the strength of the KL term is a positive number; 0.1 is the usual value")
+            raise ValueError(
+                f"beta={beta}: the strength of the KL term is a positive number; 0.1 is the usual value"
+            )
         if gate.n_experts != experts.n_experts:
-            raise ValueError(f"the gate has {gate.n_experts} weights for {experts.n_experts} experts: make them equal")
+            raise ValueError(
+                f"the gate has {gate.n_experts} weights for {experts.n_experts} experts: make them equal"
+            )
         self.experts, self.gate, self.beta = experts, gate, float(beta)
         self._constants: dict[str, Any] = {}
 
@@ -64,7 +68,10 @@ class MixtureModel(nn.Module):
         """What the experts compute once for these texts, kept while it stays the same (see `Experts.constants`)."""
         key = f"{texts.key}-{self.experts.constants_key()}"
         if key not in self._constants:
-            self._constants = {**dict(list(self._constants.items())[-3:]), key: self.experts.constants(texts)}
+            self._constants = {
+                **dict(list(self._constants.items())[-3:]),
+                key: self.experts.constants(texts),
+            }
         return self._constants[key]
 
     def batch_loglik(
@@ -76,14 +83,19 @@ class MixtureModel(nn.Module):
         `sum_k w_k sigma(D_k)`, and carry no gradient.
         """
         logps = self.experts.logps(batch, chosen)
-        if chosen is not None:  # before the answers are subtracted: the difference of two infinities is NaN
+        if (
+            chosen is not None
+        ):  # before the answers are subtracted: the difference of two infinities is NaN
             logps = logps.masked_fill(~chosen[:, None], 0.0)
         loglik = F.logsigmoid(margins(logps, self.experts.ref_logps(batch), self.beta))
         return loglik if chosen is None else loglik.masked_fill(~chosen, -math.inf)
 
     @torch.no_grad()
     def text_rewards(
-        self, texts: Texts, ids: Tensor | None = None, chosen: Bool[Tensor, "ids experts"] | None = None
+        self,
+        texts: Texts,
+        ids: Tensor | None = None,
+        chosen: Bool[Tensor, "ids experts"] | None = None,
     ) -> Float[Tensor, "texts experts"]:
         """beta (log pi_k - log pi_ref) of every text: the implicit reward of each expert, beta x nats.
 

@@ -39,7 +39,9 @@ class NextToken:
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     @torch.inference_mode()
-    def __call__(self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]) -> Tensor:
+    def __call__(
+        self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]
+    ) -> Tensor:
         """Logits (rows, vocabulary), float32, of each row's expert or the reference."""
         logits, said = self._voices(input_ids, attention_mask)
         self._ref_logits, self._spoken = logits, bool(said)
@@ -68,7 +70,9 @@ class NextToken:
         ValueError : nothing was called yet.
         """
         if self._logits is None or self._ref_logits is None:
-            raise ValueError("no logits yet: call the next-token function before it observes a token")
+            raise ValueError(
+                "no logits yet: call the next-token function before it observes a token"
+            )
         return self._logits, self._ref_logits
 
     def scores(self) -> tuple[Float[Tensor, "rows steps"], Float[Tensor, "rows steps"]]:
@@ -104,9 +108,13 @@ class MixtureNextToken(NextToken):
     """
 
     def __init__(
-        self, experts: Experts, log_w: Float[Tensor, "rows experts"], temperature: float | int = 1.0,
-        top_k: int | None = None, top_p: float | int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        experts: Experts,
+        log_w: Float[Tensor, "rows experts"],
+        temperature: float | int = 1.0,
+        top_k: int | None = None,
+        top_p: float | int | None = None,
+    ) -> None:
         super().__init__(experts.base[0])
         log_w = log_w.detach()
         check_log_w(log_w)
@@ -117,7 +125,9 @@ class MixtureNextToken(NextToken):
         self._log_p: list[tuple[int, Tensor, Tensor]] = []
 
     @torch.inference_mode()
-    def __call__(self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]) -> Tensor:
+    def __call__(
+        self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]
+    ) -> Tensor:
         """log p(v given y_<t), nats, (rows, vocabulary)."""
         ref, said = self._voices(input_ids, attention_mask)
         self._log_p = [(k, rows, truncated_log_probs(own, *self._options)) for k, rows, own in said]
@@ -141,7 +151,9 @@ class MixtureNextToken(NextToken):
         impossible = (log_q == -torch.inf).all(1)
         if bool(impossible.any()):
             row = int(impossible.nonzero()[0])
-            raise ValueError(f"row {row}: token {int(tokens[row])} has probability 0 under every expert; take another")
+            raise ValueError(
+                f"row {row}: token {int(tokens[row])} has probability 0 under every expert; take another"
+            )
         super().observe(tokens)
         self._log_q.append(log_q.log_softmax(-1))
 

@@ -17,7 +17,9 @@ from torch import Tensor
 
 NextTokenFunction = Callable[[Tensor, Tensor], Tensor]
 BLOCK = 256  # the vocabulary is summed in blocks of this many tokens, so that a draw reads one block and the block sums
-NUCLEUS_GUESS = 200  # most nuclei are smaller; larger ones are looked for among 8 times as many, up to all
+NUCLEUS_GUESS = (
+    200  # most nuclei are smaller; larger ones are looked for among 8 times as many, up to all
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Decoded:
     ended: list[bool]
 
 
-def left_pad(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "rows T"], Int[Tensor, "rows T"]]:
+def left_pad(
+    prompt_ids: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Int[Tensor, "rows T"], Int[Tensor, "rows T"]]:
     """Prompts of unequal length as one batch, padded on the left so that all of them end in the last column.
 
     Returns
@@ -52,7 +56,9 @@ def left_pad(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tens
         raise ValueError("prompt_ids is empty; give at least one prompt")
     for row, ids in enumerate(prompt_ids):
         if len(ids) == 0:
-            raise ValueError(f"prompt_ids[{row}] is empty; expected at least one token, for example the start token")
+            raise ValueError(
+                f"prompt_ids[{row}] is empty; expected at least one token, for example the start token"
+            )
     width = max(len(ids) for ids in prompt_ids)
     input_ids = torch.full((len(prompt_ids), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -115,11 +121,15 @@ def _nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 def _check_truncation(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature}: expected above 0; use greedy=True for the most likely token")
+        raise ValueError(
+            f"temperature={temperature}: expected above 0; use greedy=True for the most likely token"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: expected at least 1, or None for no truncation")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: expected above 0 and at most 1, or None for no truncation")
+        raise ValueError(
+            f"top_p={top_p}: expected above 0 and at most 1, or None for no truncation"
+        )
 
 
 def _check(
@@ -134,9 +144,13 @@ def _check(
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
     _check_truncation(temperature, top_k, top_p)
     if greedy and (temperature != 1 or top_k is not None or top_p is not None):
-        raise ValueError("greedy=True takes the most likely token: temperature, top_k and top_p say nothing; drop them")
+        raise ValueError(
+            "greedy=True takes the most likely token: temperature, top_k and top_p say nothing; drop them"
+        )
     if not greedy and generator is None:
-        raise ValueError("sampling needs a generator: pass torch.Generator().manual_seed(seed), or greedy=True")
+        raise ValueError(
+            "sampling needs a generator: pass torch.Generator().manual_seed(seed), or greedy=True"
+        )
 
 
 def _shares(
@@ -154,7 +168,9 @@ def _shares(
     return ids, (logits - logits.amax(-1, keepdim=True)).exp_()
 
 
-def _next(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+def _next(
+    logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> Tensor:
     """One token by row from float32 logits, truncated and tempered as asked."""
     ids, shares = _shares(logits, temperature, top_k, top_p)
     column = draw(shares, u)
@@ -184,7 +200,9 @@ def truncated_log_probs(
     ids, shares = _shares(logits, temperature, top_k, top_p)
     if ids is None:
         return (logits / temperature).log_softmax(-1)
-    return torch.full_like(logits, -math.inf).scatter(1, ids, (shares / shares.sum(-1, keepdim=True)).log())
+    return torch.full_like(logits, -math.inf).scatter(
+        1, ids, (shares / shares.sum(-1, keepdim=True)).log()
+    )
 
 
 @torch.no_grad()
@@ -256,7 +274,9 @@ def sample(
     for position in range(max_new_tokens):
         logits = step(input_ids, mask)
         if logits.dim() != 2 or logits.shape[0] != rows:
-            raise ValueError(f"step gave logits of shape {tuple(logits.shape)}; expected ({rows}, vocabulary)")
+            raise ValueError(
+                f"step gave logits of shape {tuple(logits.shape)}; expected ({rows}, vocabulary)"
+            )
         if not logits.dtype == torch.float64:
             logits = logits.float()
         peak = logits.amax(-1)

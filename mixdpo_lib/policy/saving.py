@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 FORMAT = 2
 
 
-def save(policy: MixturePolicy, folder: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+def save(
+    policy: MixturePolicy, folder: str | Path, provenance: Mapping[str, Any] | None = None
+) -> None:
     """Write mixture.safetensors, config.json (base, family, sizes, gate, beta) and a model card, all or nothing.
 
     Parameters
@@ -68,7 +70,9 @@ def load(
     folder = Path(folder)
     for name in ("config.json", "mixture.safetensors"):
         if not (folder / name).is_file():
-            raise MixDPOError(f"{folder / name}: not found; expected a folder written by MixturePolicy.save_pretrained")
+            raise MixDPOError(
+                f"{folder / name}: not found; expected a folder written by MixturePolicy.save_pretrained"
+            )
     config: dict[str, Any] = read_json(folder / "config.json")
     if config.get("format") not in (1, FORMAT):
         raise MixDPOError(
@@ -78,7 +82,9 @@ def load(
     try:
         state = load_file(folder / "mixture.safetensors")
     except Exception as error:
-        raise MixDPOError(f"{folder}/mixture.safetensors: not readable ({error}); copy the folder again") from error
+        raise MixDPOError(
+            f"{folder}/mixture.safetensors: not readable ({error}); copy the folder again"
+        ) from error
     if config["format"] == 1:
         config, state = _from_format_1(folder, config, state)
     given = list(bases or [])
@@ -93,8 +99,10 @@ def load(
 
     experts = make_experts(config["experts"], find_base)
     gate = make_gate(config["gate"])
-    own = {part: {n.removeprefix(f"{part}."): v for n, v in state.items() if n.startswith(f"{part}.")}
-           for part in ("experts", "gate")}
+    own = {
+        part: {n.removeprefix(f"{part}."): v for n, v in state.items() if n.startswith(f"{part}.")}
+        for part in ("experts", "gate")
+    }
     try:
         experts.fit_state(own["experts"])
         experts.load_state_dict(own["experts"])
@@ -140,7 +148,9 @@ def _from_format_1(
             own["n_features"] //= 2
         return own
 
-    renamed = {name.replace("gate.log_w", "gate.log_weights"): value for name, value in state.items()}
+    renamed = {
+        name.replace("gate.log_w", "gate.log_weights"): value for name, value in state.items()
+    }
     for name, value in renamed.items():
         if name.startswith("gate.") and name.endswith((".mean", ".scale")):
             renamed[name] = value[len(value) // 2 :].contiguous()
@@ -163,12 +173,25 @@ def model_card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     """README.md of a saved mixture, with the head that model hubs read."""
     experts, gate = config["experts"], config["gate"]
     lines = [
-        "---", f"base_model: {config['base']}", "library_name: mixdpo", "tags: [mix-dpo, moe-dpo, preference, mixture]",
-        "---", "", f"# A mixture of {config['n_experts']} experts on {config['base']}", "",
+        "---",
+        f"base_model: {config['base']}",
+        "library_name: mixdpo",
+        "tags: [mix-dpo, moe-dpo, preference, mixture]",
+        "---",
+        "",
+        f"# A mixture of {config['n_experts']} experts on {config['base']}",
+        "",
         "Trained by mixture preference optimisation (arXiv 2510.08256). `mixdpo_lib.MixturePolicy.from_pretrained` "
-        "reads this folder.", "",
-        f"- family: {experts['family']}", f"- gate: {gate['gate']}", f"- beta: {config['beta']}",
-        f"- fingerprint of the base: {config['base_fingerprint']}", "", "## Provenance", "",
-        *([f"- {name}: {value}" for name, value in provenance.items()] or ["Not given."]), "",
-    ]  # fmt: skip
+        "reads this folder.",
+        "",
+        f"- family: {experts['family']}",
+        f"- gate: {gate['gate']}",
+        f"- beta: {config['beta']}",
+        f"- fingerprint of the base: {config['base_fingerprint']}",
+        "",
+        "## Provenance",
+        "",
+        *([f"- {name}: {value}" for name, value in provenance.items()] or ["Not given."]),
+        "",
+    ]
     return "\n".join(lines)

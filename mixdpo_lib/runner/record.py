@@ -24,9 +24,20 @@ from . import results
 from .notebooks import nearest, notebook_hash
 from .parameters import PROFILE, check_value, notebook_parameters, resolve_parameters
 
-_PACKAGES = ("torch", "transformers", "datasets", "safetensors", "scikit-learn", "harper-py", "numpy", "pandas",
-             "matplotlib", "seaborn", "papermill")
-NOTES = {"smoke": "smoke: too small to mean anything"}      # by profile: what every figure must say
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "safetensors",
+    "scikit-learn",
+    "harper-py",
+    "numpy",
+    "pandas",
+    "matplotlib",
+    "seaborn",
+    "papermill",
+)
+NOTES = {"smoke": "smoke: too small to mean anything"}  # by profile: what every figure must say
 
 
 def library_hash() -> str:
@@ -71,8 +82,13 @@ class Run:
         return NOTES.get(self.profile, "")
 
     def figure(
-        self, figure: Any, name: str, caption: str, data: pd.DataFrame | None = None,
-        by: str | Callable[..., Any] | None = None, table: str | None = None,
+        self,
+        figure: Any,
+        name: str,
+        caption: str,
+        data: pd.DataFrame | None = None,
+        by: str | Callable[..., Any] | None = None,
+        table: str | None = None,
     ) -> None:
         """Write `figures/<name>.png`, `.svg`, `.pdf` (fonts embedded) and `.json`, at the figure's size.
 
@@ -102,13 +118,23 @@ class Run:
             watermark(figure, self.note)
         (self.folder / "figures").mkdir(parents=True, exist_ok=True)
         undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-        with matplotlib.rc_context({"svg.hashsalt": "mixdpo", "pdf.fonttype": 42, "savefig.bbox": None}):
+        with matplotlib.rc_context(
+            {"svg.hashsalt": "mixdpo", "pdf.fonttype": 42, "savefig.bbox": None}
+        ):
             for end, metadata in undated.items():
                 figure.savefig(self.folder / f"figures/{name}.{end}", dpi=300, metadata=metadata)
-        store.write_json_atomic(self.folder / f"figures/{name}.json", {
-            "run": self.id, "notebook": self.notebook, "function": getattr(by, "__name__", by) or name,
-            "caption": caption, "data_sha256": data_hash, "table": table,
-            **({"note": self.note} if self.note else {})})
+        store.write_json_atomic(
+            self.folder / f"figures/{name}.json",
+            {
+                "run": self.id,
+                "notebook": self.notebook,
+                "function": getattr(by, "__name__", by) or name,
+                "caption": caption,
+                "data_sha256": data_hash,
+                "table": table,
+                **({"note": self.note} if self.note else {}),
+            },
+        )
 
     def _shown(
         self, figure: str, data: pd.DataFrame | None, table: str | None
@@ -117,45 +143,87 @@ class Run:
         place, known = f"{self.notebook}: figure {figure}", list(self._tables)
         written = f"this run has written {', '.join(known) or 'no table'}"
         if table and table not in known and ("/" not in table or data is None):
-            raise MixDPOError(f"{place}: table {table!r} is not there; {written}; name another run's "
-                              "as '<notebook>/<table>' and give its data" + nearest(table, known))
+            raise MixDPOError(
+                f"{place}: table {table!r} is not there; {written}; name another run's "
+                "as '<notebook>/<table>' and give its data" + nearest(table, known)
+            )
         data_hash = _hash(_csv(data)) if data is not None else self._tables.get(table or "")
         if data is not None and table is None:
             table = next((one for one in known if self._tables[one] == data_hash), None)
             if table is None:
-                raise MixDPOError(f"{place}: its data is no table that was written whole; {written}; "
-                                  "say which by table='<name>'")
+                raise MixDPOError(
+                    f"{place}: its data is no table that was written whole; {written}; "
+                    "say which by table='<name>'"
+                )
         return table, data_hash
 
-    def value(self, name: str, value: float, unit: str, interval: Sequence[float] | None = None,
-              n: int | None = None, seeds: int | Sequence[int] | None = None) -> float:
+    def value(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        interval: Sequence[float] | None = None,
+        n: int | None = None,
+        seeds: int | Sequence[int] | None = None,
+    ) -> float:
         """Note a number that README or a text quotes, with its unit; it goes into `values.json`."""
         numbers = [float(value), *map(float, interval or ())]
         if not all(map(math.isfinite, numbers)) or (interval is not None and len(numbers) != 3):
-            raise MixDPOError(f"{self.notebook}: value {name}: found {value}, interval {interval}; expected a finite "
-                              "number and [low, high]")
-        self.values[name] = {"value": numbers[0], "unit": unit, "interval": numbers[1:] or None, "n": n,
-                             "seeds": seeds, "runs": [self.id]}
+            raise MixDPOError(
+                f"{self.notebook}: value {name}: found {value}, interval {interval}; expected a finite "
+                "number and [low, high]"
+            )
+        self.values[name] = {
+            "value": numbers[0],
+            "unit": unit,
+            "interval": numbers[1:] or None,
+            "n": n,
+            "seeds": seeds,
+            "runs": [self.id],
+        }
         return numbers[0]
 
     def finish(self, stop_reasons: Any = None) -> Path:
         """Write `values.json` and `manifest.json`; the last cell of every notebook. Returns the manifest's path."""
         if self.values:
             store.write_json_atomic(self.folder / "values.json", self.values)
-        outputs = {path.relative_to(self.folder).as_posix(): {"sha256": store.sha256_of(path),
-                                                              "bytes": path.stat().st_size}
-                   for path in sorted(self.folder.rglob("*"))
-                   if path.is_file() and path.name != "manifest.json" and not path.name.startswith(".")
-                   and path.suffix not in (".ipynb", ".lock", ".log")}
-        return store.write_json_atomic(self.folder / "manifest.json", {
-            "run": self.id, "notebook": self.notebook, "profile": self.profile, "git": _git(),
-            "command": os.environ.get("MIXDPO_COMMAND"), "parameters": self.parameters,
-            "seeds": {name: value for name, value in self.parameters.items() if name in ("seed", "seeds")},
-            "inputs": store.touched_artefacts(), "library_sha256": library_hash(),
-            "notebook_sha256": notebook_hash(self.notebook), "versions": _versions(), "machine": _machine(),
-            "stop_reasons": stop_reasons, "seconds": round(time.time() - self.began, 1),
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "outputs": outputs,
-            "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        outputs = {
+            path.relative_to(self.folder).as_posix(): {
+                "sha256": store.sha256_of(path),
+                "bytes": path.stat().st_size,
+            }
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+            and path.name != "manifest.json"
+            and not path.name.startswith(".")
+            and path.suffix not in (".ipynb", ".lock", ".log")
+        }
+        return store.write_json_atomic(
+            self.folder / "manifest.json",
+            {
+                "run": self.id,
+                "notebook": self.notebook,
+                "profile": self.profile,
+                "git": _git(),
+                "command": os.environ.get("MIXDPO_COMMAND"),
+                "parameters": self.parameters,
+                "seeds": {
+                    name: value
+                    for name, value in self.parameters.items()
+                    if name in ("seed", "seeds")
+                },
+                "inputs": store.touched_artefacts(),
+                "library_sha256": library_hash(),
+                "notebook_sha256": notebook_hash(self.notebook),
+                "versions": _versions(),
+                "machine": _machine(),
+                "stop_reasons": stop_reasons,
+                "seconds": round(time.time() - self.began, 1),
+                "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+                "outputs": outputs,
+                "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            },
+        )
 
     def _write(self, name: str, text: str) -> None:
         path = self.folder / name
@@ -176,7 +244,9 @@ def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
     known, values = notebook_parameters(notebook), {}
     for name, parameter in known.items():
         if name not in namespace:
-            raise MixDPOError(f"{notebook}: parameter {name} has no value; run the parameters cell first")
+            raise MixDPOError(
+                f"{notebook}: parameter {name} has no value; run the parameters cell first"
+            )
         values[name] = namespace[name]
         check_value(notebook, parameter, values[name])
     profile = os.environ.get("MIXDPO_PROFILE")  # of the runner, which has resolved everything
@@ -186,7 +256,8 @@ def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
     namespace.update(values)
     key = store.artefact_key("run", 1, values, [notebook, library_hash(), notebook_hash(notebook)])
     folder = os.environ.get("MIXDPO_RUN_FOLDER") or (
-        store.project_root() / "runs" / "interactive" / notebook / time.strftime("%Y%m%d-%H%M%S"))
+        store.project_root() / "runs" / "interactive" / notebook / time.strftime("%Y%m%d-%H%M%S")
+    )
     Path(folder).mkdir(parents=True, exist_ok=True)
     if profile in NOTES:
         print(NOTES[profile])
@@ -212,8 +283,12 @@ def _versions() -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    machine: dict[str, Any] = {"system": platform.system(), "processor": platform.machine(),
-                               "cores": os.cpu_count(), "device": "cpu"}
+    machine: dict[str, Any] = {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "device": "cpu",
+    }
     if torch := sys.modules.get("torch"):  # only where the notebook used it
         machine["threads"] = torch.get_num_threads()
         if torch.cuda.is_initialized():  # not where a GPU was there and idle
@@ -227,8 +302,12 @@ def _git() -> dict[str, Any]:
 
     def ask(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "--no-optional-locks", "-C", str(root), *arguments],
-                                  capture_output=True, text=True, timeout=30)
+            done = subprocess.run(
+                ["git", "--no-optional-locks", "-C", str(root), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -24,9 +24,11 @@ _touched: dict[str, str] = {}
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:     # numpy scalars
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # numpy scalars
         return value.item()
-    raise TypeError(f"found a {type(value).__name__} ({value!r:.60}); expected numbers, text, lists or mappings")
+    raise TypeError(
+        f"found a {type(value).__name__} ({value!r:.60}); expected numbers, text, lists or mappings"
+    )
 
 
 def canonical_json(value: Any) -> str:
@@ -35,7 +37,14 @@ def canonical_json(value: Any) -> str:
     >>> canonical_json({"b": (1, 2), "a": 0.5})
     '{"a":0.5,"b":[1,2]}'
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain)
+    return json.dumps(
+        value,
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
+        allow_nan=False,
+        default=_plain,
+    )
 
 
 def sha256_of(path: str | Path) -> str:
@@ -44,7 +53,9 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def artefact_key(stage: str, version: int, parameters: Mapping[str, Any], inputs: Sequence[str] = ()) -> str:
+def artefact_key(
+    stage: str, version: int, parameters: Mapping[str, Any], inputs: Sequence[str] = ()
+) -> str:
     """16 hex digits that name an artefact: its stage, the version of the stage's code, parameters and inputs' keys.
 
     >>> artefact_key("pairs", 1, {"seed": 0}) == artefact_key("pairs", 1, {"seed": 0})
@@ -53,10 +64,18 @@ def artefact_key(stage: str, version: int, parameters: Mapping[str, Any], inputs
     False
     """
     try:
-        text = canonical_json({"stage": stage, "version": version, "parameters": dict(parameters),
-                               "inputs": list(inputs)})
+        text = canonical_json(
+            {
+                "stage": stage,
+                "version": version,
+                "parameters": dict(parameters),
+                "inputs": list(inputs),
+            }
+        )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"stage {stage!r}: its parameters cannot name an artefact: {error}") from None
+        raise ValueError(
+            f"stage {stage!r}: its parameters cannot name an artefact: {error}"
+        ) from None
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -67,7 +86,9 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise MixDPOError(f"{path}: not found; expected a JSON file there") from None
     except (OSError, ValueError) as error:
-        raise MixDPOError(f"{path}: found no readable JSON ({error}); delete the file and make it again") from None
+        raise MixDPOError(
+            f"{path}: found no readable JSON ({error}); delete the file and make it again"
+        ) from None
 
 
 def write_json_atomic(path: str | Path, value: Any) -> Path:
@@ -97,8 +118,10 @@ def _sync(path: Path) -> None:
 
 
 def _damaged(folder: Path, name: str, found: str, expected: str) -> MixDPOError:
-    return MixDPOError(f"{folder}: damaged cache entry: {name}: found {found}, expected {expected}; "
-                       "delete this folder, it will be made again")
+    return MixDPOError(
+        f"{folder}: damaged cache entry: {name}: found {found}, expected {expected}; "
+        "delete this folder, it will be made again"
+    )
 
 
 def verify_artefact(folder: str | Path) -> dict[str, Any]:
@@ -110,7 +133,9 @@ def verify_artefact(folder: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise _damaged(folder, _RECORD, "no such file", "the record of a finished entry") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, _RECORD, f"unreadable content ({error})", "the record of a finished entry") from None
+        raise _damaged(
+            folder, _RECORD, f"unreadable content ({error})", "the record of a finished entry"
+        ) from None
     for name, expected in files.items():
         try:
             status = (folder / name).stat()
@@ -127,8 +152,13 @@ def verify_artefact(folder: str | Path) -> dict[str, Any]:
     return record
 
 
-def cached(stage: str, version: int, parameters: Mapping[str, Any], build: Callable[[Path], Any],
-           inputs: Sequence[str] = ()) -> Path:
+def cached(
+    stage: str,
+    version: int,
+    parameters: Mapping[str, Any],
+    build: Callable[[Path], Any],
+    inputs: Sequence[str] = (),
+) -> Path:
     """Folder `cache/<stage>/<key>/` of an artefact, made by `build(folder)` if it is not there yet.
 
     The entry appears in one step, with the sha256 of every file, and is verified whenever it is read. Two processes
@@ -150,23 +180,38 @@ def cached(stage: str, version: int, parameters: Mapping[str, Any], build: Calla
     if not folder.exists():
         with writing_to(folder.parent), locked(folder.with_name(f"{key}.lock"), f"{stage} {key}"):
             if not folder.exists():
-                _make(folder, build, {"stage": stage, "version": version, "parameters": dict(parameters),
-                                      "inputs": list(inputs)})
+                _make(
+                    folder,
+                    build,
+                    {
+                        "stage": stage,
+                        "version": version,
+                        "parameters": dict(parameters),
+                        "inputs": list(inputs),
+                    },
+                )
     verify_artefact(folder)
     _touched[f"{stage}/{key}"] = sha256_of(folder / _RECORD)
     return folder
 
 
 def _make(folder: Path, build: Callable[[Path], Any], record: dict[str, Any]) -> None:
-    for left_over in folder.parent.glob(f"{folder.name}.part-*"):      # of a killed process: we hold the lock
+    for left_over in folder.parent.glob(
+        f"{folder.name}.part-*"
+    ):  # of a killed process: we hold the lock
         shutil.rmtree(left_over, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         build(partial)
         made = sorted(path for path in partial.rglob("*") if path.is_file())
-        record["files"] = {path.relative_to(partial).as_posix():
-                           {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in made}
+        record["files"] = {
+            path.relative_to(partial).as_posix(): {
+                "sha256": sha256_of(path),
+                "bytes": path.stat().st_size,
+            }
+            for path in made
+        }
         write_json_atomic(partial / _RECORD, record)
         for path in made:
             _sync(path)
@@ -176,7 +221,7 @@ def _make(folder: Path, build: Callable[[Path], Any], record: dict[str, Any]) ->
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for name, entry in record["files"].items():                        # just hashed: no need to read it all again
+    for name, entry in record["files"].items():  # just hashed: no need to read it all again
         status = (folder / name).stat()
         _verified.add((str(folder / name), status.st_size, status.st_mtime_ns, entry["sha256"]))
 
@@ -196,7 +241,9 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise MixDPOError(f"{folder}: found a file, expected a folder or nothing; give another name")
+        raise MixDPOError(
+            f"{folder}: found a file, expected a folder or nothing; give another name"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -207,7 +254,9 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
                 folder.rename(Path(scratch) / "before")
             place.rename(folder)
     except OSError as error:
-        raise MixDPOError(f"{folder}: not written ({error}); nothing was left there half-done") from error
+        raise MixDPOError(
+            f"{folder}: not written ({error}); nothing was left there half-done"
+        ) from error
 
 
 def hash_seed(*parts: Any) -> int:

@@ -4,13 +4,23 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "load_reviews": "reviews", "CandidateConfig": "candidates", "DesignConfig": "simulated_people",
-    "simulate_preferences": "simulated_people", "REWARDS": "judges.contract",
-    "score_texts": "judges.panel", "Study": "fits", "ReviewUsers": "review_users",
-    "ReviewUsersConfig": "review_users", "review_users_config": "review_users", "TwoDomains": "two_domains",
-    "TwoDomainsConfig": "domain_prompts", "two_domains_config": "two_domains",
-    "SizeStudy": "capacity", "Capacity": "capacity", "run_families": "capacity",
-}  # fmt: skip
+    "load_reviews": "reviews",
+    "CandidateConfig": "candidates",
+    "DesignConfig": "simulated_people",
+    "simulate_preferences": "simulated_people",
+    "REWARDS": "judges.contract",
+    "score_texts": "judges.panel",
+    "Study": "fits",
+    "ReviewUsers": "review_users",
+    "ReviewUsersConfig": "review_users",
+    "review_users_config": "review_users",
+    "TwoDomains": "two_domains",
+    "TwoDomainsConfig": "domain_prompts",
+    "two_domains_config": "two_domains",
+    "SizeStudy": "capacity",
+    "Capacity": "capacity",
+    "run_families": "capacity",
+}
 __all__ = sorted(_HOME)
 
 

@@ -25,7 +25,9 @@ class CandidateConfig:
 
     n_prompts: int = 700  # 70 % train, 10 % validation, 20 % test
     prompt_tokens: int = 10  # at most; cut back to a whole word
-    response_tokens: int = 24  # with the prompt about 27 words: long enough to judge, short enough for a laptop
+    response_tokens: int = (
+        24  # with the prompt about 27 words: long enough to judge, short enough for a laptop
+    )
     n_candidates: int = 4  # six pairs a prompt
     batch_size: int = 192
     seed: int = 0
@@ -91,17 +93,30 @@ def sample_candidates(base: Base, prompts: Sequence[str], config: CandidateConfi
             part = jobs[start : start + config.batch_size]
             generator = torch.Generator().manual_seed(hash_seed(config.seed, "candidates", start))
             out = sample(
-                reference_next_token(base), [ids[i] for i, _ in part], config.response_tokens,
-                eos_token_id=base.eos_token_id, generator=generator,
+                reference_next_token(base),
+                [ids[i] for i, _ in part],
+                config.response_tokens,
+                eos_token_id=base.eos_token_id,
+                generator=generator,
                 progress=partial(_report, start, len(part), len(jobs)),
-            )  # fmt: skip
+            )
             for (i, c), tokens, ended in zip(part, out.tokens, out.ended, strict=True):
                 text = base.tokenizer.decode(tokens)
-                rows.append({"prompt_id": i, "candidate": c, "prompt": prompts[i], "response": text, "ended": ended})
+                rows.append(
+                    {
+                        "prompt_id": i,
+                        "candidate": c,
+                        "prompt": prompts[i],
+                        "response": text,
+                        "ended": ended,
+                    }
+                )
         pd.DataFrame(rows).to_json(folder / "candidates.jsonl", orient="records", lines=True)
 
     folder = cached("candidates", VERSION, parameters, build)
-    table = pd.read_json(folder / "candidates.jsonl", orient="records", lines=True, dtype=False, convert_dates=False)
+    table = pd.read_json(
+        folder / "candidates.jsonl", orient="records", lines=True, dtype=False, convert_dates=False
+    )
     return table
 
 
@@ -121,5 +136,10 @@ def usable(candidates: pd.DataFrame) -> pd.DataFrame:
     repeated = candidates.duplicated(["prompt_id", "response"])
     gone = int((~words | repeated).sum())
     if gone:
-        progress("usable candidates", len(candidates) - gone, len(candidates), f"{gone} without words or repeated")
+        progress(
+            "usable candidates",
+            len(candidates) - gone,
+            len(candidates),
+            f"{gone} without words or repeated",
+        )
     return candidates[words & ~repeated].reset_index(drop=True)

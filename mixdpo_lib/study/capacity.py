@@ -45,13 +45,19 @@ class Capacity:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.blocks < 0:
-            raise ValueError(f"rank={self.rank}, blocks={self.blocks}: expected a rank of at least 1 and blocks >= 0")
+            raise ValueError(
+                f"rank={self.rank}, blocks={self.blocks}: expected a rank of at least 1 and blocks >= 0"
+            )
 
     @property
     def name(self) -> str:
         """As in tables and figures."""
         blocks = f"{self.blocks} block{'s' * (self.blocks > 1)}"
-        return f"head, rank {self.rank}" if self.blocks == 0 else f"adapters, {blocks}, rank {self.rank}"
+        return (
+            f"head, rank {self.rank}"
+            if self.blocks == 0
+            else f"adapters, {blocks}, rank {self.rank}"
+        )
 
     def experts(self, base: Base, n_experts: int, min_count: int) -> Experts:
         """K experts of this capacity, which are the reference."""
@@ -91,11 +97,19 @@ class SizeStudy:
         **fit: Any,
     ) -> None:
         sets = study.preferences(design)
-        sizes = {"train": n_training_prompts, "validation": n_validation_prompts, "test": n_test_prompts}
+        sizes = {
+            "train": n_training_prompts,
+            "validation": n_validation_prompts,
+            "test": n_test_prompts,
+        }
         self.sets = {part: cut(sets[part], n) for part, n in sizes.items()}
-        known = set(self.sets["train"]["user"])  # a user all of whose training pairs were cut has no latent
+        known = set(
+            self.sets["train"]["user"]
+        )  # a user all of whose training pairs were cut has no latent
         rows = self.sets["validation"]
-        self.sets["validation"] = rows.select([i for i, user in enumerate(rows["user"]) if user in known])
+        self.sets["validation"] = rows.select(
+            [i for i, user in enumerate(rows["user"]) if user in known]
+        )
         texts = Texts.of(
             Text(prompt, answer, False)
             for rows in self.sets.values()
@@ -111,10 +125,15 @@ class SizeStudy:
         """The base of this name; one at a time is held."""
         if self._base is None or self._base[0] != name:
             own = name == self.study.config.base and self.device == "cpu"
-            self._base = (name, self.study.base if own else load_base(name, device=self.device, dtype=self.dtype))
+            self._base = (
+                name,
+                self.study.base if own else load_base(name, device=self.device, dtype=self.dtype),
+            )
         return self._base[1]
 
-    def fitted(self, name: str, capacity: Capacity, method: str, seed: int) -> tuple[pd.DataFrame, dict[str, Any]]:
+    def fitted(
+        self, name: str, capacity: Capacity, method: str, seed: int
+    ) -> tuple[pd.DataFrame, dict[str, Any]]:
         """Test accuracy by group and prompt (see `prompt_accuracy`), and what the fit took."""
         if method not in METHODS:
             raise ValueError(f"method={method!r}: possible are {METHODS}")
@@ -125,7 +144,9 @@ class SizeStudy:
         experts = capacity.experts(self.base(name), n_experts, study.min_count)
         policy = MixturePolicy(experts, LearnedWeights(n_experts), study.beta)
         train, test = self.pairs["train"], self.pairs["test"]
-        result, rewards, seconds = kept_fit(policy, train, self.pairs["validation"], chosen, train.texts)
+        result, rewards, seconds = kept_fit(
+            policy, train, self.pairs["validation"], chosen, train.texts
+        )
         log_q, users = policy.log_posterior(train, "user", rewards)
         groups = group_of(train, "user")
         rows = {g: log_q[torch.tensor([groups[u] == g for u in users])] for g in self.study.groups}
@@ -146,9 +167,16 @@ class SizeStudy:
         self, bases: Sequence[str], capacities: Sequence[Capacity], seeds: Sequence[int]
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Every base with every capacity: test accuracy by prompt, and one row a fit of what it took."""
-        done = [self.fitted(name, capacity, method, seed)
-                for name in bases for capacity in capacities for method in METHODS for seed in seeds]  # fmt: skip
-        return pd.concat([part for part, _ in done], ignore_index=True), pd.DataFrame([facts for _, facts in done])
+        done = [
+            self.fitted(name, capacity, method, seed)
+            for name in bases
+            for capacity in capacities
+            for method in METHODS
+            for seed in seeds
+        ]
+        return pd.concat([part for part, _ in done], ignore_index=True), pd.DataFrame(
+            [facts for _, facts in done]
+        )
 
 
 def by_capacity(by_prompt: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -175,10 +203,18 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "HeadExperts": Family(lambda base, k, rank, beta, pairs: HeadExperts(base, k, rank), 0.1, "sgd"),
-    "AdapterExperts": Family(lambda base, k, rank, beta, pairs: AdapterExperts(base, k, rank), 0.005),
-    "IndependentExperts": Family(lambda base, k, rank, beta, pairs: IndependentExperts([base] * k), 2e-5),
-    "TabularExperts": Family(lambda base, k, rank, beta, pairs: TabularExperts.of(base, pairs, k, beta=beta), 0.1),
+    "HeadExperts": Family(
+        lambda base, k, rank, beta, pairs: HeadExperts(base, k, rank), 0.1, "sgd"
+    ),
+    "AdapterExperts": Family(
+        lambda base, k, rank, beta, pairs: AdapterExperts(base, k, rank), 0.005
+    ),
+    "IndependentExperts": Family(
+        lambda base, k, rank, beta, pairs: IndependentExperts([base] * k), 2e-5
+    ),
+    "TabularExperts": Family(
+        lambda base, k, rank, beta, pairs: TabularExperts.of(base, pairs, k, beta=beta), 0.1
+    ),
 }
 
 
@@ -208,7 +244,10 @@ def run_families(
     and share), new_user_accuracy (share), seconds (of the fit).
     """
     few = (study.candidates["prompt_id"] < n_prompts).to_numpy()
-    candidates, scores = study.candidates[few].reset_index(drop=True), study.scores[few].reset_index(drop=True)
+    candidates, scores = (
+        study.candidates[few].reset_index(drop=True),
+        study.scores[few].reset_index(drop=True),
+    )
     design = DesignConfig(
         n_users=n_users,
         n_new_users=n_users,
@@ -259,7 +298,8 @@ def run_families(
             right = correct(predictive_probability(policy.loglik(last), served))
             end = result.history.iloc[-1]
             facts = {
-                "parameters_an_expert": sum(p.numel() for p in experts.parameters()) // config.n_experts,
+                "parameters_an_expert": sum(p.numel() for p in experts.parameters())
+                // config.n_experts,
                 "steps": int(end["step"]),
                 "elbo": float(end["elbo"]),
                 "train_accuracy": float(end["train_accuracy"]),
@@ -268,5 +308,10 @@ def run_families(
             }
             write_json_atomic(folder / "facts.json", facts)
 
-        rows.append({"family": name, **read_json(cached("families", VERSION, parameters, build) / "facts.json")})
+        rows.append(
+            {
+                "family": name,
+                **read_json(cached("families", VERSION, parameters, build) / "facts.json"),
+            }
+        )
     return pd.DataFrame(rows)

@@ -33,7 +33,14 @@ DOMAIN_FIT = FitConfig(
     learning_rate=0.03,
     passes=4.0,
     min_steps=0,
-    start=Start("clusters", passes=1.0, certainty=0.95, together="item", temperature=1.0, tempering_passes=1.0),
+    start=Start(
+        "clusters",
+        passes=1.0,
+        certainty=0.95,
+        together="item",
+        temperature=1.0,
+        tempering_passes=1.0,
+    ),
     evaluations_per_pass=1,
     evaluate_training=False,
 )
@@ -49,7 +56,9 @@ class TwoDomainsConfig:
     book_reviews: str = ""  # file, folder or hub id with reviews of books; for "reviews" only
     titles: str = ""  # folder with films.csv and books.csv; the project's own by default
     n_titles: int = 150  # of each domain: those that the base knows best, see `familiarity`
-    templates: tuple[str, ...] = TEMPLATES  # with {title} and {maker}; the same for both domains, every title in each
+    templates: tuple[str, ...] = (
+        TEMPLATES  # with {title} and {maker}; the same for both domains, every title in each
+    )
     n_prompts: int = 180  # of each domain, for "reviews"
     prompt_tokens: int = 32  # of a review
     gate_tokens: int = 32  # how many of them the gate reads
@@ -61,9 +70,13 @@ class TwoDomainsConfig:
     rank: int = 8
     min_count: int = 5  # occurrences of an active token in the training responses
     beta: float = 0.1
-    suffix: str | None = None  # of what the gate reads, see ContextGate; by default that of SUFFIXES, "" for none
+    suffix: str | None = (
+        None  # of what the gate reads, see ContextGate; by default that of SUFFIXES, "" for none
+    )
     layer: int | None = LAYER  # whose state the gate reads, see ContextGate
-    weight_scale: float = 0.03  # see ContextGate; each answer of a prompt counts: about 0.1 / sqrt(answers a prompt)
+    weight_scale: float = (
+        0.03  # see ContextGate; each answer of a prompt counts: about 0.1 / sqrt(answers a prompt)
+    )
     judges: JudgeConfig = field(default_factory=JudgeConfig)
     fit: FitConfig = DOMAIN_FIT
     seed: int = 0
@@ -72,14 +85,22 @@ class TwoDomainsConfig:
         if self.prompts not in ("titles", "reviews"):
             raise ValueError(f"prompts={self.prompts!r}: possible are 'titles' and 'reviews'")
         if self.prompts == "reviews" and not self.book_reviews:
-            raise ValueError("prompts='reviews' needs book_reviews: a file, a folder or a hub id with reviews of books")
+            raise ValueError(
+                "prompts='reviews' needs book_reviews: a file, a folder or a hub id with reviews of books"
+            )
         if not 0 < self.gate_tokens <= self.prompt_tokens:
-            raise ValueError(f"gate_tokens={self.gate_tokens}: expected 1 ... prompt_tokens={self.prompt_tokens}")
+            raise ValueError(
+                f"gate_tokens={self.gate_tokens}: expected 1 ... prompt_tokens={self.prompt_tokens}"
+            )
         for template in self.templates or ("",):
             if "{title}" not in template or "{maker}" not in template:
-                raise ValueError(f"template {template!r}: expected a text with {{title}} and {{maker}}")
+                raise ValueError(
+                    f"template {template!r}: expected a text with {{title}} and {{maker}}"
+                )
         if not 0 <= self.flip_rate < 0.5:
-            raise ValueError(f"flip_rate={self.flip_rate}: expected at least 0 and below 0.5 (0 is no noise)")
+            raise ValueError(
+                f"flip_rate={self.flip_rate}: expected at least 0 and below 0.5 (0 is no noise)"
+            )
 
 
 class DomainPrompts:
@@ -107,11 +128,15 @@ class DomainPrompts:
         if config.prompts == "titles":
             table = self.works[self.works["rank"] < config.n_titles].reset_index(drop=True)
         else:
-            films = split_reviews(load_reviews(config.reviews), config=config.judges)["prompts"]["text"]
+            films = split_reviews(load_reviews(config.reviews), config=config.judges)["prompts"][
+                "text"
+            ]
             books = load_reviews(config.book_reviews)["text"]
             parts = []
             for domain, texts in zip(DOMAINS, (films, books), strict=True):
-                order = np.random.default_rng(hash_seed(config.seed, domain)).permutation(len(texts))
+                order = np.random.default_rng(hash_seed(config.seed, domain)).permutation(
+                    len(texts)
+                )
                 found = (first_words(self.base, texts[int(i)], config.prompt_tokens) for i in order)
                 distinct = list(dict.fromkeys(text for text in found if text))[: config.n_prompts]
                 if len(distinct) < config.n_prompts:
@@ -137,16 +162,27 @@ class DomainPrompts:
         return self._in_templates(self.items)
 
     def _in_templates(self, works: pd.DataFrame) -> pd.DataFrame:
-        return pd.DataFrame([
-            {"item": item, "domain": work.domain, "part": work.part,
-             "prompt": template.format(title=work.title, maker=work.maker)}
-            for item, work in enumerate(works.itertuples()) for template in self.config.templates
-        ])  # fmt: skip
+        return pd.DataFrame(
+            [
+                {
+                    "item": item,
+                    "domain": work.domain,
+                    "part": work.part,
+                    "prompt": template.format(title=work.title, maker=work.maker),
+                }
+                for item, work in enumerate(works.itertuples())
+                for template in self.config.templates
+            ]
+        )
 
     @cached_property
     def less_known(self) -> pd.DataFrame:
         """Prompts about works left out, at most n_titles / 5 of each domain: those that the base knows least."""
-        least = self.works.sort_values("rank", ascending=False).groupby("domain").head(self.config.n_titles // 5)
+        least = (
+            self.works.sort_values("rank", ascending=False)
+            .groupby("domain")
+            .head(self.config.n_titles // 5)
+        )
         least = least[least["rank"] >= self.config.n_titles].sort_index()
         return self._in_templates(least.assign(part="less known"))
 

@@ -67,7 +67,12 @@ def homes(default: Any) -> dict[str, str]:
     """The part of a study's configuration in which each flat name stands; "" for its own fields."""
     own = {f.name: getattr(default, f.name) for f in fields(default)}
     parts = {name: part for name, part in own.items() if dataclasses.is_dataclass(part)}
-    found = {f.name: name for name, part in parts.items() for f in fields(part) if f.name not in _NOT_FLAT}
+    found = {
+        f.name: name
+        for name, part in parts.items()
+        for f in fields(part)
+        if f.name not in _NOT_FLAT
+    }
     return found | dict.fromkeys(FIT_NAMES, "fit") | dict.fromkeys(set(own) - set(parts), "")
 
 
@@ -122,20 +127,35 @@ def kept_fit(
         "beta": policy.beta,
         "fit": config.identity(policy.n_experts, bool(policy.gate.reads)),
         "rate": config.learning_rate or policy.experts.rates[config.optimizer],
-        "pairs": artefact_key("pairs", VERSION, {"train": train.rows.to_dict(), "validation": validation.rows.to_dict()}),
+        "pairs": artefact_key(
+            "pairs",
+            VERSION,
+            {"train": train.rows.to_dict(), "validation": validation.rows.to_dict()},
+        ),
     }
     inputs = [texts.key]
 
     def build(folder: Path) -> None:
-        checkpoints = cache_folder() / "checkpoints" / artefact_key("fit", VERSION, parameters, inputs)
+        checkpoints = (
+            cache_folder() / "checkpoints" / artefact_key("fit", VERSION, parameters, inputs)
+        )
         began = time.monotonic()
         result = fit(policy, train, config, validation=validation, folder=checkpoints)
-        facts = {"stop_reason": result.stop_reason, "best_step": result.best_step, "summary": result.summary}
+        facts = {
+            "stop_reason": result.stop_reason,
+            "best_step": result.best_step,
+            "summary": result.summary,
+        }
         write_json_atomic(folder / "result.json", {**facts, "seconds": time.monotonic() - began})
         result.history.to_csv(folder / "history.csv", index=False)
         result.restarts.to_csv(folder / "restarts.csv", index=False)
-        states = {f"{s}/{k}": v.clone() for s, state in result.snapshots.items() for k, v in state.items()}
-        save_file({k: v for k, v in states.items() if "active_ids" not in k}, folder / "snapshots.safetensors")
+        states = {
+            f"{s}/{k}": v.clone() for s, state in result.snapshots.items() for k, v in state.items()
+        }
+        save_file(
+            {k: v for k, v in states.items() if "active_ids" not in k},
+            folder / "snapshots.safetensors",
+        )
         save_file({"rewards": policy.text_rewards(texts)}, folder / "rewards.safetensors")
         shutil.rmtree(checkpoints, ignore_errors=True)
 
@@ -146,7 +166,14 @@ def kept_fit(
         step, key = name.split("/", 1)
         snapshots.setdefault(int(step), {})[key] = value
     history, restarts = (pd.read_csv(folder / f"{name}.csv") for name in ("history", "restarts"))
-    result = FitResult(history, facts["stop_reason"], facts["best_step"], restarts, snapshots, summary=facts["summary"])
+    result = FitResult(
+        history,
+        facts["stop_reason"],
+        facts["best_step"],
+        restarts,
+        snapshots,
+        summary=facts["summary"],
+    )
     result.restore(policy)
     return result, load_file(folder / "rewards.safetensors")["rewards"], float(facts["seconds"])
 
@@ -176,7 +203,11 @@ class Study(ABC):
         Parameters of the notebook's own that are no choice of the study are for its display and are left out. Nothing
         else is: a name in `common` or `choices` that is no choice is an error.
         """
-        own = {name: value for name, value in cls.own_parameters(parameters).items() if name in homes(cls.default)}
+        own = {
+            name: value
+            for name, value in cls.own_parameters(parameters).items()
+            if name in homes(cls.default)
+        }
         return cls(choose(cls.default, {**own, **parameters.get("common", {}), **choices}))
 
     @classmethod
@@ -231,7 +262,9 @@ class Study(ABC):
     def texts(self) -> Texts:
         """All candidates."""
         table = self.candidates
-        return Texts.of(Text(p, r, False) for p, r in zip(table["prompt"], table["response"], strict=True))
+        return Texts.of(
+            Text(p, r, False) for p, r in zip(table["prompt"], table["response"], strict=True)
+        )
 
     def pairs(self, design: str = "") -> dict[str, Pairs]:
         """The preference sets of a design (of the only one, by default) over the candidates' texts."""
@@ -257,7 +290,9 @@ class Study(ABC):
             log_q, units = policy.log_posterior(train, self.unit, rewards)
             of = group_of(train, self.unit, self.group_column)
             order = align(log_q.exp().numpy(), [of[unit] for unit in units], self.groups)
-            self._fitted[key] = Fitted(design, method, seed, policy, result, rewards, log_q, units, order)
+            self._fitted[key] = Fitted(
+                design, method, seed, policy, result, rewards, log_q, units, order
+            )
         return self._fitted[key]
 
     def fits(self, methods: Sequence[str], seeds: Sequence[int]) -> list[Fitted]:
@@ -278,7 +313,10 @@ class Study(ABC):
     def stop_reasons(fits: Sequence[Fitted]) -> dict[str, str]:
         """Why each fit ended."""
         return {
-            "/".join(str(part) for part in (f.design, f.method, f.seed) if part != ""): f.result.stop_reason for f in fits
+            "/".join(
+                str(part) for part in (f.design, f.method, f.seed) if part != ""
+            ): f.result.stop_reason
+            for f in fits
         }
 
 

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from ..data.pairs import Pairs
 from ..elbo import correct
-from ..evaluation import bootstrap_means, by_prompt_and_group, group_accuracy, interval, prompt_accuracy
+from ..evaluation import (
+    bootstrap_means,
+    by_prompt_and_group,
+    group_accuracy,
+    interval,
+    prompt_accuracy,
+)
 from ..gates.membership import MixedMembershipGate
 from ..learning.fit import fit_gate
 from ..policy.mixture import MixturePolicy
@@ -39,14 +45,18 @@ def first_pairs(data: Pairs, size: int) -> Pairs:
     return data.where(keep)
 
 
-def serve_by_pairs(policy: MixturePolicy, context: Pairs, size: int, rewards: Tensor | None = None) -> Tensor:
+def serve_by_pairs(
+    policy: MixturePolicy, context: Pairs, size: int, rewards: Tensor | None = None
+) -> Tensor:
     """(users, K): log_q of each user from the gate and the user's first `size` pairs (latent per user)."""
     if size == 0:
         return unit_log_w(policy, context)[0]
     return policy.log_posterior(first_pairs(context, size), "user", rewards)[0]
 
 
-def serve_by_gate(policy: MixturePolicy, context: Pairs, size: int, offset_scale: float = 1.0) -> Tensor:
+def serve_by_gate(
+    policy: MixturePolicy, context: Pairs, size: int, offset_scale: float = 1.0
+) -> Tensor:
     """(users, K): weights of each user by an offset of their own, fitted to their first `size` pairs (latent per pair).
 
     What else the gate reads stays as it is, and so do the experts.
@@ -60,7 +70,9 @@ def serve_by_gate(policy: MixturePolicy, context: Pairs, size: int, offset_scale
     return unit_log_w(own, context)[0]
 
 
-def accuracy_by_pairs(study: ReviewUsers, design: str, seeds: Sequence[int], sizes: Sequence[int] = SIZES) -> pd.DataFrame:
+def accuracy_by_pairs(
+    study: ReviewUsers, design: str, seeds: Sequence[int], sizes: Sequence[int] = SIZES
+) -> pd.DataFrame:
     """Test accuracy of new users by way of serving and by m, the number of their own pairs.
 
     Returns one row a (served_by, m, seed, group, prompt_id): `dpo` and `oracle` (one DPO a hidden group) use no pairs.
@@ -110,7 +122,13 @@ def share_closed(by_prompt: pd.DataFrame) -> pd.DataFrame:
     for key in means:
         gain, spread = means[key] - means[low_line], draws[key] - draws[low_line]
         way, ways = means[high_line] - means[low_line], draws[high_line] - draws[low_line]
-        row = {"served_by": key[0], "m": key[1], "accuracy": means[key], "gain": gain, "share": gain / way}
+        row = {
+            "served_by": key[0],
+            "m": key[1],
+            "accuracy": means[key],
+            "gain": gain,
+            "share": gain / way,
+        }
         for name, values in (("accuracy", draws[key]), ("gain", spread), ("share", spread / ways)):
             low, high = interval(values)
             row |= {f"{name}_low": low, f"{name}_high": high}
@@ -118,14 +136,18 @@ def share_closed(by_prompt: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def blended_users(study: ReviewUsers, design: str, seeds: Sequence[int], n_users: int, m: int = 64) -> pd.DataFrame:
+def blended_users(
+    study: ReviewUsers, design: str, seeds: Sequence[int], n_users: int, m: int = 64
+) -> pd.DataFrame:
     """Users each of whose comparisons is answered by one of two rewards: mixed membership against one latent a user.
 
     Both start from the same experts (`mix_dpo`) and the users' first m pairs; scored on comparisons of the same kind on
     test prompts. Rows: served_by, seed, prompt_id, loglik (nats per pair), accuracy.
     """
     config = study.design(design)
-    sets = simulate_blends(study.candidates, study.scores, replace(config, context_pairs=m), n_users)
+    sets = simulate_blends(
+        study.candidates, study.scores, replace(config, context_pairs=m), n_users
+    )
     context, test = (Pairs.of(sets[name], study.texts) for name in ("context", "test"))
     ids, users = test.units("user")
     _, order = context.units("user")
@@ -135,15 +157,25 @@ def blended_users(study: ReviewUsers, design: str, seeds: Sequence[int], n_users
         single, mixture = study.fitted("dpo", seed, design), study.fitted("mix_dpo", seed, design)
         ways = {
             "dpo": (single, unit_log_w(single.policy, context)[0]),
-            "one latent a user": (mixture, serve_by_pairs(mixture.policy, context, m, mixture.rewards)),
+            "one latent a user": (
+                mixture,
+                serve_by_pairs(mixture.policy, context, m, mixture.rewards),
+            ),
             "mixed membership": (mixture, serve_by_gate(mixture.policy, context, m)),
         }
         for name, (fitted, log_w) in ways.items():
             total = (fitted.policy.loglik(test, fitted.rewards) + log_w[place]).logsumexp(1)
-            parts.append(pd.DataFrame({
-                "served_by": name, "seed": seed, "prompt_id": test.rows["prompt_id"], "loglik": total.tolist(),
-                "accuracy": correct(total.exp()).tolist(),
-            }))  # fmt: skip
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "served_by": name,
+                        "seed": seed,
+                        "prompt_id": test.rows["prompt_id"],
+                        "loglik": total.tolist(),
+                        "accuracy": correct(total.exp()).tolist(),
+                    }
+                )
+            )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -151,17 +183,27 @@ def summarise_blends(table: pd.DataFrame) -> pd.DataFrame:
     """Means of `blended_users` with 95 % intervals over prompts, and gains of mixed membership over the others."""
     rows = []
     for value in ("loglik", "accuracy"):
-        wide = table.pivot_table(index="prompt_id", columns="served_by", values=value, aggfunc="mean")
+        wide = table.pivot_table(
+            index="prompt_id", columns="served_by", values=value, aggfunc="mean"
+        )
         draws = bootstrap_means(wide.to_numpy())
         best = list(wide.columns).index("mixed membership")
         for i, name in enumerate(wide.columns):
             low, high = interval(draws[:, i])
             gain_low, gain_high = interval(draws[:, best] - draws[:, i])
-            rows.append({
-                "served_by": name, "value": value, "mean": wide[name].mean(), "low": low, "high": high,
-                "gain_of_mixed": wide["mixed membership"].mean() - wide[name].mean(), "gain_low": gain_low,
-                "gain_high": gain_high, "n_prompts": len(wide),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "served_by": name,
+                    "value": value,
+                    "mean": wide[name].mean(),
+                    "low": low,
+                    "high": high,
+                    "gain_of_mixed": wide["mixed membership"].mean() - wide[name].mean(),
+                    "gain_low": gain_low,
+                    "gain_high": gain_high,
+                    "n_prompts": len(wide),
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -173,7 +215,9 @@ def fingerprint(policy: MixturePolicy) -> str:
     return digest.hexdigest()
 
 
-def add_users(study: ReviewUsers, design: str, seed: int, n_users: int, m: int = 16) -> pd.DataFrame:
+def add_users(
+    study: ReviewUsers, design: str, seed: int, n_users: int, m: int = 16
+) -> pd.DataFrame:
     """Serve `n_users` users whom no fit has seen, timed: by the posterior of their m pairs, and by an offset each.
 
     Returns one row a way: seconds, users, pairs, experts_untouched (their bytes before and after).
@@ -191,10 +235,15 @@ def add_users(study: ReviewUsers, design: str, seed: int, n_users: int, m: int =
             weights = serve_by_pairs(fitted.policy, context, m)
         else:
             weights = serve_by_gate(fitted.policy, context, m)
-        rows.append({
-            "served_by": name, "seconds": time.monotonic() - start, "users": len(weights), "pairs": len(context),
-            "experts_untouched": fingerprint(fitted.policy) == before,
-        })  # fmt: skip
+        rows.append(
+            {
+                "served_by": name,
+                "seconds": time.monotonic() - start,
+                "users": len(weights),
+                "pairs": len(context),
+                "experts_untouched": fingerprint(fitted.policy) == before,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -207,6 +256,9 @@ def group_weights(study: ReviewUsers, design: str, seed: int, m: int = 16) -> pd
         q = serve_by_pairs(fitted.policy, context, size, fitted.rewards).exp().numpy()
         for group in study.groups:
             mean = q[np.array([of[u] == group for u in users])].mean(0)
-            rows += [{"known": name, "group": group, "expert_serves": other, "weight": float(mean[k])}
-                     for other, k in zip(study.groups, fitted.order, strict=True) if k >= 0]  # fmt: skip
+            rows += [
+                {"known": name, "group": group, "expert_serves": other, "weight": float(mean[k])}
+                for other, k in zip(study.groups, fitted.order, strict=True)
+                if k >= 0
+            ]
     return pd.DataFrame(rows)

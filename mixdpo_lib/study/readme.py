@@ -14,44 +14,74 @@ def _quoted(values: Mapping[str, Mapping[str, Any]], name: str, digits: int) -> 
         return "–"
     value = values[name]
     signed = f"{value['value']:+.{digits}f}" if "gain" in name else f"{value['value']:.{digits}f}"
-    return signed if not value["interval"] else signed + " [{:.{d}f}, {:.{d}f}]".format(*value["interval"], d=digits)
+    return (
+        signed
+        if not value["interval"]
+        else signed + " [{:.{d}f}, {:.{d}f}]".format(*value["interval"], d=digits)
+    )
 
 
 def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The tables of README, from the values of the reference run: block name and its lines."""
+
     def q(name: str, digits: int = 3) -> str:
         return _quoted(values, name, digits)
 
-    results = ["| Mix-DPO minus DPO, test prompts | random pairs, noisy labels | clean pairs |", "|---|---|---|"]
-    for label, name in (("accuracy, mean of the groups", "accuracy_gain_mean"),
-                        ("accuracy, worst group", "accuracy_gain_worst")):
+    results = [
+        "| Mix-DPO minus DPO, test prompts | random pairs, noisy labels | clean pairs |",
+        "|---|---|---|",
+    ]
+    for label, name in (
+        ("accuracy, mean of the groups", "accuracy_gain_mean"),
+        ("accuracy, worst group", "accuracy_gain_worst"),
+    ):
         results.append(f"| {label} | {q(name)} | {q(name + '_clean')} |")
-    results.append(f"| hidden groups found (NMI, median of seeds) | {q('user_nmi_median', 2)} | "
-                   f"{q('user_nmi_median_clean', 2)} |")
-    results += ["", "| texts at matched KL, evaluation judges | gain over DPO | KL, nats (DPO) | perplexity (DPO) |",
-                "|---|---|---|---|"]
+    results.append(
+        f"| hidden groups found (NMI, median of seeds) | {q('user_nmi_median', 2)} | "
+        f"{q('user_nmi_median_clean', 2)} |"
+    )
+    results += [
+        "",
+        "| texts at matched KL, evaluation judges | gain over DPO | KL, nats (DPO) | perplexity (DPO) |",
+        "|---|---|---|---|",
+    ]
     for reward in ("sentiment", "informativeness", "grammar"):
-        results.append(f"| {reward} of the expert that serves it | {q('reward_gain_' + reward)} | "
-                       f"{q('kl_expert_' + reward, 1)} ({q('kl_dpo', 1)}) | "
-                       f"{q('perplexity_expert_' + reward, 0)} ({q('perplexity_dpo', 0)}) |")
-    results += ["", "Brackets: 95 % intervals over prompts, all seeds together; for NMI the lowest and highest seed."]
-    further = ["| accuracy on test prompts | gain over DPO |", "|---|---|",
-               f"| new users by metadata alone | {q('gain_metadata_0_pairs')} |",
-               f"| new users by 16 comparisons of their own | {q('gain_pairs_16_pairs')} |",
-               *(f"| {domain}s, MoE-DPO by the likelier expert | {q('moe_top_1_gain_over_dpo_' + domain)}; over DPO"
-                 f" after its last step {q('moe_top_1_gain_over_dpo_last_step_' + domain)} |"
-                 for domain in ("book", "film")),
-               "",
-               f"Against experts that were told the domain, MoE-DPO by the likelier expert: "
-               f"{q('moe_top_1_gain_over_oracle_mean')}. Share of held-out prompts that the gate routes right: "
-               f"{q('gate_accuracy_moe_dpo_prompt')}; about works that the base hardly knows: "
-               f"{q('gate_accuracy_moe_dpo_less_known')}."]
+        results.append(
+            f"| {reward} of the expert that serves it | {q('reward_gain_' + reward)} | "
+            f"{q('kl_expert_' + reward, 1)} ({q('kl_dpo', 1)}) | "
+            f"{q('perplexity_expert_' + reward, 0)} ({q('perplexity_dpo', 0)}) |"
+        )
+    results += [
+        "",
+        "Brackets: 95 % intervals over prompts, all seeds together; for NMI the lowest and highest seed.",
+    ]
+    further = [
+        "| accuracy on test prompts | gain over DPO |",
+        "|---|---|",
+        f"| new users by metadata alone | {q('gain_metadata_0_pairs')} |",
+        f"| new users by 16 comparisons of their own | {q('gain_pairs_16_pairs')} |",
+        *(
+            f"| {domain}s, MoE-DPO by the likelier expert | {q('moe_top_1_gain_over_dpo_' + domain)}; over DPO"
+            f" after its last step {q('moe_top_1_gain_over_dpo_last_step_' + domain)} |"
+            for domain in ("book", "film")
+        ),
+        "",
+        f"Against experts that were told the domain, MoE-DPO by the likelier expert: "
+        f"{q('moe_top_1_gain_over_oracle_mean')}. Share of held-out prompts that the gate routes right: "
+        f"{q('gate_accuracy_moe_dpo_prompt')}; about works that the base hardly knows: "
+        f"{q('gate_accuracy_moe_dpo_less_known')}.",
+    ]
     downloads = {"smoke": "packages, 13 + 93 MB of data", "default": "the same"}
     costs = ["| command | minutes on 2 cores | downloads |", "|---|---|---|"]
-    costs += [f"| `make reproduce{'' if one == 'default' else ' PROFILE=' + one}` | {q('minutes_' + one, 0)} | "
-             f"{downloads[one]} |" for one in ("smoke", "default")]
-    costs.append(f"| `make reproduce-all`: ablations and further studies as well | {q('minutes_further', 0)} more | "
-                 "nothing more |")
+    costs += [
+        f"| `make reproduce{'' if one == 'default' else ' PROFILE=' + one}` | {q('minutes_' + one, 0)} | "
+        f"{downloads[one]} |"
+        for one in ("smoke", "default")
+    ]
+    costs.append(
+        f"| `make reproduce-all`: ablations and further studies as well | {q('minutes_further', 0)} more | "
+        "nothing more |"
+    )
     return {"results": "\n".join(results), "further": "\n".join(further), "costs": "\n".join(costs)}
 
 
@@ -63,5 +93,5 @@ def with_results(readme: str, values: Mapping[str, Mapping[str, Any]]) -> str:
         if len(found) != 1:
             raise MixDPOError(f"README.md: found {len(found)} blocks named {name}, expected one")
         (block,) = found
-        readme = f"{readme[:block.start()]}{block[1]}{text}\n{block[2]}{readme[block.end():]}"
+        readme = f"{readme[: block.start()]}{block[1]}{text}\n{block[2]}{readme[block.end() :]}"
     return readme

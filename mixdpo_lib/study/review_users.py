@@ -96,10 +96,14 @@ class ReviewUsersConfig:
     fit: FitConfig = STUDY_FIT
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "designs", tuple(self.designs))  # notebooks and profiles have lists
+        object.__setattr__(
+            self, "designs", tuple(self.designs)
+        )  # notebooks and profiles have lists
 
 
-def review_users_config(designs: Sequence[str] = ("default", "clean"), **values: Any) -> ReviewUsersConfig:
+def review_users_config(
+    designs: Sequence[str] = ("default", "clean"), **values: Any
+) -> ReviewUsersConfig:
     """A `ReviewUsersConfig` from flat values, each named as the field it sets (`n_prompts`, `flip_rate`, `passes`, ...).
 
     >>> review_users_config(["clean"], pairs_per_user=20, learning_rate=0.01).fit.learning_rate
@@ -136,7 +140,9 @@ class ReviewUsers(Study):
     @cached_property
     def prompts(self) -> list[str]:
         """First tokens of reviews that no judge was fitted on."""
-        reviews = split_reviews(load_reviews(self.config.reviews), config=self.config.judges)["prompts"]
+        reviews = split_reviews(load_reviews(self.config.reviews), config=self.config.judges)[
+            "prompts"
+        ]
         return review_prompts(self.base, reviews["text"], self.config.candidates)
 
     @cached_property
@@ -162,7 +168,9 @@ class ReviewUsers(Study):
         if m.gate == "given":
             gate = given_gate("group", self.groups, m.n_experts)
         elif m.gate == "metadata":
-            users = pd.DataFrame({c: train.rows[c] for c in ("user", *METADATA)}).drop_duplicates("user")
+            users = pd.DataFrame({c: train.rows[c] for c in ("user", *METADATA)}).drop_duplicates(
+                "user"
+            )
             gate = UserGate.from_metadata({c: users[c].tolist() for c in METADATA}, m.n_experts)
         return MixturePolicy(experts, gate, self.config.beta)
 
@@ -175,7 +183,9 @@ class ReviewUsers(Study):
     def variant(self, n_experts: int | None = None, **fit: Any) -> ReviewUsers:
         """The same data with another K or other choices of the fit (see `FitConfig.change`), for ablations."""
         config = replace(
-            self.config, fit=self.config.fit.change(**fit), n_experts=n_experts or self.config.n_experts
+            self.config,
+            fit=self.config.fit.change(**fit),
+            n_experts=n_experts or self.config.n_experts,
         )
         other = ReviewUsers(config)
         for name in ("base", "prompts", "candidates", "scores", "texts", "_pairs"):
@@ -215,7 +225,11 @@ class ReviewUsers(Study):
             g: nobody.index_fill(1, torch.tensor([k]), 0.0) if k >= 0 else by_prior[g]
             for g, k in zip(self.groups, fitted.order, strict=True)
         }
-        return {"prior": by_prior, "own_pairs": {g: log_q[mask] for g, mask in own.items()}, "oracle": oracle}
+        return {
+            "prior": by_prior,
+            "own_pairs": {g: log_q[mask] for g, mask in own.items()},
+            "oracle": oracle,
+        }
 
     def held_out(self, fits: Sequence[Fitted]) -> pd.DataFrame:
         """Validation pairs of every training user under the user's own posterior q_u: one row a fit and user, nats.
@@ -244,9 +258,13 @@ class ReviewUsers(Study):
             of = group_of(self.pairs(f.design)["train"], "user")
             names = {k: g for g, k in zip(self.groups, f.order, strict=True) if k >= 0}
             wide = pd.DataFrame(f.log_q.exp().numpy(), index=pd.Index(f.units, name="user"))
-            long = wide.stack().rename_axis(["user", "expert"]).rename("responsibility").reset_index()
+            long = (
+                wide.stack().rename_axis(["user", "expert"]).rename("responsibility").reset_index()
+            )
             long.insert(1, "group", long["user"].map(of))
-            long.insert(3, "expert_serves", [names.get(k, f"unmatched {k}") for k in long["expert"]])
+            long.insert(
+                3, "expert_serves", [names.get(k, f"unmatched {k}") for k in long["expert"]]
+            )
             parts.append(f.named(long))
         return pd.concat(parts, ignore_index=True)
 

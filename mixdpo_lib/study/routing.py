@@ -31,7 +31,9 @@ def routing_of(study: TwoDomains, fits: Sequence[Fitted], less_known: bool = Fal
     for f in fits:
         weights = f.policy.gate.log_w({"state": states}).exp()
         film, book = (weights[:, k] for k in f.order[:2])
-        parts.append(held_out.assign(method=f.method, seed=f.seed, film=(film / (film + book)).numpy()))
+        parts.append(
+            held_out.assign(method=f.method, seed=f.seed, film=(film / (film + book)).numpy())
+        )
     parts.append(held_out.assign(method="supervised", seed=0, film=_supervised(study, states)))
     return pd.concat(parts, ignore_index=True)
 
@@ -66,8 +68,17 @@ def gate_accuracy(routing: pd.DataFrame) -> pd.DataFrame:
             for seed in [*wide.columns, "mean"]:
                 values = (wide.mean(axis=1) if seed == "mean" else wide[seed]).to_numpy()
                 low, high = interval(bootstrap_means(values[:, None])[:, 0])
-                rows.append({"method": method, "seed": str(seed), "of": of, "accuracy": values.mean(), "low": low,
-                             "high": high, "n": len(values)})  # fmt: skip
+                rows.append(
+                    {
+                        "method": method,
+                        "seed": str(seed),
+                        "of": of,
+                        "accuracy": values.mean(),
+                        "low": low,
+                        "high": high,
+                        "n": len(values),
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -75,5 +86,9 @@ def worst_routed(routing: pd.DataFrame, n: int = 8) -> pd.DataFrame:
     """The held-out prompts that the gate sends most confidently to the wrong expert: mean weight over the seeds."""
     gate = routing[routing["method"] == "moe_dpo"]
     mean = gate.groupby(["domain", "prompt"], as_index=False)["film"].mean()
-    mean["weight_of_its_expert"] = np.where(mean["domain"] == "film", mean["film"], 1 - mean["film"])
-    return mean.sort_values("weight_of_its_expert").head(n)[["domain", "weight_of_its_expert", "prompt"]]
+    mean["weight_of_its_expert"] = np.where(
+        mean["domain"] == "film", mean["film"], 1 - mean["film"]
+    )
+    return mean.sort_values("weight_of_its_expert").head(n)[
+        ["domain", "weight_of_its_expert", "prompt"]
+    ]

@@ -31,21 +31,31 @@ class DesignConfig:
     ValueError : a name that there is not, or a flip_rate outside 0 ... 0.5.
     """
 
-    name: str = "default"  # "default": random pairs, noisy labels; "clean": best against worst, no noise
+    name: str = (
+        "default"  # "default": random pairs, noisy labels; "clean": best against worst, no noise
+    )
     n_users: int = 60  # training users, divided evenly over the groups
     n_new_users: int = 15
-    pairs_per_user: int = 200  # labelled on training prompts; more labels cost little, the texts are shared
+    pairs_per_user: int = (
+        200  # labelled on training prompts; more labels cost little, the texts are shared
+    )
     validation_pairs_per_user: int = 40  # labelled on validation prompts, with the same noise
     context_pairs: int = 16  # pairs of each new user, on training prompts
-    flip_rate: float = 0.10  # mean probability that a label goes against the reward; sets label_temperature
-    metadata_accuracy: float = 0.60  # how often the favourite genre is the one typical of the user's group
+    flip_rate: float = (
+        0.10  # mean probability that a label goes against the reward; sets label_temperature
+    )
+    metadata_accuracy: float = (
+        0.60  # how often the favourite genre is the one typical of the user's group
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.name not in ("default", "clean"):
             raise ValueError(f"design name={self.name!r}: possible are 'default' and 'clean'")
         if not 0 <= self.flip_rate < 0.5:
-            raise ValueError(f"flip_rate={self.flip_rate}: expected at least 0 and below 0.5 (0 is no noise)")
+            raise ValueError(
+                f"flip_rate={self.flip_rate}: expected at least 0 and below 0.5 (0 is no noise)"
+            )
 
 
 def label_temperature(differences: np.ndarray, flip_rate: float) -> float:
@@ -57,7 +67,11 @@ def label_temperature(differences: np.ndarray, flip_rate: float) -> float:
     size = np.abs(differences[differences != 0])
     if flip_rate == 0 or len(size) == 0:
         return 0.0
-    return float(brentq(lambda t: np.mean(1 / (1 + np.exp(np.minimum(size / t, 700)))) - flip_rate, 1e-9, 1e6))
+    return float(
+        brentq(
+            lambda t: np.mean(1 / (1 + np.exp(np.minimum(size / t, 700)))) - flip_rate, 1e-9, 1e6
+        )
+    )
 
 
 def is_flipped(gap: float, temperature: float, rng: np.random.Generator | None) -> bool:
@@ -131,21 +145,24 @@ class _World:
     """What can be asked and how it is answered: candidate pairs by group and split, and the noise of the labels."""
 
     def __init__(
-        self, candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig,
+        self,
+        candidates: pd.DataFrame,
+        scores: pd.DataFrame,
+        config: DesignConfig,
         splits: Mapping[str, range] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.values = _group_values(scores, len(candidates))
         self.groups = list(self.values)
         clean = config.name == "clean"
-        by_prompt = {i: rows.tolist() for i, rows in candidates.groupby("prompt_id").indices.items()}
+        by_prompt = {
+            i: rows.tolist() for i, rows in candidates.groupby("prompt_id").indices.items()
+        }
         self.splits = split_prompts(int(candidates["prompt_id"].max()) + 1)
         if splits is not None:
             self.splits = {name: splits.get(name, range(0)) for name in self.splits}
         self.pairs = {
             (group, split): [
-                pair
-                for i in prompts
-                for pair in untied_pairs(value, by_prompt.get(i, []), clean)
+                pair for i in prompts for pair in untied_pairs(value, by_prompt.get(i, []), clean)
             ]
             for group, value in self.values.items()
             for split, prompts in self.splits.items()
@@ -159,21 +176,35 @@ class _World:
         self.prompt_id = candidates["prompt_id"].to_list()
 
     def row(
-        self, group: str, user: dict[str, str], better: int, worse: int, rng: np.random.Generator | None
+        self,
+        group: str,
+        user: dict[str, str],
+        better: int,
+        worse: int,
+        rng: np.random.Generator | None,
     ) -> dict[str, Any]:
         """One answered comparison; without a generator, or in a clean design, there is no noise."""
         gap = self.values[group][better] - self.values[group][worse]
         flipped = is_flipped(gap, self.temperatures[group], rng)
         chosen, rejected = (worse, better) if flipped else (better, worse)
         return {
-            "prompt": self.prompt[better], "chosen": self.text[chosen], "rejected": self.text[rejected],
-            "ended": False, **user, "group": group, "prompt_id": int(self.prompt_id[better]), "flipped": flipped,
+            "prompt": self.prompt[better],
+            "chosen": self.text[chosen],
+            "rejected": self.text[rejected],
+            "ended": False,
+            **user,
+            "group": group,
+            "prompt_id": int(self.prompt_id[better]),
+            "flipped": flipped,
             "gap": gap,
-        }  # fmt: skip
+        }
 
 
 def simulate_preferences(
-    candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig, splits: Mapping[str, range] | None = None
+    candidates: pd.DataFrame,
+    scores: pd.DataFrame,
+    config: DesignConfig,
+    splits: Mapping[str, range] | None = None,
 ) -> DatasetDict:
     """Preference sets of simulated users, each of whom follows one hidden reward.
 
@@ -210,7 +241,12 @@ def simulate_preferences(
     rng = np.random.default_rng(hash_seed(config.seed, "users", config.name))
     pairs, splits = world.pairs, world.splits
 
-    rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "context": [], "test": []}
+    rows: dict[str, list[dict[str, Any]]] = {
+        "train": [],
+        "validation": [],
+        "context": [],
+        "test": [],
+    }
     for kind, count in (("user", config.n_users), ("new", config.n_new_users)):
         for n in range(count):
             place = n % len(world.groups)
@@ -218,11 +254,17 @@ def simulate_preferences(
             typical = rng.random() < config.metadata_accuracy
             away = 0 if typical else 1 + int(rng.integers(len(genres) - 1))
             genre = genres[(place + away) % len(genres)]
-            user = {"user": f"{kind}{n:03d}", "genre": genre, "age_band": str(rng.choice(["18-34", "35-54", "55+"]))}
+            user = {
+                "user": f"{kind}{n:03d}",
+                "genre": genre,
+                "age_band": str(rng.choice(["18-34", "35-54", "55+"])),
+            }
             wanted = [("context", "train", config.context_pairs)]
             if kind == "user":
-                wanted = [("train", "train", config.pairs_per_user),
-                          ("validation", "validation", config.validation_pairs_per_user)]  # fmt: skip
+                wanted = [
+                    ("train", "train", config.pairs_per_user),
+                    ("validation", "validation", config.validation_pairs_per_user),
+                ]
             for name, split, size in wanted:
                 pool = pairs[group, split]
                 if size > len(pool):
@@ -238,12 +280,18 @@ def simulate_preferences(
         rows["test"] += [world.row(group, nobody, a, b, None) for a, b in pairs[group, "test"]]
     out = DatasetDict({name: Dataset.from_list(part) for name, part in rows.items()})
     for part in out.values():
-        part.info.description = json.dumps({"design": asdict(config), "label_temperature": world.temperatures})
+        part.info.description = json.dumps(
+            {"design": asdict(config), "label_temperature": world.temperatures}
+        )
     return out
 
 
 def simulate_blends(
-    candidates: pd.DataFrame, scores: pd.DataFrame, config: DesignConfig, n_users: int, test_pairs: int = 40
+    candidates: pd.DataFrame,
+    scores: pd.DataFrame,
+    config: DesignConfig,
+    n_users: int,
+    test_pairs: int = 40,
 ) -> DatasetDict:
     """Blended users: one of two rewards of theirs answers each comparison, with equal chance.
 
@@ -271,7 +319,10 @@ def simulate_blends(
     for n in range(n_users):
         blend = blends[n % len(blends)]
         user = {"user": f"blend{n:03d}", "blend": " and ".join(blend)}
-        for name, split, size in (("context", "train", config.context_pairs), ("test", "test", test_pairs)):
+        for name, split, size in (
+            ("context", "train", config.context_pairs),
+            ("test", "test", test_pairs),
+        ):
             for _ in range(size):
                 group = blend[int(rng.integers(2))]
                 pool = world.pairs[group, split]

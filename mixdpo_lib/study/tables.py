@@ -18,23 +18,34 @@ def design_gains(by_prompt: pd.DataFrame, baseline: str = "dpo") -> pd.DataFrame
 
     A mixture is routed by each user's own training pairs, a single policy needs no routing.
     """
-    seen = by_prompt[(by_prompt["users"] == "seen") & by_prompt["routing"].isin(["none", "own_pairs"])]
+    seen = by_prompt[
+        (by_prompt["users"] == "seen") & by_prompt["routing"].isin(["none", "own_pairs"])
+    ]
     parts = []
     for design, part in seen.groupby("design", sort=False):
         single = part[part["method"] == baseline]
         for method, rows in part[part["method"] != baseline].groupby("method", sort=False):
             n_pairs = int(rows.groupby("seed")["n_pairs"].sum().iloc[0])
-            parts.append(accuracy_gain(rows, single).assign(design=design, method=method, n_pairs=n_pairs))
+            parts.append(
+                accuracy_gain(rows, single).assign(design=design, method=method, n_pairs=n_pairs)
+            )
     return pd.concat(parts, ignore_index=True)
 
 
 def preference_counts(sets: Mapping[str, Mapping[str, Dataset]]) -> pd.DataFrame:
     """Pairs, users and prompts of every part of every design, and the share of labels against the user's reward."""
     rows = [
-        {"design": design, "part": name, "pairs": len(part), "users": len(set(part["user"]) - {""}),
-         "prompts": len(set(part["prompt_id"])), "flipped": float(np.mean(part["flipped"]))}
-        for design, parts in sets.items() for name, part in parts.items()
-    ]  # fmt: skip
+        {
+            "design": design,
+            "part": name,
+            "pairs": len(part),
+            "users": len(set(part["user"]) - {""}),
+            "prompts": len(set(part["prompt_id"])),
+            "flipped": float(np.mean(part["flipped"])),
+        }
+        for design, parts in sets.items()
+        for name, part in parts.items()
+    ]
     return pd.DataFrame(rows)
 
 
@@ -50,7 +61,9 @@ def label_temperatures(sets: Mapping[str, Mapping[str, Dataset]]) -> pd.DataFram
     )
 
 
-def score_differences(sets: Mapping[str, Mapping[str, Dataset]], scores: pd.DataFrame) -> pd.DataFrame:
+def score_differences(
+    sets: Mapping[str, Mapping[str, Dataset]], scores: pd.DataFrame
+) -> pd.DataFrame:
     """Score of chosen minus rejected of every training pair, in standard deviations of the user's own reward."""
     parts = []
     for design, data in sets.items():
@@ -84,5 +97,7 @@ def group_agreement(candidates: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFr
         for b in groups:
             untied = (table[a] != 0) & (table[b] != 0)
             share = (table[a] == table[b])[untied].mean()
-            out.append({"group_a": a, "group_b": b, "agreement": share, "n_pairs": int(untied.sum())})
+            out.append(
+                {"group_a": a, "group_b": b, "agreement": share, "n_pairs": int(untied.sum())}
+            )
     return pd.DataFrame(out)

@@ -26,7 +26,9 @@ from .review_users import ReviewUsers
 
 VERSION = 4
 N_KL_TEXTS = 2  # sampled on each validation prompt, to match KL
-KL_SCALES = np.geomspace(0.05, 2.0, 24).tolist()  # factors on B_k between which the match is interpolated
+KL_SCALES = np.geomspace(
+    0.05, 2.0, 24
+).tolist()  # factors on B_k between which the match is interpolated
 
 
 def distinct_2(text: str) -> float:
@@ -41,21 +43,29 @@ def distinct_2(text: str) -> float:
 
 
 def text_table(
-    generated: Generated, prompts: Sequence[str] | pd.Series, prompt_ids: Sequence[int] | pd.Series,
+    generated: Generated,
+    prompts: Sequence[str] | pd.Series,
+    prompt_ids: Sequence[int] | pd.Series,
     scores: pd.DataFrame,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """One row a sampled text: judges' scores, log_ratio, ref_logp (nats), n_tokens, distinct_2."""
     return pd.DataFrame(
         {
-            "prompt_id": list(prompt_ids), "prompt": list(prompts), "text": generated.text,
-            **{c: scores[c].to_numpy() for c in scores}, "log_ratio": generated.log_ratio,
-            "ref_logp": generated.ref_logp, "n_tokens": generated.n_tokens,
+            "prompt_id": list(prompt_ids),
+            "prompt": list(prompts),
+            "text": generated.text,
+            **{c: scores[c].to_numpy() for c in scores},
+            "log_ratio": generated.log_ratio,
+            "ref_logp": generated.ref_logp,
+            "n_tokens": generated.n_tokens,
             "distinct_2": [distinct_2(t) for t in generated.text],
         }
-    )  # fmt: skip
+    )
 
 
-def summarise_texts(texts: pd.DataFrame, rewards: Sequence[str], baseline: str = "dpo") -> pd.DataFrame:
+def summarise_texts(
+    texts: pd.DataFrame, rewards: Sequence[str], baseline: str = "dpo"
+) -> pd.DataFrame:
     """Mean reward of each policy with its gain over `baseline`, and KL, perplexity, distinct-2, length beside it.
 
     `texts` has columns policy, seed, prompt_id and those of `text_table`. KL is mean log_ratio, nats a text; perplexity
@@ -73,20 +83,30 @@ def summarise_texts(texts: pd.DataFrame, rewards: Sequence[str], baseline: str =
             gain_low, gain_high = interval(draws[:, i] - draws[:, base])
             rows.append(
                 {
-                    "policy": policy, "reward": reward, "n": len(part), "mean": means.iloc[i], "low": low, "high": high,
-                    "gain_over_dpo": means.iloc[i] - means.iloc[base], "gain_low": gain_low, "gain_high": gain_high,
+                    "policy": policy,
+                    "reward": reward,
+                    "n": len(part),
+                    "mean": means.iloc[i],
+                    "low": low,
+                    "high": high,
+                    "gain_over_dpo": means.iloc[i] - means.iloc[base],
+                    "gain_low": gain_low,
+                    "gain_high": gain_high,
                     "kl": part["log_ratio"].mean(),
                     "perplexity": np.exp(-part["ref_logp"].sum() / part["n_tokens"].sum()),
-                    "distinct_2": part["distinct_2"].mean(), "length": part["n_tokens"].mean(),
+                    "distinct_2": part["distinct_2"].mean(),
+                    "length": part["n_tokens"].mean(),
                 }
-            )  # fmt: skip
+            )
     return pd.DataFrame(rows)
 
 
 # ------------------------------------------------------------------------------------------------ of the study's fits
 
 
-def matched_scales(study: ReviewUsers, design: str, seeds: Sequence[int], method: str = "mix_dpo") -> pd.DataFrame:
+def matched_scales(
+    study: ReviewUsers, design: str, seeds: Sequence[int], method: str = "mix_dpo"
+) -> pd.DataFrame:
     """For each seed and expert: the factor on B_k at which the expert is as far from the reference as DPO is.
 
     A factor acts as another beta. It is chosen on validation prompts: first so that the KL on the prefixes of the
@@ -109,7 +129,14 @@ def matched_scales(study: ReviewUsers, design: str, seeds: Sequence[int], method
         dpo, mixture = study.fitted("dpo", seed, design), study.fitted(method, seed, design)
         target = float(by_prefix(dpo)[0, 0])
         sampled = sampled_kl(dpo, "dpo", 0, 1.0)
-        one = {"policy": "dpo", "seed": seed, "expert": 0, "scale": 1.0, "prefix_kl": target, "sampled_kl": sampled}
+        one = {
+            "policy": "dpo",
+            "seed": seed,
+            "expert": 0,
+            "scale": 1.0,
+            "prefix_kl": target,
+            "sampled_kl": sampled,
+        }
         found.append(one)
         curve = np.log(by_prefix(mixture, KL_SCALES).clip(1e-12))
         for group, expert in zip(study.groups, mixture.order, strict=True):
@@ -117,14 +144,27 @@ def matched_scales(study: ReviewUsers, design: str, seeds: Sequence[int], method
                 continue
 
             def at(kl: float, expert: int = expert, curve: np.ndarray = curve) -> float:
-                return float(np.exp(np.interp(np.log(max(kl, 1e-12)), curve[:, expert], np.log(KL_SCALES))))
+                return float(
+                    np.exp(np.interp(np.log(max(kl, 1e-12)), curve[:, expert], np.log(KL_SCALES)))
+                )
 
             name = f"expert_{group}"
             first = sampled_kl(mixture, name, expert, at(target))
             scale = at(target * sampled / first) if min(sampled, first) > 0 else at(target)
             kl = float(by_prefix(mixture, [scale])[0, expert])
-            found.append({**one, "policy": name, "expert": expert, "scale": scale, "prefix_kl": kl, "sampled_kl": first})
-    return pd.DataFrame(found).assign(design=design, method=lambda t: np.where(t["policy"] == "dpo", "dpo", method))
+            found.append(
+                {
+                    **one,
+                    "policy": name,
+                    "expert": expert,
+                    "scale": scale,
+                    "prefix_kl": kl,
+                    "sampled_kl": first,
+                }
+            )
+    return pd.DataFrame(found).assign(
+        design=design, method=lambda t: np.where(t["policy"] == "dpo", "dpo", method)
+    )
 
 
 def texts_of(study: ReviewUsers, policies: pd.DataFrame, n_texts: int) -> pd.DataFrame:
@@ -158,7 +198,9 @@ def base_texts(study: ReviewUsers) -> pd.DataFrame:
         ended=part["ended"].tolist(),
     )
     scores = study.judged(part["prompt"], part["response"], "evaluation")
-    return text_table(generated, part["prompt"], part["prompt_id"], scores).assign(policy="base", seed=0)
+    return text_table(generated, part["prompt"], part["prompt_id"], scores).assign(
+        policy="base", seed=0
+    )
 
 
 def _candidates_on(study: ReviewUsers, prompt_ids: Sequence[int]) -> tuple[pd.DataFrame, Tensor]:
@@ -169,7 +211,12 @@ def _candidates_on(study: ReviewUsers, prompt_ids: Sequence[int]) -> tuple[pd.Da
 
 
 def _generated(
-    study: ReviewUsers, fitted: Fitted, name: str, expert: int, scale: float, prompt_ids: Sequence[int]
+    study: ReviewUsers,
+    fitted: Fitted,
+    name: str,
+    expert: int,
+    scale: float,
+    prompt_ids: Sequence[int],
 ) -> Generated:
     """Texts of one expert, B_k times `scale`, on these prompts; kept in the cache."""
     prompts = [study.prompts[i] for i in prompt_ids]
@@ -177,7 +224,9 @@ def _generated(
     policy.experts.fit_state(fitted.policy.experts.state_dict())
     policy.load_state_dict(fitted.policy.state_dict())
     policy.experts.scale(scale)  # type: ignore[operator]
-    state = hashlib.sha256(b"".join(v.contiguous().numpy().tobytes() for v in policy.state_dict().values()))
+    state = hashlib.sha256(
+        b"".join(v.contiguous().numpy().tobytes() for v in policy.state_dict().values())
+    )
     length = study.config.candidates.response_tokens
     seed = hash_seed(fitted.seed, "texts", name)
     parameters = {
@@ -190,9 +239,13 @@ def _generated(
     }
 
     def build(folder: Path) -> None:
-        out = policy.generate(prompts, expert=[expert] * len(prompts), max_new_tokens=length, seed=seed)
+        out = policy.generate(
+            prompts, expert=[expert] * len(prompts), max_new_tokens=length, seed=seed
+        )
         pd.DataFrame(asdict(out)).to_json(folder / "texts.jsonl", orient="records", lines=True)
 
     folder = cached("texts", VERSION, parameters, build)
-    table = pd.read_json(folder / "texts.jsonl", orient="records", lines=True, dtype=False, convert_dates=False)
+    table = pd.read_json(
+        folder / "texts.jsonl", orient="records", lines=True, dtype=False, convert_dates=False
+    )
     return Generated(**{c: table[c].tolist() for c in table})

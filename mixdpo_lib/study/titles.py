@@ -34,23 +34,35 @@ def load_titles(folder: str | Path, n_titles: int) -> pd.DataFrame:
     for domain in DOMAINS:
         path = Path(folder) / TITLE_FILES[domain]
         if not path.is_file():
-            raise MixDPOError(f"{path}: not found; expected a file with columns title and maker, one {domain} a row")
+            raise MixDPOError(
+                f"{path}: not found; expected a file with columns title and maker, one {domain} a row"
+            )
         try:
             text = path.read_bytes().decode("utf-8-sig")
             table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
         except UnicodeDecodeError as error:
-            raise MixDPOError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+            raise MixDPOError(
+                f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8"
+            ) from error
         except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
-            raise MixDPOError(f"{path}: not readable as a table ({error}); expected columns title and maker") from error
+            raise MixDPOError(
+                f"{path}: not readable as a table ({error}); expected columns title and maker"
+            ) from error
         for column in ("title", "maker"):
             if column not in table:
-                raise MixDPOError(f"{path}: column {column!r} is missing; found {list(table.columns)}")
+                raise MixDPOError(
+                    f"{path}: column {column!r} is missing; found {list(table.columns)}"
+                )
             empty = np.flatnonzero(table[column].str.strip() == "")
             if len(empty):
-                raise MixDPOError(f"{path}: row {empty[0] + 1}, column {column!r} is empty; expected text")
+                raise MixDPOError(
+                    f"{path}: row {empty[0] + 1}, column {column!r} is empty; expected text"
+                )
         if not 0 < n_titles <= len(table):
-            raise MixDPOError(f"{path}: {len(table)} rows, n_titles={n_titles} wanted: give more {domain}s, or ask for "
-                              "fewer")  # fmt: skip
+            raise MixDPOError(
+                f"{path}: {len(table)} rows, n_titles={n_titles} wanted: give more {domain}s, or ask for "
+                "fewer"
+            )
         parts.append(table[["title", "maker"]].assign(domain=domain))
     return pd.concat(parts, ignore_index=True)
 
@@ -61,7 +73,8 @@ def familiarity(base: Base, works: pd.DataFrame) -> np.ndarray:
     No domain is read. A gate cannot tell what its base does not know.
     """
     asked = [
-        Text(f"{work.title}, one of the best-known works of", f" {work.maker}", False) for work in works.itertuples()
+        Text(f"{work.title}, one of the best-known works of", f" {work.maker}", False)
+        for work in works.itertuples()
     ]
     texts = Texts.of(asked)
     return reference_logps(base, texts)[[texts.index[text] for text in asked]]

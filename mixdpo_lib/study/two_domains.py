@@ -75,13 +75,21 @@ def domain_preferences(
             for _ in range(1 if part == "test" else config.labels_per_pair):
                 flipped = is_flipped(gap, t, None if part == "test" else rng)
                 a, b = (worse, better) if flipped else (better, worse)
-                out[part].append({
-                    "prompt": candidates["prompt"].iat[a], "chosen": candidates["response"].iat[a],
-                    "rejected": candidates["response"].iat[b], "ended": False, "domain": domain, "group": domain,
-                    "prompt_id": int(candidates["prompt_id"].iat[a]), "item": int(of["item"].iat[a]), "gap": gap,
-                    "read": of["read"].iat[a],
-                    "flipped": flipped,
-                })  # fmt: skip
+                out[part].append(
+                    {
+                        "prompt": candidates["prompt"].iat[a],
+                        "chosen": candidates["response"].iat[a],
+                        "rejected": candidates["response"].iat[b],
+                        "ended": False,
+                        "domain": domain,
+                        "group": domain,
+                        "prompt_id": int(candidates["prompt_id"].iat[a]),
+                        "item": int(of["item"].iat[a]),
+                        "gap": gap,
+                        "read": of["read"].iat[a],
+                        "flipped": flipped,
+                    }
+                )
     for part, rows_of in out.items():
         empty = set(DOMAINS) - {row["domain"] for row in rows_of}
         if empty:
@@ -125,15 +133,19 @@ class TwoDomains(Study):
     def rewards(self) -> pd.DataFrame:
         """The hidden reward of every candidate under each domain's profile, in standard deviations."""
         scores = (self.scores - self.scores.mean()) / self.scores.std().replace(0, 1)
-        return pd.DataFrame({
-            domain: sum(weight * scores[reward] for reward, weight in profile.items())
-            for domain, profile in PROFILES.items()
-        })
+        return pd.DataFrame(
+            {
+                domain: sum(weight * scores[reward] for reward, weight in profile.items())
+                for domain, profile in PROFILES.items()
+            }
+        )
 
     def preferences(self, design: str = "") -> Mapping[str, Dataset]:
         """See `domain_preferences`."""
         read = self.prompts["prompt"].map(self.asked.gate_prompt)
-        return domain_preferences(self.prompts.assign(read=read), self.candidates, self.rewards, self.config)
+        return domain_preferences(
+            self.prompts.assign(read=read), self.candidates, self.rewards, self.config
+        )
 
     # -------------------------------------------------------------------------------------------------------- fits
 
@@ -144,7 +156,13 @@ class TwoDomains(Study):
         `oracle` is the mixture whose gate is given the domain; no other method reads it.
         """
         k, r = self.config.n_experts, self.config.rank
-        return {"dpo": (1, r), f"dpo_rank_{k}r": (1, k * r), "mix_dpo": (k, r), "moe_dpo": (k, r), "oracle": (k, r)}
+        return {
+            "dpo": (1, r),
+            f"dpo_rank_{k}r": (1, k * r),
+            "mix_dpo": (k, r),
+            "moe_dpo": (k, r),
+            "oracle": (k, r),
+        }
 
     def new_policy(self, method: str, train: Pairs) -> MixturePolicy:
         """An untrained policy of a method."""
@@ -162,7 +180,9 @@ class TwoDomains(Study):
             )
         elif method == "oracle":
             gate = given_gate("domain", DOMAINS, k)
-        return MixturePolicy(HeadExperts(self.base, k, rank, min_count=config.min_count), gate, config.beta)
+        return MixturePolicy(
+            HeadExperts(self.base, k, rank, min_count=config.min_count), gate, config.beta
+        )
 
     def fit_config(self, method: str, seed: int) -> FitConfig:
         """The study's; where a gate can say nothing of a prompt, there are no clusters to start from."""
@@ -187,12 +207,17 @@ class TwoDomains(Study):
         one = {domain: torch.zeros(1, 1) for domain in DOMAINS}
         for f in fits:
             f.result.restore(f.policy, "last" if last else "best")
-            loglik, log_w = f.policy.loglik(test, None if last else f.rewards), f.policy.log_w(test).detach()
+            loglik, log_w = (
+                f.policy.loglik(test, None if last else f.rewards),
+                f.policy.log_w(test).detach(),
+            )
             f.result.restore(f.policy)
             weights = {f"{f.method}_last_step" if last else f.method: log_w}
             if f.method == "moe_dpo" and not last:
                 weights["moe_dpo_top_1"] = keep_top_s(log_w, 1)
             for name, own in weights.items():
-                table = prompt_accuracy(f.policy, test, one, (loglik + own.log_softmax(-1)).logsumexp(1, keepdim=True))
+                table = prompt_accuracy(
+                    f.policy, test, one, (loglik + own.log_softmax(-1)).logsumexp(1, keepdim=True)
+                )
                 parts.append(table.assign(method=name, seed=f.seed))
         return pd.concat(parts, ignore_index=True)

@@ -12,18 +12,32 @@ from mixdpo_lib.base.features import text_features, tokenise
 from mixdpo_lib.data.pairs import Pairs, Text, Texts
 from mixdpo_lib.store import MixDPOError
 
-TEXTS = [Text("the film", "was good", True), Text("a long story with it", "is bad", False), Text("it", "the", True)]
+TEXTS = [
+    Text("the film", "was good", True),
+    Text("a long story with it", "is bad", False),
+    Text("it", "the", True),
+]
 ALL = Texts.of(TEXTS)
 
 
 def rows(**changes):
-    row = {"prompt": "the film", "chosen": "was good", "rejected": "was bad", "user": "ann"} | changes
-    return datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "user": "bob"}, row])
+    row = {
+        "prompt": "the film",
+        "chosen": "was good",
+        "rejected": "was bad",
+        "user": "ann",
+    } | changes
+    return datasets.Dataset.from_list(
+        [{"prompt": "a", "chosen": "b", "rejected": "c", "user": "bob"}, row]
+    )
 
 
 def test_tokens_of_prompt_and_response(tiny_base):
     prompt, response = tokenise(tiny_base, TEXTS[0])
-    assert tiny_base.tokenizer.decode(prompt) == "the film" and tiny_base.tokenizer.decode(response[:2]) == "was good"
+    assert (
+        tiny_base.tokenizer.decode(prompt) == "the film"
+        and tiny_base.tokenizer.decode(response[:2]) == "was good"
+    )
     assert response[2:] == [tiny_base.eos_token_id]
     assert tokenise(tiny_base, TEXTS[0]._replace(ended=False)) == (prompt, response[:2])
 
@@ -36,7 +50,9 @@ def test_a_text_without_tokens_is_refused(tiny_base, text):
 
 def test_a_text_longer_than_the_context_is_refused(tiny_base):
     tokenise(tiny_base, Text("the " * 40, "a " * 8, False))
-    with pytest.raises(ValueError, match="prompt of 40 and response of 9 tokens exceed the context .*48 tokens"):
+    with pytest.raises(
+        ValueError, match="prompt of 40 and response of 9 tokens exceed the context .*48 tokens"
+    ):
         tokenise(tiny_base, Text("the " * 40, "a " * 8, True))
 
 
@@ -46,7 +62,9 @@ def test_hidden_states_are_those_that_predict_each_response_token(tiny_base):
     for i, text in enumerate(TEXTS):
         prompt, response = tokenise(tiny_base, text)
         with torch.no_grad():
-            out = tiny_base.model(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1][0]
+            out = tiny_base.model(
+                torch.tensor([prompt + response]), output_hidden_states=True
+            ).hidden_states[-1][0]
         mine = slice(found.offsets[i], found.offsets[i + 1])
         assert found.tokens[mine].tolist() == response
         np.testing.assert_allclose(found.hidden[mine], out[len(prompt) - 1 : -1], atol=1e-5)
@@ -111,18 +129,26 @@ def test_units_are_numbered_by_first_appearance(tiny_base):
     found = Pairs.of(preference_rows(6, users=4))
     ids, names = found.units("user")
     assert ids.tolist() == [0, 1, 2, 3, 0, 1] and names == ["user0", "user1", "user2", "user3"]
-    with pytest.raises(ValueError, match="unit column 'person' is missing; found .*'user'.*: name one of them"):
+    with pytest.raises(
+        ValueError, match="unit column 'person' is missing; found .*'user'.*: name one of them"
+    ):
         found.units("person")
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (rows().remove_columns("rejected"), "preference set: column 'rejected' is missing; found"),
-    (rows(chosen="  "), "preference set: row 1, column 'chosen': found '  ', expected a text with words"),
-    (rows(chosen="was bad"), "preference set: row 1: chosen equals rejected"),
-    (rows(prompt=None), "preference set: row 1, column 'prompt': found NoneType"),
-    (rows(prompt="the " * 47), "exceed the context"),
-    (rows().select([]), "the preference set is empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (rows().remove_columns("rejected"), "preference set: column 'rejected' is missing; found"),
+        (
+            rows(chosen="  "),
+            "preference set: row 1, column 'chosen': found '  ', expected a text with words",
+        ),
+        (rows(chosen="was bad"), "preference set: row 1: chosen equals rejected"),
+        (rows(prompt=None), "preference set: row 1, column 'prompt': found NoneType"),
+        (rows(prompt="the " * 47), "exceed the context"),
+        (rows().select([]), "the preference set is empty"),
+    ],
+)
 def test_bad_rows(tiny_base, data, message):
     with pytest.raises(ValueError, match=message) as error:
         text_features(tiny_base, Pairs.of(data).texts)

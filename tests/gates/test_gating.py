@@ -50,7 +50,9 @@ def test_m_step_is_the_mode_of_the_posterior():
     best = units * (q * gate.log_w()[0]).sum() + gate.log_prior()
     draw = torch.Generator().manual_seed(0)
     for _ in range(200):
-        other = (gate.log_w()[0] + 0.3 * torch.randn(3, generator=draw, dtype=torch.float64)).log_softmax(-1)
+        other = (
+            gate.log_w()[0] + 0.3 * torch.randn(3, generator=draw, dtype=torch.float64)
+        ).log_softmax(-1)
         assert units * (q * other).sum() + 0.7 * other.sum() <= best
 
 
@@ -80,12 +82,16 @@ def test_prior_keeps_every_expert_alive_and_yields_to_data():
 def test_em_with_learned_weights_never_falls():
     """Full-batch EM of the weights alone, on given likelihoods: likelihood plus prior rises at every step."""
     draw = torch.Generator().manual_seed(0)
-    loglik = torch.nn.functional.logsigmoid(2 * torch.randn(40, 3, generator=draw, dtype=torch.float64))
+    loglik = torch.nn.functional.logsigmoid(
+        2 * torch.randn(40, 3, generator=draw, dtype=torch.float64)
+    )
     unit = torch.arange(40) // 4
     gate = weights.LearnedWeights(3, alpha=1.2).double()
     before = -math.inf
     for _ in range(50):
-        value = (elbo.mixture_log_likelihood(loglik, gate.log_w(), unit).sum() + gate.log_prior()).item()
+        value = (
+            elbo.mixture_log_likelihood(loglik, gate.log_w(), unit).sum() + gate.log_prior()
+        ).item()
         assert value >= before - 1e-10
         before = value
         gate.update(elbo.log_responsibilities(loglik, gate.log_w(), unit).exp().mean(0), n_units=10)
@@ -107,8 +113,12 @@ def test_state_is_saved_with_the_module():
 
 def test_top_s_keeps_the_largest_without_renormalising():
     log_w = torch.tensor([[0.2, 0.5, 0.3], [0.4, 0.2, 0.4]]).log()
-    assert torch.allclose(keep_top_s(log_w, 2).exp(), torch.tensor([[0.0, 0.5, 0.3], [0.4, 0.0, 0.4]]))
-    assert torch.allclose(keep_top_s(log_w, 1).exp(), torch.tensor([[0.0, 0.5, 0.0], [0.4, 0.0, 0.0]]))
+    assert torch.allclose(
+        keep_top_s(log_w, 2).exp(), torch.tensor([[0.0, 0.5, 0.3], [0.4, 0.0, 0.4]])
+    )
+    assert torch.allclose(
+        keep_top_s(log_w, 1).exp(), torch.tensor([[0.0, 0.5, 0.0], [0.4, 0.0, 0.0]])
+    )
     assert (keep_top_s(log_w, 3) == log_w).all()
 
 
@@ -127,10 +137,17 @@ def test_top_s_is_nested_and_keeps_s(values):
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: weights.LearnedWeights(0), lambda: weights.FixedWeights([]), lambda: weights.FixedWeights.uniform(0)]
+    "build",
+    [
+        lambda: weights.LearnedWeights(0),
+        lambda: weights.FixedWeights([]),
+        lambda: weights.FixedWeights.uniform(0),
+    ],
 )
 def test_no_expert_is_refused(build):
-    with pytest.raises(ValueError, match="n_experts=0: a mixture needs at least one expert; use 1 for plain DPO"):
+    with pytest.raises(
+        ValueError, match="n_experts=0: a mixture needs at least one expert; use 1 for plain DPO"
+    ):
         build()
 
 
@@ -208,7 +225,9 @@ def test_a_context_gate_learns_which_prompts_are_whose():
 def test_a_linear_gate_stays_undecided_where_no_line_parts_them():
     x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     log_q = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]).clamp(0.001, 0.999).log()
-    assert gate_loss(learn(ContextGate(2, 2), {"state": x}, log_q), log_q) > 0.69  # ln 2: exclusive or
+    assert (
+        gate_loss(learn(ContextGate(2, 2), {"state": x}, log_q), log_q) > 0.69
+    )  # ln 2: exclusive or
 
 
 def test_the_loss_is_least_where_the_weights_are_the_responsibilities():
@@ -224,9 +243,13 @@ def test_entropy_and_balance_terms_by_hand():
     log_w = torch.tensor([[0.9, 0.1], [0.7, 0.3]]).log()
     plain = float(gate_loss(log_w, log_w))
     h = [-(0.9 * math.log(0.9) + 0.1 * math.log(0.1)), -(0.7 * math.log(0.7) + 0.3 * math.log(0.3))]
-    assert float(gate_loss(log_w, log_w, entropy_weight=2.0)) == pytest.approx(plain - 2 * sum(h) / 2, rel=1e-5)
+    assert float(gate_loss(log_w, log_w, entropy_weight=2.0)) == pytest.approx(
+        plain - 2 * sum(h) / 2, rel=1e-5
+    )
     kl = math.log(2) + 0.8 * math.log(0.8) + 0.2 * math.log(0.2)
-    assert float(gate_loss(log_w, log_w, balance_weight=3.0)) == pytest.approx(plain + 3 * kl, rel=1e-5)
+    assert float(gate_loss(log_w, log_w, balance_weight=3.0)) == pytest.approx(
+        plain + 3 * kl, rel=1e-5
+    )
 
 
 def test_weights_are_the_softmax_of_the_standardised_state():
@@ -271,48 +294,100 @@ def test_offsets_shrink_towards_the_prior():
     narrow = MixedMembershipGate([], 2, ["a", "b", "c"], offset_scale=0.3)
     free, held = (learn(gate, {"unit": unit}, log_q).exp() for gate in (wide, narrow))
     assert abs(float(free[0, 0]) - 0.9) < 0.02 and abs(float(free[-1, 1]) - 0.9) < 0.02
-    assert 0.5 < float(held[-1, 1]) < float(held[0, 0]) < 0.9  # one pair moves an offset less than eight
+    assert (
+        0.5 < float(held[-1, 1]) < float(held[0, 0]) < 0.9
+    )  # one pair moves an offset less than eight
     torch.testing.assert_close(wide({"unit": torch.tensor([2, -1])}).exp(), torch.full((2, 2), 0.5))
 
 
 def test_a_gate_is_made_anew_from_its_options():
     user = UserGate.from_metadata(METADATA, 2, weight_scale=2.0)
-    gates = [weights.FixedWeights([0.5, 0.5]), weights.LearnedWeights(2, 1.5), ContextGate(4, 2, suffix="?", layer=1), user,
-             MixedMembershipGate([ContextGate(4, 2), user], 2, ["a", "b"], offset_scale=0.5)]  # fmt: skip
+    gates = [
+        weights.FixedWeights([0.5, 0.5]),
+        weights.LearnedWeights(2, 1.5),
+        ContextGate(4, 2, suffix="?", layer=1),
+        user,
+        MixedMembershipGate([ContextGate(4, 2), user], 2, ["a", "b"], offset_scale=0.5),
+    ]
     for gate in gates:
         options = json.loads(json.dumps(gate.describe()))
         again = gates_file.make_gate(options)
-        assert type(again) is type(gate) and again.options() == gate.options() and again.reads == gate.reads
+        assert (
+            type(again) is type(gate)
+            and again.options() == gate.options()
+            and again.reads == gate.reads
+        )
         again.load_state_dict(gate.state_dict())
-    with pytest.raises(MixDPOError, match="gate='Oracle': no gate of this name is known; found .*'UserGate'.*import the"):
+    with pytest.raises(
+        MixDPOError,
+        match="gate='Oracle': no gate of this name is known; found .*'UserGate'.*import the",
+    ):
         gates_file.make_gate({"gate": "Oracle"})
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: ContextGate(0, 2), "n_features=0"),
-    (lambda: ContextGate(2, 0), "n_experts=0"),
-    (lambda: ContextGate(2, 2, weight_scale=0), "weight_scale=0: expected above 0"),
-    (lambda: ContextGate(2, 2, scale=torch.tensor([1.0, 0.0])), "scale: expected every entry above 0"),
-    (lambda: ContextGate(2, 2)({}), r"inputs\['state'\] is absent; found \[\]"),
-    (lambda: ContextGate(2, 2)({"state": torch.ones(1, 3)}), r"shape \(1, 3\); expected \(rows, 2\)"),
-    (lambda: ContextGate(2, 2)({"state": torch.tensor([[0.0, 1.0], [math.nan, 0.0]])}), "row 1: found a value that"),
-    (lambda: UserGate({}, 2), "columns: found none"),
-    (lambda: UserGate.from_metadata({"a": ["x", "x"]}, 2), "'a' is 'x' in every row: a gate can learn nothing"),
-    (lambda: UserGate.from_metadata({"a": [1.0, math.nan]}, 2), "row 1, column 'a': found nan"),
-    (lambda: UserGate.from_metadata({"a": ["x", None]}, 2), "row 1, column 'a': found None"),
-    (lambda: UserGate.from_metadata(METADATA, 2).encode({"age": [1]}), "column 'country' is absent; found \\['age'\\]"),
-    (lambda: UserGate.from_metadata(METADATA, 2).encode({"country": ["x"], "age": ["old"]}), "row 0, column 'age'"),
-    (lambda: UserGate.from_metadata(METADATA, 2).encode({"country": ["x"], "age": [1, 2]}), "'age' has 2 rows"),
-    (lambda: UserGate.from_metadata(METADATA, 2).encode({"country": ["x"], "age": [math.nan]}), "row 0, column 'age'"),
-    (lambda: MixedMembershipGate([ContextGate(2, 3)], 2, ["a"]), r"gates have \[3\] experts; expected 2"),
-    (lambda: MixedMembershipGate([], 2, []), "units: found 0"),
-    (lambda: MixedMembershipGate([], 2, ["a", "a"]), "units: found 2, 1 of them distinct"),
-    (lambda: MixedMembershipGate([], 2, ["a"], offset_scale=-1), "offset_scale=-1"),
-    (lambda: MixedMembershipGate([], 2, ["a"])({}), r"inputs\['unit'\] is absent"),
-    (lambda: MixedMembershipGate([], 2, ["a"])({"unit": torch.tensor([0, 1])}), r"\[1\] = 1; expected -1 ... 0"),
-    (lambda: gate_loss(torch.zeros(1, 2), torch.zeros(2, 2)), "log_w has shape"),
-    (lambda: gate_loss(torch.zeros(1, 2), torch.zeros(1, 2), balance_weight=-1), "balance_weight=-1: expected 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ContextGate(0, 2), "n_features=0"),
+        (lambda: ContextGate(2, 0), "n_experts=0"),
+        (lambda: ContextGate(2, 2, weight_scale=0), "weight_scale=0: expected above 0"),
+        (
+            lambda: ContextGate(2, 2, scale=torch.tensor([1.0, 0.0])),
+            "scale: expected every entry above 0",
+        ),
+        (lambda: ContextGate(2, 2)({}), r"inputs\['state'\] is absent; found \[\]"),
+        (
+            lambda: ContextGate(2, 2)({"state": torch.ones(1, 3)}),
+            r"shape \(1, 3\); expected \(rows, 2\)",
+        ),
+        (
+            lambda: ContextGate(2, 2)({"state": torch.tensor([[0.0, 1.0], [math.nan, 0.0]])}),
+            "row 1: found a value that",
+        ),
+        (lambda: UserGate({}, 2), "columns: found none"),
+        (
+            lambda: UserGate.from_metadata({"a": ["x", "x"]}, 2),
+            "'a' is 'x' in every row: a gate can learn nothing",
+        ),
+        (lambda: UserGate.from_metadata({"a": [1.0, math.nan]}, 2), "row 1, column 'a': found nan"),
+        (lambda: UserGate.from_metadata({"a": ["x", None]}, 2), "row 1, column 'a': found None"),
+        (
+            lambda: UserGate.from_metadata(METADATA, 2).encode({"age": [1]}),
+            "column 'country' is absent; found \\['age'\\]",
+        ),
+        (
+            lambda: UserGate.from_metadata(METADATA, 2).encode({"country": ["x"], "age": ["old"]}),
+            "row 0, column 'age'",
+        ),
+        (
+            lambda: UserGate.from_metadata(METADATA, 2).encode({"country": ["x"], "age": [1, 2]}),
+            "'age' has 2 rows",
+        ),
+        (
+            lambda: UserGate.from_metadata(METADATA, 2).encode(
+                {"country": ["x"], "age": [math.nan]}
+            ),
+            "row 0, column 'age'",
+        ),
+        (
+            lambda: MixedMembershipGate([ContextGate(2, 3)], 2, ["a"]),
+            r"gates have \[3\] experts; expected 2",
+        ),
+        (lambda: MixedMembershipGate([], 2, []), "units: found 0"),
+        (lambda: MixedMembershipGate([], 2, ["a", "a"]), "units: found 2, 1 of them distinct"),
+        (lambda: MixedMembershipGate([], 2, ["a"], offset_scale=-1), "offset_scale=-1"),
+        (lambda: MixedMembershipGate([], 2, ["a"])({}), r"inputs\['unit'\] is absent"),
+        (
+            lambda: MixedMembershipGate([], 2, ["a"])({"unit": torch.tensor([0, 1])}),
+            r"\[1\] = 1; expected -1 ... 0",
+        ),
+        (lambda: gate_loss(torch.zeros(1, 2), torch.zeros(2, 2)), "log_w has shape"),
+        (
+            lambda: gate_loss(torch.zeros(1, 2), torch.zeros(1, 2), balance_weight=-1),
+            "balance_weight=-1: expected 0",
+        ),
+    ],
+)
 def test_gates_refuse_what_they_cannot_use(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -19,7 +19,11 @@ def run(base, family, options, folder=None, stop_after=None):
     """Losses of a fit, and its final parameters as one list."""
     data = Pairs.of(preference_rows(26))
     torch.manual_seed(0)
-    made = heads.HeadExperts(base, 2, rank=4) if family == "head" else adapters.AdapterExperts(base, 2, 4, 1)
+    made = (
+        heads.HeadExperts(base, 2, rank=4)
+        if family == "head"
+        else adapters.AdapterExperts(base, 2, 4, 1)
+    )
     policy = mixture.MixturePolicy(made, weights.LearnedWeights(2), beta=0.5)
     config = plain_fit(**{"passes": 8.0, "learning_rate": 5e-3, "batch_size": 8, **options})
     if stop_after is not None:  # as a machine that goes down
@@ -42,9 +46,12 @@ def run(base, family, options, folder=None, stop_after=None):
 
 
 CASES = {
-    "unit": ("head", {}), "pair": ("head", {"latent": "pair"}), "prompt": ("head", {"batch_by": "prompt"}),
-    "adapter": ("adapter", {}), "accumulate": ("head", {"batch_size": 2, "accumulate": 4}),
-}  # fmt: skip
+    "unit": ("head", {}),
+    "pair": ("head", {"latent": "pair"}),
+    "prompt": ("head", {"batch_by": "prompt"}),
+    "adapter": ("adapter", {}),
+    "accumulate": ("head", {"batch_size": 2, "accumulate": 4}),
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -46,9 +46,16 @@ def test_update_changes_only_the_rows_of_the_batch(table):
     seen = torch.tensor([[0.5, 0.7]]).log().requires_grad_()
     table.update(torch.tensor([1]), seen)
     assert not table.loglik.requires_grad
-    torch.testing.assert_close(table.loglik.exp(), torch.tensor([[0.9, 0.3], [0.5, 0.7], [0.2, 0.6]]))
-    a, b = 0.25 * 0.9 * 0.5, 0.75 * 0.3 * 0.7  # the other pair of the user counts as it was last seen
-    assert float(table.batch_log_q(torch.tensor([1]), LOG_W)[0, 0].exp()) == pytest.approx(a / (a + b), rel=1e-5)
+    torch.testing.assert_close(
+        table.loglik.exp(), torch.tensor([[0.9, 0.3], [0.5, 0.7], [0.2, 0.6]])
+    )
+    a, b = (
+        0.25 * 0.9 * 0.5,
+        0.75 * 0.3 * 0.7,
+    )  # the other pair of the user counts as it was last seen
+    assert float(table.batch_log_q(torch.tensor([1]), LOG_W)[0, 0].exp()) == pytest.approx(
+        a / (a + b), rel=1e-5
+    )
 
 
 def test_the_table_is_part_of_a_checkpoint(table):
@@ -60,9 +67,13 @@ def test_the_table_is_part_of_a_checkpoint(table):
 def test_the_bound_by_term_and_by_hand(table):
     terms = table.terms(LOG_W)
     total = math.log(0.18 + 0.09) + math.log(0.05 + 0.45)
-    assert terms["elbo"] == pytest.approx(total / 3, rel=1e-5)  # exact posterior: the bound is the likelihood
+    assert terms["elbo"] == pytest.approx(
+        total / 3, rel=1e-5
+    )  # exact posterior: the bound is the likelihood
     assert terms["bound_gap"] == pytest.approx(0, abs=1e-6)
-    kl = sum(q * math.log(q / w) for q, w in [(2 / 3, 0.25), (1 / 3, 0.75), (0.1, 0.25), (0.9, 0.75)])
+    kl = sum(
+        q * math.log(q / w) for q, w in [(2 / 3, 0.25), (1 / 3, 0.75), (0.1, 0.25), (0.9, 0.75)]
+    )
     assert terms["kl_q_w"] == pytest.approx(kl / 3, rel=1e-4)
     assert terms["expected_loglik"] == pytest.approx(terms["elbo"] + terms["kl_q_w"], rel=1e-5)
     entropy = -sum(q * math.log(q) for q in (2 / 3, 1 / 3, 0.1, 0.9)) / 2
@@ -73,7 +84,9 @@ def test_the_bound_by_term_and_by_hand(table):
 def test_tempered_terms_leave_a_gap(table):
     terms = table.terms(LOG_W, 4.0)
     total = (math.log(0.27) + math.log(0.5)) / 3
-    assert terms["bound_gap"] > 1e-3 and terms["elbo"] + terms["bound_gap"] == pytest.approx(total, rel=1e-5)
+    assert terms["bound_gap"] > 1e-3 and terms["elbo"] + terms["bound_gap"] == pytest.approx(
+        total, rel=1e-5
+    )
 
 
 def test_a_certain_posterior_has_finite_terms():
@@ -89,10 +102,14 @@ def test_a_unit_that_is_a_row_is_the_pair_level():
 
 
 def test_predictive_probability_by_hand():
-    expected = torch.tensor([0.25 * 0.9 + 0.75 * 0.3, 0.25 * 0.8 + 0.75 * 0.4, 0.25 * 0.2 + 0.75 * 0.6])
+    expected = torch.tensor(
+        [0.25 * 0.9 + 0.75 * 0.3, 0.25 * 0.8 + 0.75 * 0.4, 0.25 * 0.2 + 0.75 * 0.6]
+    )
     torch.testing.assert_close(predictive_probability(LOGLIK, LOG_W), expected)
     per_row = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]).log()
-    torch.testing.assert_close(predictive_probability(LOGLIK, per_row), torch.tensor([0.9, 0.4, 0.4]))
+    torch.testing.assert_close(
+        predictive_probability(LOGLIK, per_row), torch.tensor([0.9, 0.4, 0.4])
+    )
 
 
 def test_a_tie_counts_half_whatever_its_rounding():
@@ -140,7 +157,9 @@ def test_an_annealed_temperature_by_hand():
 def test_the_effective_number_of_experts_is_held(wanted):
     log_q = torch.randn(3000, 3, generator=torch.Generator().manual_seed(0)).log_softmax(1)
     tau = EffectiveExperts(wanted).at(0.3, log_q, torch.Generator().manual_seed(1))
-    z = gumbel_softmax_samples(log_q, tau, generator=torch.Generator().manual_seed(2))[0]  # other draws
+    z = gumbel_softmax_samples(log_q, tau, generator=torch.Generator().manual_seed(2))[
+        0
+    ]  # other draws
     assert float(entropy(z.clamp_min(1e-30).log()).exp().mean()) == pytest.approx(wanted, rel=0.03)
 
 
@@ -149,7 +168,9 @@ def test_bad_schedules_are_named():
         Annealed(1.0, 0.0)
     with pytest.raises(ValueError, match="needs the responsibilities of the step"):
         EffectiveExperts(1.5).at(0.0)
-    with pytest.raises(ValueError, match=r"EffectiveExperts\(3.0\) with 3 experts: expected below K"):
+    with pytest.raises(
+        ValueError, match=r"EffectiveExperts\(3.0\) with 3 experts: expected below K"
+    ):
         EffectiveExperts(3.0).at(0.0, torch.zeros(2, 3).log_softmax(1))
 
 
@@ -159,5 +180,7 @@ def test_a_recognition_network_starts_at_the_gate_and_standardises_its_input():
     assert torch.equal(network(features), torch.zeros(2, 3))
     inner = network.inner(torch.tensor([[-1.0, -1.0]]))
     torch.nn.init.ones_(network.outer.weight)
-    torch.testing.assert_close(network(features[:1]), torch.tanh(inner).sum(1, keepdim=True).expand(1, 3))
+    torch.testing.assert_close(
+        network(features[:1]), torch.tanh(inner).sum(1, keepdim=True).expand(1, 3)
+    )
     assert {"mean", "scale"} <= set(network.state_dict())

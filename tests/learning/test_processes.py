@@ -24,11 +24,34 @@ def single(tiny_base):
 def two(tiny_folder, tmp_path_factory):
     """The same fits by two processes on this machine's processor."""
     place = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-               str(HERE / "processes.py"), str(place), str(tiny_folder)]  # fmt: skip
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "MIXDPO_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        str(HERE / "processes.py"),
+        str(place),
+        str(tiny_folder),
+    ]
+    path = os.pathsep.join(
+        [str(HERE.parents[1]), str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "MIXDPO_CACHE": str(place / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((place / "found.json").read_text())
@@ -66,5 +89,7 @@ def test_mixed_precision_is_near(tiny_base, single):
 
 
 def test_recognition_takes_whole_steps(tiny_base):
-    with pytest.raises(ValueError, match=r"inference=Recognition.* with accumulate=2 and 1 processes"):
+    with pytest.raises(
+        ValueError, match=r"inference=Recognition.* with accumulate=2 and 1 processes"
+    ):
         processes.run(tiny_base, "head", {"inference": Recognition(), "accumulate": 2})

@@ -20,12 +20,29 @@ STEPS, BETA, RATE, EPSILON = 20, 0.5, 2e-3, 1e-3
 def trl_losses(model, config, tokenizer, rows, folder, start=None):
     """Losses of TRL's DPO, all pairs in every step, by AdamW at a constant rate."""
     arguments = DPOConfig(
-        output_dir=str(folder), beta=BETA, max_steps=STEPS, per_device_train_batch_size=len(rows), learning_rate=RATE,
-        lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, adam_epsilon=EPSILON, logging_steps=1,
-        logging_nan_inf_filter=False, save_strategy="no", report_to=[], use_cpu=True, bf16=False, disable_tqdm=True,
-        gradient_checkpointing=False, max_length=None, disable_dropout=True,
-    )  # fmt: skip
-    trainer = DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config)
+        output_dir=str(folder),
+        beta=BETA,
+        max_steps=STEPS,
+        per_device_train_batch_size=len(rows),
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        adam_epsilon=EPSILON,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        max_length=None,
+        disable_dropout=True,
+    )
+    trainer = DPOTrainer(
+        model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config
+    )
     if start is not None:
         with torch.no_grad():
             for name, p in adapter_tensors(trainer.model, "default").items():
@@ -64,14 +81,21 @@ def test_one_expert_learns_as_trl_does(tiny_base, tmp_path, family):
     tokenizer = tiny_base.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(tiny_base.name, dtype=torch.float32)
-    answers = ("chosen", "rejected")  # the tokenizer splits at spaces, and TRL joins prompt and answer first
-    given = Dataset.from_list([{"prompt": row["prompt"], **{a: " " + row[a] for a in answers}} for row in rows])
+    answers = (
+        "chosen",
+        "rejected",
+    )  # the tokenizer splits at spaces, and TRL joins prompt and answer first
+    given = Dataset.from_list(
+        [{"prompt": row["prompt"], **{a: " " + row[a] for a in answers}} for row in rows]
+    )
     if family == "adapter":
         experts = AdapterExperts(tiny_base, 1, rank=4, blocks=1)
         config, start = experts.lora_config(), dict(experts.tensors(0))
     else:
         experts, config, start = IndependentExperts([tiny_base]), None, None
-    other = torch.tensor(trl_losses(model, config, tokenizer, given, tmp_path, start), dtype=torch.float64)
+    other = torch.tensor(
+        trl_losses(model, config, tokenizer, given, tmp_path, start), dtype=torch.float64
+    )
     own = torch.tensor(own_losses(experts, data), dtype=torch.float64)
     assert len(other) == STEPS and float(own[-1]) < 0.66
     assert float(((own - other) / other).abs().max()) < 1e-5

@@ -39,19 +39,26 @@ def policy(tiny_base, data):
 def probabilities(policy, row):
     """sigma(D_k) of one pair from logits over the whole vocabulary."""
     base, experts = policy.base, policy.experts
-    (a, ra), (b, rb) = (full_logps(base, experts, row["prompt"], row[s], row["ended"]) for s in ("chosen", "rejected"))
+    (a, ra), (b, rb) = (
+        full_logps(base, experts, row["prompt"], row[s], row["ended"])
+        for s in ("chosen", "rejected")
+    )
     return torch.sigmoid(policy.beta * ((a - ra) - (b - rb))).detach()
 
 
 def test_prediction_by_hand(policy, data):
     p = torch.stack([probabilities(policy, row) for row in data.rows])
     assert float((p - 0.5).abs().max()) > 0.05
-    torch.testing.assert_close(policy.predict(data), p @ torch.tensor(WEIGHTS), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        policy.predict(data), p @ torch.tensor(WEIGHTS), atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(policy.predict(data.rows), policy.predict(data))  # rows as they are
     sure = torch.tensor([0.0, 0.0, 1.0]).log()
     torch.testing.assert_close(policy.predict(data, sure), p[:, 2], atol=1e-4, rtol=1e-4)
     each = torch.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]].log()  # one row of weights a pair
-    torch.testing.assert_close(policy.predict(data, each), p[range(8), [0, 1, 2, 0, 1, 2, 0, 1]], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        policy.predict(data, each), p[range(8), [0, 1, 2, 0, 1, 2, 0, 1]], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_user_by_hand(policy, data):
@@ -65,11 +72,17 @@ def test_a_user_by_hand(policy, data):
     with pytest.warns(DeprecationWarning, match="is called `posterior` now"):
         assert policy.responsibilities(data).equals(policy.posterior(data))
     table = policy.posterior(data)
-    assert table.index.tolist() == ["user0", "user1", "user2", "user3"] and table.index.name == "user"
-    torch.testing.assert_close(torch.tensor(table.loc["user1"].to_numpy()), user.exp(), atol=1e-5, rtol=1e-4)
+    assert (
+        table.index.tolist() == ["user0", "user1", "user2", "user3"] and table.index.name == "user"
+    )
+    torch.testing.assert_close(
+        torch.tensor(table.loc["user1"].to_numpy()), user.exp(), atol=1e-5, rtol=1e-4
+    )
     single = policy.posterior(data, unit=None)
     joint = torch.tensor(WEIGHTS) * probabilities(policy, data.rows[5])
-    torch.testing.assert_close(torch.tensor(single.loc[5].to_numpy()), joint / joint.sum(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(single.loc[5].to_numpy()), joint / joint.sum(), atol=1e-4, rtol=1e-4
+    )
     assert len(single) == 8
     with pytest.raises(ValueError, match="unit column 'club' is missing"):
         policy.posterior(data, unit="club")
@@ -78,7 +91,9 @@ def test_a_user_by_hand(policy, data):
 def test_log_probability_of_the_mixture(policy):
     own, _ = full_logps(policy.base, policy.experts, "the film", "was very good", True)
     expected = (own + torch.tensor(WEIGHTS).log()).logsumexp(0)
-    assert policy.logps("the film", "was very good") == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert policy.logps("the film", "was very good") == pytest.approx(
+        float(expected.detach()), rel=1e-5
+    )
     own, _ = full_logps(policy.base, policy.experts, "the film", "was very good", False)
     only = torch.tensor([0.0, 1.0, 0.0]).log()
     found = policy.logps("the film", "was very good", user=only, ended=False)
@@ -109,25 +124,37 @@ def test_a_user_by_metadata_and_by_pairs(by_metadata, data):
     torch.testing.assert_close(by_metadata.predict(rows), expected, atol=1e-4, rtol=1e-4)
     table = by_metadata.posterior(rows)
     joint = y * p[1] * p[5]
-    torch.testing.assert_close(torch.tensor(table.loc["user1"].to_numpy()), joint / joint.sum(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(table.loc["user1"].to_numpy()), joint / joint.sum(), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_gate_of_users_refuses_what_it_cannot_use(policy, by_metadata, data):
     with pytest.raises(ValueError, match="column 'country' is absent"):
         by_metadata.predict(data)
-    with pytest.raises(ValueError, match=r"metadata column 'country' is absent; found \[\]: the gate was"):
+    with pytest.raises(
+        ValueError, match=r"metadata column 'country' is absent; found \[\]: the gate was"
+    ):
         by_metadata.user()
-    with pytest.raises(ValueError, match=r"metadata \['age'\]: the gate reads nothing; leave them out"):
+    with pytest.raises(
+        ValueError, match=r"metadata \['age'\]: the gate reads nothing; leave them out"
+    ):
         policy.user(metadata={"age": 3})
-    with pytest.raises(ValueError, match=r"metadata \['sex'\]: the gate reads country; leave them out"):
+    with pytest.raises(
+        ValueError, match=r"metadata \['sex'\]: the gate reads country; leave them out"
+    ):
         by_metadata.user(metadata={"country": "x", "sex": "f"})
     with pytest.raises(ValueError, match=r"\(country\): give user=policy.user"):
         by_metadata.generate(PROMPTS)
     for wrong in ({"country": "x"}, "ann"):
-        with pytest.raises(ValueError, match="found (dict|str), expected a datasets.Dataset .* metadata="):
+        with pytest.raises(
+            ValueError, match="found (dict|str), expected a datasets.Dataset .* metadata="
+        ):
             as_pairs(wrong)
     moved = data.rows.add_column("country", ["x"] * 4 + ["y"] * 4)  # a user whose country changes
-    with pytest.raises(ValueError, match=r"pairs, column 'country': found \['x', 'y'\], expected one user"):
+    with pytest.raises(
+        ValueError, match=r"pairs, column 'country': found \['x', 'y'\], expected one user"
+    ):
         by_metadata.user(moved)
     with pytest.raises(ValueError, match="unit"):
         by_metadata.posterior(moved)
@@ -136,17 +163,25 @@ def test_a_gate_of_users_refuses_what_it_cannot_use(policy, by_metadata, data):
 def test_a_gate_of_prompts_routes_each_prompt(policy, data):
     states = encode_prompts(policy.base, PROMPTS)
     stored = text_features(policy.base, Texts.of(Text(p, "was good", True) for p in PROMPTS))
-    first = torch.from_numpy(stored.hidden[stored.offsets[:-1]])  # what predicts the first token of a response
+    first = torch.from_numpy(
+        stored.hidden[stored.offsets[:-1]]
+    )  # what predicts the first token of a response
     torch.testing.assert_close(states, first, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(encode_prompts(policy.base, PROMPTS[::-1] * 2), states.flip(0).repeat(2, 1))
+    torch.testing.assert_close(
+        encode_prompts(policy.base, PROMPTS[::-1] * 2), states.flip(0).repeat(2, 1)
+    )
     gate = ContextGate(states.shape[1], 3, mean=states.mean(0), scale=states.std(0) + 0.1)
     with torch.no_grad():
-        gate.outer.weight.copy_(torch.randn(gate.outer.weight.shape, generator=torch.Generator().manual_seed(1)))
+        gate.outer.weight.copy_(
+            torch.randn(gate.outer.weight.shape, generator=torch.Generator().manual_seed(1))
+        )
     routed = MixturePolicy(policy.experts, gate, beta=0.1)
     log_w = routed.log_w(data)
     assert log_w.shape == (8, 3) and float(log_w.detach().exp().std(0).max()) > 0.1
     p = torch.stack([probabilities(routed, row) for row in data.rows])
-    torch.testing.assert_close(routed.predict(data), (p * log_w.detach().exp()).sum(1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        routed.predict(data), (p * log_w.detach().exp()).sum(1), atol=1e-4, rtol=1e-4
+    )
     chosen = routed.generate(PROMPTS, top_s=1, max_new_tokens=2).expert
     assert chosen == gate({"state": states}).argmax(1).tolist() and len(set(chosen)) > 1
     own, _ = full_logps(policy.base, policy.experts, PROMPTS[0], "was very good", True)
@@ -159,12 +194,18 @@ def test_a_gate_of_prompts_routes_each_prompt(policy, data):
 def test_a_gate_may_ask_a_question_and_read_an_inner_layer(policy, data):
     prompts = list(data.rows["prompt"])
     ids = policy.base.prompt_ids(prompts[0] + " was the")
-    hidden = policy.base.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0].detach()
+    hidden = (
+        policy.base.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        .hidden_states[1][0]
+        .detach()
+    )
     states = encode_prompts(policy.base, [prompt + " was the" for prompt in prompts], layer=1)
     torch.testing.assert_close(states[0], hidden[-1], atol=1e-5, rtol=1e-4)
     gate = ContextGate.from_states(states, 3, suffix=" was the", layer=1)
     with torch.no_grad():
-        gate.outer.weight.copy_(torch.randn(gate.outer.weight.shape, generator=torch.Generator().manual_seed(1)))
+        gate.outer.weight.copy_(
+            torch.randn(gate.outer.weight.shape, generator=torch.Generator().manual_seed(1))
+        )
     routed = MixturePolicy(policy.experts, gate, beta=0.1)
     torch.testing.assert_close(routed.log_w(data), gate({"state": states}), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match=r"layer=3: .* has 2 blocks; expected 1 ... 2, or None"):
@@ -173,23 +214,38 @@ def test_a_gate_may_ask_a_question_and_read_an_inner_layer(policy, data):
 
 @pytest.mark.parametrize("kind", ["context", "metadata", "both"])
 def test_a_mixture_is_saved_with_its_gate(policy, tmp_path, kind):
-    context, user = ContextGate(32, 3), UserGate.from_metadata({"country": ["x", "y"], "age": [1, 2]}, 3)
-    gate = {"context": context, "metadata": user, "both": MixedMembershipGate([context, user], 3, ["ann"])}[kind]
+    context, user = (
+        ContextGate(32, 3),
+        UserGate.from_metadata({"country": ["x", "y"], "age": [1, 2]}, 3),
+    )
+    gate = {
+        "context": context,
+        "metadata": user,
+        "both": MixedMembershipGate([context, user], 3, ["ann"]),
+    }[kind]
     with torch.no_grad():
         for i, parameter in enumerate(gate.parameters()):
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+            )
     MixturePolicy(policy.experts, gate, beta=0.1).save_pretrained(tmp_path)
     again = MixturePolicy.from_pretrained(tmp_path, policy.base).gate
     columns = {"prompt": ["the film"], "country": ["y"], "age": [3], "user": ["ann"]}
-    assert torch.equal(again(again.inputs(columns, policy.base)), gate(gate.inputs(columns, policy.base)))
+    assert torch.equal(
+        again(again.inputs(columns, policy.base)), gate(gate.inputs(columns, policy.base))
+    )
     assert again.reads == gate.reads
 
 
 def test_rewards_are_beta_log_ratios(policy, data):
     rewards = policy.text_rewards(data.texts)
     first = data.rows[0]
-    a, ra = full_logps(policy.base, policy.experts, first["prompt"], first["chosen"], first["ended"])
-    torch.testing.assert_close(rewards[data.index[0, 0]], (0.1 * (a - ra)).detach(), atol=1e-4, rtol=1e-4)
+    a, ra = full_logps(
+        policy.base, policy.experts, first["prompt"], first["chosen"], first["ended"]
+    )
+    torch.testing.assert_close(
+        rewards[data.index[0, 0]], (0.1 * (a - ra)).detach(), atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(policy.loglik(data, rewards), policy.loglik(data))
     some = policy.text_rewards(data.texts, torch.tensor([3, 0]))  # only these texts are computed
     torch.testing.assert_close(some[[0, 3]], rewards[[0, 3]])
@@ -209,15 +265,25 @@ def test_the_likelihood_of_the_chosen_experts(policy, data):
     assert chosen.any(0).all()
     expected = policy.loglik(data).masked_fill(~chosen, -math.inf)
     torch.testing.assert_close(policy.loglik(data, chosen=chosen), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(policy.loglik(data, policy.text_rewards(data.texts), chosen), expected)
-    some = data.where([True, False] * 4)  # its texts are all there; only those of its pairs are computed
-    torch.testing.assert_close(policy.loglik(some, chosen=chosen[::2]), expected[::2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        policy.loglik(data, policy.text_rewards(data.texts), chosen), expected
+    )
+    some = data.where(
+        [True, False] * 4
+    )  # its texts are all there; only those of its pairs are computed
+    torch.testing.assert_close(
+        policy.loglik(some, chosen=chosen[::2]), expected[::2], atol=1e-5, rtol=1e-5
+    )
     everyone = torch.ones(8, 3, dtype=torch.bool)
     assert torch.equal(policy.loglik(data, chosen=everyone), policy.loglik(data))
     ids = torch.tensor([3, 0])
-    rewards = policy.text_rewards(data.texts, ids, torch.tensor([[True, False, False], [False, True, True]]))
+    rewards = policy.text_rewards(
+        data.texts, ids, torch.tensor([[True, False, False], [False, True, True]])
+    )
     assert (~rewards.isnan()).nonzero().tolist() == [[0, 1], [0, 2], [3, 0]]
-    torch.testing.assert_close(rewards[3, 0], policy.text_rewards(data.texts)[3, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        rewards[3, 0], policy.text_rewards(data.texts)[3, 0], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_batch_of_chosen_experts_and_its_gradients(policy, data):
@@ -238,7 +304,9 @@ def test_a_batch_of_chosen_experts_and_its_gradients(policy, data):
         torch.testing.assert_close(mine, full, atol=1e-4 * float(full.abs().max()), rtol=1e-4)
     # read as it is, a loglik of -inf is the restricted likelihood
     plain = elbo.mixture_log_likelihood(policy.batch_loglik(batch, chosen), log_w)
-    torch.testing.assert_close(plain, elbo.restricted_log_likelihood(dense[0], log_w, 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        plain, elbo.restricted_log_likelihood(dense[0], log_w, 2), atol=1e-5, rtol=1e-5
+    )
     with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
         gradients = torch.autograd.grad(plain.sum(), parameters)
     for mine, full in zip(gradients, dense[1:], strict=True):
@@ -258,7 +326,9 @@ def test_fewer_experts_give_a_lower_bound_with_a_certified_gap(policy, data, by_
         loglik = policy.loglik(data, chosen=chosen)  # nothing is known of the others
         bound = elbo.restricted_log_likelihood(loglik, log_w, s, unit)
         gap = elbo.certified_gap(loglik, log_w, s, unit)
-        assert (bound > below).all() and (bound <= whole).all() and (whole <= bound + gap + 1e-6).all()
+        assert (
+            (bound > below).all() and (bound <= whole).all() and (whole <= bound + gap + 1e-6).all()
+        )
         below = bound
     assert torch.equal(below, whole) and not gap.any()
     own = [policy.logps("the film", "was very good", top_s=s) for s in (1, 2, 3)]
@@ -267,19 +337,26 @@ def test_fewer_experts_give_a_lower_bound_with_a_certified_gap(policy, data, by_
 
 def test_a_prediction_by_some_experts_is_renormalised(policy, data):
     p = torch.stack([probabilities(policy, row) for row in data.rows])
-    torch.testing.assert_close(policy.predict(data, top_s=2), p[:, 1:] @ torch.tensor([0.625, 0.375]),
-                               atol=1e-4, rtol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        policy.predict(data, top_s=2), p[:, 1:] @ torch.tensor([0.625, 0.375]), atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(policy.predict(data, top_s=1), p[:, 1], atol=1e-4, rtol=1e-4)
     log_w = weights_by_pair(policy)
-    torch.testing.assert_close(policy.predict(data, log_w, top_s=1), p[range(8), log_w.argmax(1)], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        policy.predict(data, log_w, top_s=1), p[range(8), log_w.argmax(1)], atol=1e-4, rtol=1e-4
+    )
     assert torch.equal(policy.predict(data, top_s=3), policy.predict(data))
     assert torch.equal(policy.predict(data, log_w, top_s=3), policy.predict(data, log_w))
 
 
 @pytest.mark.parametrize("s", [0, 4])
 def test_a_number_of_experts_that_is_not_there_is_refused(policy, data, s):
-    for call in (lambda: policy.predict(data, top_s=s), lambda: policy.logps("the film", "was good", top_s=s),
-                 lambda: policy.generate(PROMPTS, top_s=s), lambda: policy.generate(PROMPTS, top_s=s, form="token")):
+    for call in (
+        lambda: policy.predict(data, top_s=s),
+        lambda: policy.logps("the film", "was good", top_s=s),
+        lambda: policy.generate(PROMPTS, top_s=s),
+        lambda: policy.generate(PROMPTS, top_s=s, form="token"),
+    ):
         with pytest.raises(ValueError, match=rf"top_s={s} with 3 experts; expected 1 ... 3"):
             call()
 
@@ -296,7 +373,15 @@ def test_a_batch_may_mix_experts(policy):
         for row in (i for i in range(4) if experts[i] == k):
             assert mixed.text[row] == alone.text[row] and mixed.n_tokens[row] == alone.n_tokens[row]
             assert mixed.log_ratio[row] == pytest.approx(alone.log_ratio[row], abs=1e-4)
-    assert len({policy.generate(PROMPTS * 3, expert=[k] * 12, max_new_tokens=8, seed=5).text[0] for k in range(3)}) > 1
+    assert (
+        len(
+            {
+                policy.generate(PROMPTS * 3, expert=[k] * 12, max_new_tokens=8, seed=5).text[0]
+                for k in range(3)
+            }
+        )
+        > 1
+    )
     split = policy.generate(PROMPTS, expert=experts, max_new_tokens=8, seed=5, batch_size=3)
     assert split.text == mixed.text and split.ended == mixed.ended
     assert policy.generate(PROMPTS, expert=experts, max_new_tokens=8, seed=6).text != mixed.text
@@ -305,7 +390,9 @@ def test_a_batch_may_mix_experts(policy):
 def test_the_log_ratio_is_that_of_the_sampled_text(policy):
     out = policy.generate(PROMPTS * 6, max_new_tokens=6, seed=1)
     assert set(out.ended) == {True, False} and set(out.expert) == {0, 1, 2}
-    whole = [i for i, text in enumerate(out.text) if text]  # a response of the end token alone is no text
+    whole = [
+        i for i, text in enumerate(out.text) if text
+    ]  # a response of the end token alone is no text
     texts = [Text((PROMPTS * 6)[i], out.text[i], out.ended[i]) for i in whole]
     store = Texts.of(texts)
     logps, refs = policy.experts.all_text_logps(policy.constants(store), torch.arange(len(store)))
@@ -313,7 +400,9 @@ def test_the_log_ratio_is_that_of_the_sampled_text(policy):
         place = store.index[text]
         assert out.n_tokens[i] == len(tokenise(policy.base, text)[1])
         assert out.ref_logp[i] == pytest.approx(float(refs[place]), abs=2e-4)
-        assert out.log_ratio[i] == pytest.approx(float(logps[place, out.expert[i]] - refs[place]), abs=3e-4)
+        assert out.log_ratio[i] == pytest.approx(
+            float(logps[place, out.expert[i]] - refs[place]), abs=3e-4
+        )
 
 
 def test_experts_speak_as_often_as_their_weights_say(policy):
@@ -329,15 +418,21 @@ def test_experts_speak_as_often_as_their_weights_say(policy):
     seen = torch.zeros(len(VOCABULARY))
     for text, ended in zip(out.text, out.ended, strict=True):
         seen[VOCABULARY["</s>" if ended else text]] += 1
-    assert float(((seen - n * p) ** 2 / (n * p)).sum()) < 75  # chi-square, 35 degrees of freedom: 99.99 % below 75
+    assert (
+        float(((seen - n * p) ** 2 / (n * p)).sum()) < 75
+    )  # chi-square, 35 degrees of freedom: 99.99 % below 75
 
 
-@pytest.mark.parametrize("options", [{"top_k": 3}, {"temperature": 0.6, "top_k": 4}, {"top_k": 5, "top_p": 0.8}])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 3}, {"temperature": 0.6, "top_k": 4}, {"top_k": 5, "top_p": 0.8}]
+)
 def test_both_forms_speak_alike(policy, options):
     """Sequences of two tokens: their frequencies differ by chance alone."""
     n, seen = 4000, []
     for form in ("sequence", "token"):
-        out = policy.generate(["the film"] * n, max_new_tokens=2, seed=3, batch_size=n, form=form, **options)
+        out = policy.generate(
+            ["the film"] * n, max_new_tokens=2, seed=3, batch_size=n, form=form, **options
+        )
         seen.append(Counter(zip(out.text, out.ended, strict=True)))
     assert 5 < len(seen[0] | seen[1]) < 60
     for text in seen[0] | seen[1]:
@@ -353,7 +448,9 @@ def test_the_token_form_says_what_mixture_and_posterior_say_of_its_texts(policy)
         whole = [i for i, text in enumerate(out.text) if text]
         texts = [Text(prompts[i], out.text[i], out.ended[i]) for i in whole]
         store = Texts.of(texts)
-        logps, refs = policy.experts.all_text_logps(policy.constants(store), torch.arange(len(store)))
+        logps, refs = policy.experts.all_text_logps(
+            policy.constants(store), torch.arange(len(store))
+        )
         for i, text in zip(whole, texts, strict=True):
             place = store.index[text]
             assert out.ref_logp[i] == pytest.approx(float(refs[place]), abs=2e-4)
@@ -365,7 +462,10 @@ def test_the_token_form_says_what_mixture_and_posterior_say_of_its_texts(policy)
     assert split.text == out.text and split.expert == out.expert
     # a single expert is the same in both forms, by the likelihoods and, greedily, by the text
     only = torch.tensor([0.0, 0.0, 1.0]).log()
-    a, b = (policy.generate(prompts, only, max_new_tokens=6, greedy=True, form=f) for f in ("sequence", "token"))
+    a, b = (
+        policy.generate(prompts, only, max_new_tokens=6, greedy=True, form=f)
+        for f in ("sequence", "token")
+    )
     assert a.text == b.text and a.expert == b.expert == [2] * 24
     assert a.log_ratio == pytest.approx(b.log_ratio, abs=2e-4)
 
@@ -375,7 +475,9 @@ def test_greedy_texts_of_the_mixture_take_its_most_probable_token(policy):
     logps, _ = policy.experts.all_text_logps(policy.constants(texts), torch.arange(len(texts)))
     best = (logps + torch.tensor(WEIGHTS).log()).logsumexp(1).reshape(len(PROMPTS), -1).argmax(1)
     out = policy.generate(PROMPTS, max_new_tokens=1, greedy=True, form="token")
-    assert [VOCABULARY["</s>" if e else t] for t, e in zip(out.text, out.ended, strict=True)] == best.tolist()
+    assert [
+        VOCABULARY["</s>" if e else t] for t, e in zip(out.text, out.ended, strict=True)
+    ] == best.tolist()
     assert out == policy.generate(PROMPTS, max_new_tokens=1, greedy=True, form="token", seed=8)
 
 
@@ -398,12 +500,18 @@ def test_a_user_chooses_the_experts(policy):
 
 
 def test_the_same_seed_gives_the_same_texts(policy):
-    assert policy.generate(PROMPTS, max_new_tokens=5, seed=3) == policy.generate(PROMPTS, max_new_tokens=5, seed=3)
-    assert policy.generate(PROMPTS, max_new_tokens=5, seed=3) != policy.generate(PROMPTS, max_new_tokens=5, seed=4)
+    assert policy.generate(PROMPTS, max_new_tokens=5, seed=3) == policy.generate(
+        PROMPTS, max_new_tokens=5, seed=3
+    )
+    assert policy.generate(PROMPTS, max_new_tokens=5, seed=3) != policy.generate(
+        PROMPTS, max_new_tokens=5, seed=4
+    )
 
 
 def test_prompts_that_cannot_be_continued_are_refused(policy):
-    with pytest.raises(ValueError, match=r"prompt 'the the .* has 45 tokens; with max_new_tokens=4 expected .*44"):
+    with pytest.raises(
+        ValueError, match=r"prompt 'the the .* has 45 tokens; with max_new_tokens=4 expected .*44"
+    ):
         policy.generate(["the " * 45], max_new_tokens=4)
     policy.generate(["the " * 44], max_new_tokens=4)
     with pytest.raises(ValueError, match="prompt '' has 0 tokens"):
@@ -426,14 +534,24 @@ def test_saved_and_read_back(tiny_base, tiny_folder, data, tmp_path, learned, ac
         gate.update(torch.tensor(WEIGHTS), n_units=10)
     policy = MixturePolicy(experts, gate, beta=0.25)
     policy.save_pretrained(tmp_path / "mixture")
-    assert {p.name for p in (tmp_path / "mixture").iterdir()} == {"mixture.safetensors", "config.json", "README.md"}
-    for back in (MixturePolicy.from_pretrained(tmp_path / "mixture"),  # the base is found by its name
-                 MixturePolicy.from_pretrained(str(tmp_path / "mixture"), tiny_base)):  # fmt: skip
+    assert {p.name for p in (tmp_path / "mixture").iterdir()} == {
+        "mixture.safetensors",
+        "config.json",
+        "README.md",
+    }
+    for back in (
+        MixturePolicy.from_pretrained(tmp_path / "mixture"),  # the base is found by its name
+        MixturePolicy.from_pretrained(str(tmp_path / "mixture"), tiny_base),
+    ):
         assert back.beta == 0.25 and type(back.gate) is type(gate) and back.experts.active == active
         assert getattr(back.gate, "alpha", None) == getattr(gate, "alpha", None)
-        assert torch.equal(back.gate.log_w()[0], policy.gate.log_w()[0]) and torch.equal(back.loglik(data), policy.loglik(data))
+        assert torch.equal(back.gate.log_w()[0], policy.gate.log_w()[0]) and torch.equal(
+            back.loglik(data), policy.loglik(data)
+        )
         assert back.logps("the film", "was good") == policy.logps("the film", "was good")
-        assert back.generate(PROMPTS, max_new_tokens=6, seed=9) == policy.generate(PROMPTS, max_new_tokens=6, seed=9)
+        assert back.generate(PROMPTS, max_new_tokens=6, seed=9) == policy.generate(
+            PROMPTS, max_new_tokens=6, seed=9
+        )
 
 
 def test_another_base_is_refused(policy, tmp_path):
@@ -441,7 +559,10 @@ def test_another_base_is_refused(policy, tmp_path):
 
     policy.save_pretrained(tmp_path / "mixture")
     other = load_base(save_tiny_base(tmp_path / "other", seed=4))
-    with pytest.raises(ValueError, match="trained on a base with fingerprint .*, found .*: give the base that it was"):
+    with pytest.raises(
+        ValueError,
+        match="trained on a base with fingerprint .*, found .*: give the base that it was",
+    ):
         MixturePolicy.from_pretrained(tmp_path / "mixture", other)
 
 
@@ -454,7 +575,9 @@ def test_a_folder_without_a_mixture_is_refused(tmp_path):
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, float("nan"), float("inf")])
 def test_beta_is_positive(policy, beta):
-    with pytest.raises(ValueError, match=f"beta={beta}: the strength of the KL term is a positive number"):
+    with pytest.raises(
+        ValueError, match=f"beta={beta}: the strength of the KL term is a positive number"
+    ):
         MixturePolicy(policy.experts, FixedWeights(WEIGHTS), beta)
 
 

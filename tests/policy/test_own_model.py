@@ -28,7 +28,11 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert all(f"{family}Experts -0." in said for family in ("Head", "Adapter", "Independent"))
     assert load_preferences("for-trl.jsonl")["train"]["prompt"] == names["pairs"]["train"]["prompt"]
-    assert names["again"].loglik(names["pairs"]["train"]).equal(names["adapters"].loglik(names["pairs"]["train"]))
+    assert (
+        names["again"]
+        .loglik(names["pairs"]["train"])
+        .equal(names["adapters"].loglik(names["pairs"]["train"]))
+    )
 
 
 def test_the_block_of_the_readme_runs(tmp_path, monkeypatch):
@@ -48,12 +52,18 @@ def said(role, text):
 
 
 def test_the_forms_of_trl(tmp_path):
-    wanted = {"prompt": "A film", "chosen": " that moves.", "rejected": " that bores.", "user": "ann"}
+    wanted = {
+        "prompt": "A film",
+        "chosen": " that moves.",
+        "rejected": " that bores.",
+        "user": "ann",
+    }
     answers = {name: [said("assistant", wanted[name])] for name in ("chosen", "rejected")}
     forms = {
         "explicit": wanted,
         "conversation": {"prompt": [said("user", "A film")], **answers, "user": "ann"},
-        "whole conversation": {n: [said("user", "A film"), *a] for n, a in answers.items()} | {"user": "ann"},
+        "whole conversation": {n: [said("user", "A film"), *a] for n, a in answers.items()}
+        | {"user": "ann"},
     }
     for name, row in forms.items():
         file = tmp_path / f"{name}.jsonl"
@@ -64,14 +74,30 @@ def test_the_forms_of_trl(tmp_path):
     assert found == {"prompt": "A film that", "chosen": " moves.", "rejected": " bores."}
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    ({"chosen": "good", "rejected": "bad"}, "row 0: no column 'prompt', and the answers have no common beginning"),
-    ({"chosen": 1, "rejected": 2}, "row 0: no column 'prompt', and answers that are no text"),
-    ({"chosen": [said("user", "a"), said("assistant", "b"), said("user", "c")],
-      "rejected": [said("user", "a"), said("assistant", "d")]}, r"found messages of \['user', 'assistant', 'user'\]"),
-    ({"chosen": [said("user", "a"), said("assistant", "b")], "rejected": [said("user", "c"), said("assistant", "b")]},
-     "row 0: chosen and rejected answer different prompts"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"chosen": "good", "rejected": "bad"},
+            "row 0: no column 'prompt', and the answers have no common beginning",
+        ),
+        ({"chosen": 1, "rejected": 2}, "row 0: no column 'prompt', and answers that are no text"),
+        (
+            {
+                "chosen": [said("user", "a"), said("assistant", "b"), said("user", "c")],
+                "rejected": [said("user", "a"), said("assistant", "d")],
+            },
+            r"found messages of \['user', 'assistant', 'user'\]",
+        ),
+        (
+            {
+                "chosen": [said("user", "a"), said("assistant", "b")],
+                "rejected": [said("user", "c"), said("assistant", "b")],
+            },
+            "row 0: chosen and rejected answer different prompts",
+        ),
+    ],
+)
 def test_forms_that_cannot_be_read(row, message):
     with pytest.raises(ValueError, match=message):
         explicit_prompts(datasets.Dataset.from_list([row]))

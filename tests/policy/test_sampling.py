@@ -51,7 +51,9 @@ def test_sampling_over_a_vocabulary_of_several_blocks():
     rest = torch.ones(1000, dtype=torch.bool)
     rest[grouped] = False
     counts = torch.cat([counts[grouped], counts[rest].sum()[None]])
-    assert chi_square(counts, torch.cat([p[grouped], p[rest].sum()[None]])) < 20.5  # 5 degrees of freedom
+    assert (
+        chi_square(counts, torch.cat([p[grouped], p[rest].sum()[None]])) < 20.5
+    )  # 5 degrees of freedom
 
 
 def test_draw_inverts_the_cumulative_distribution():
@@ -104,25 +106,35 @@ def test_top_p_after_top_k_is_measured_on_what_is_left():
     assert chi_square(counts, kept / kept.sum()) < 10.9
 
 
-@pytest.mark.parametrize("options, kept", [
-    ({}, P),
-    ({"temperature": 0.5}, P**2),
-    ({"top_k": 2}, torch.tensor([0.5, 0.25, 0.0, 0.0, 0.0])),
-    ({"top_p": 0.8}, torch.tensor([0.5, 0.25, 0.15, 0.0, 0.0])),
-    ({"top_k": 3, "top_p": 0.8}, torch.tensor([0.5, 0.25, 0.0, 0.0, 0.0])),
-    ({"temperature": 0.5, "top_k": 3, "top_p": 0.75}, torch.tensor([0.25, 0.0625, 0.0, 0.0, 0.0])),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({}, P),
+        ({"temperature": 0.5}, P**2),
+        ({"top_k": 2}, torch.tensor([0.5, 0.25, 0.0, 0.0, 0.0])),
+        ({"top_p": 0.8}, torch.tensor([0.5, 0.25, 0.15, 0.0, 0.0])),
+        ({"top_k": 3, "top_p": 0.8}, torch.tensor([0.5, 0.25, 0.0, 0.0, 0.0])),
+        (
+            {"temperature": 0.5, "top_k": 3, "top_p": 0.75},
+            torch.tensor([0.25, 0.0625, 0.0, 0.0, 0.0]),
+        ),
+    ],
+)
 def test_truncated_log_probs_are_those_that_are_drawn_from(options, kept):
     order = torch.tensor([3, 0, 4, 1, 2])
     found = sampling.truncated_log_probs(P[order].log()[None], **options)[0].exp()
-    torch.testing.assert_close(found, (kept / kept.sum())[order].to(found.dtype), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        found, (kept / kept.sum())[order].to(found.dtype), atol=1e-6, rtol=1e-5
+    )
     seen = frequencies(P[order], **options)
     assert not seen[found == 0].any() and chi_square(seen, found) < 18.5
 
 
 def chain(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """A Markov chain over four tokens; the last column decides."""
-    table = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25]])
+    table = torch.tensor(
+        [[0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25]]
+    )
     return table[input_ids[:, -1]].log()
 
 
@@ -151,13 +163,19 @@ def test_rows_end_at_the_end_token_and_are_fed_padding():
     assert out.tokens == [[2, 3, 4], [4]]
     assert out.ended == [True, True]
     assert seen[0][0].tolist() == [[0, 1], [0, 3]] and seen[0][1].tolist() == [[0, 1], [1, 1]]
-    assert [ids.flatten().tolist() for ids, _ in seen[1:]] == [[2, 4], [3, 0], [4, 0]]  # row 1 ended: padding
+    assert [ids.flatten().tolist() for ids, _ in seen[1:]] == [
+        [2, 4],
+        [3, 0],
+        [4, 0],
+    ]  # row 1 ended: padding
     assert [mask.shape[1] for _, mask in seen] == [2, 3, 4, 5]
     assert len(seen) == 4  # stops when every row has ended
 
 
 def test_the_budget_cuts_rows_off():
-    out = sampling.sample(lambda i, m: torch.eye(6)[(i[:, -1] + 1) % 6].log(), [[0]], 3, eos_token_id=5, greedy=True)
+    out = sampling.sample(
+        lambda i, m: torch.eye(6)[(i[:, -1] + 1) % 6].log(), [[0]], 3, eos_token_id=5, greedy=True
+    )
     assert out == sampling.Decoded([[1, 2, 3]], [False])
 
 
@@ -172,7 +190,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(options):
     second = sampling.sample(chain, prompts[2:], 8, eos_token_id=3, generator=split, **options)
     assert first.tokens + second.tokens == whole.tokens
     assert first.ended + second.ended == whole.ended
-    assert sampling.sample(chain, prompts, 8, eos_token_id=3, generator=seeded(6), **options) != whole
+    assert (
+        sampling.sample(chain, prompts, 8, eos_token_id=3, generator=seeded(6), **options) != whole
+    )
 
 
 def test_rows_may_belong_to_different_experts():
@@ -199,7 +219,13 @@ def test_posterior_weighted_tokens_equal_an_expert_drawn_once():
 
 def test_progress_is_told_after_each_step():
     told = []
-    sampling.sample(constant(P), [[0]], 3, generator=seeded(), progress=lambda done, total: told.append((done, total)))
+    sampling.sample(
+        constant(P),
+        [[0]],
+        3,
+        generator=seeded(),
+        progress=lambda done, total: told.append((done, total)),
+    )
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -233,7 +259,9 @@ def test_bad_prompts_and_logits_are_refused():
         sampling.sample(constant(P), [[0], []], 2, generator=seeded())
     with pytest.raises(ValueError, match="prompt_ids is empty"):
         sampling.sample(constant(P), [], 2, generator=seeded())
-    with pytest.raises(ValueError, match=r"step gave logits of shape \(1, 5\); expected \(2, vocabulary\)"):
+    with pytest.raises(
+        ValueError, match=r"step gave logits of shape \(1, 5\); expected \(2, vocabulary\)"
+    ):
         sampling.sample(lambda i, m: P.log()[None], [[0], [1]], 2, generator=seeded())
     for bad in (math.nan, math.inf):
         logits = torch.zeros(2, 4)

@@ -30,14 +30,22 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"mixdpo {importlib.metadata.version('mixdpo')}\n"
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    (["run"], "Missing argument"), (["fly"], "No such command"), (["run", "04_mix", "--speed", "9"], "No such option"),
-    (["run", "99_nothing"], "notebook '99_nothing': not found"), (["run", "04_mix", "-p", "n_experts"], "name=value"),
-    (["run", "04_mix", "-p", "n_expert=4"], "did you mean n_experts"),
-    (["run", "04_mix", "-p", "n_experts=four"], "found 'four' (str), expected int"),
-    (["run", "04_mix", "--profile", "smock"], "profile 'smock'"),
-    (["reproduce", "--profile", "smock"], "profile 'smock'"),
-    (["reproduce", "--cores", "many"], "'--cores'"), (["reference"], "make reproduce-all PROFILE=default")])
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["run"], "Missing argument"),
+        (["fly"], "No such command"),
+        (["run", "04_mix", "--speed", "9"], "No such option"),
+        (["run", "99_nothing"], "notebook '99_nothing': not found"),
+        (["run", "04_mix", "-p", "n_experts"], "name=value"),
+        (["run", "04_mix", "-p", "n_expert=4"], "did you mean n_experts"),
+        (["run", "04_mix", "-p", "n_experts=four"], "found 'four' (str), expected int"),
+        (["run", "04_mix", "--profile", "smock"], "profile 'smock'"),
+        (["reproduce", "--profile", "smock"], "profile 'smock'"),
+        (["reproduce", "--cores", "many"], "'--cores'"),
+        (["reference"], "make reproduce-all PROFILE=default"),
+    ],
+)
 def test_every_error_is_one_line(write_notebook, capsys, arguments, expected):
     write_notebook("04_mix")
     assert call(*arguments) not in (0, None)
@@ -57,10 +65,27 @@ def test_debug_adds_the_traceback(write_notebook, capsys):
 def test_run_passes_what_was_asked_for(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(execute, "run_notebook", lambda *a, **k: seen.append((a, k)))
-    assert call("run", "04_mix", "-p", "n_experts=4", "-p", "seeds=[1]", "--profile", "smoke", "--output",
-                str(tmp_path)) == 0
-    assert seen == [(("04_mix", {"n_experts": 4, "seeds": [1]}), {"profile": "smoke", "output": tmp_path,
-                                                                  "cell_timeout": None})]
+    assert (
+        call(
+            "run",
+            "04_mix",
+            "-p",
+            "n_experts=4",
+            "-p",
+            "seeds=[1]",
+            "--profile",
+            "smoke",
+            "--output",
+            str(tmp_path),
+        )
+        == 0
+    )
+    assert seen == [
+        (
+            ("04_mix", {"n_experts": 4, "seeds": [1]}),
+            {"profile": "smoke", "output": tmp_path, "cell_timeout": None},
+        )
+    ]
 
 
 def test_reproduce_passes_the_rest_to_snakemake(monkeypatch):
@@ -84,6 +109,10 @@ def test_clean_removes_what_can_be_made_again(project, capsys):
     for folder in ("runs/default", "data/cache/x", "data/raw", "data/titles"):
         (project / folder).mkdir(parents=True)
     assert call("clean") == 0
-    assert not (project / "runs").exists() and not (project / "data/cache").exists() and (project / "data/raw").exists()
+    assert (
+        not (project / "runs").exists()
+        and not (project / "data/cache").exists()
+        and (project / "data/raw").exists()
+    )
     assert call("clean", "--all") == 0
     assert not (project / "data/raw").exists() and (project / "data/titles").exists()

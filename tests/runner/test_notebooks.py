@@ -34,7 +34,9 @@ def smoke():
 def test_every_notebook_ran_and_its_record_holds(smoke):
     for name in notebooks.notebook_names():
         manifest = results.verify_manifest(smoke / name)
-        assert manifest["notebook"] == name and manifest["parameters"] == parameters_file.resolve_parameters(name, "smoke")
+        assert manifest["notebook"] == name and manifest[
+            "parameters"
+        ] == parameters_file.resolve_parameters(name, "smoke")
         text = (smoke / name / "notebook.ipynb").read_text()
         assert '"output_type": "error"' not in text
 
@@ -42,14 +44,19 @@ def test_every_notebook_ran_and_its_record_holds(smoke):
 def test_judges_are_reported(smoke):
     validity = results.load_table("smoke", "01_reviews_and_rewards", "validity")
     assert set(validity["reward"]) == GROUPS and validity["value"].between(0, 1).all()
-    assert (validity["low"] <= validity["value"]).all() and (validity["value"] <= validity["high"]).all()
+    assert (validity["low"] <= validity["value"]).all() and (
+        validity["value"] <= validity["high"]
+    ).all()
 
 
 def test_preferences_follow_the_design(smoke):
     counts = results.load_table("smoke", "02_preferences", "counts").set_index(["design", "part"])
     parameters = parameters_file.resolve_parameters("02_preferences", "smoke")["common"]
     for design in DESIGNS:
-        assert counts.loc[(design, "train"), "pairs"] == parameters["n_users"] * parameters["pairs_per_user"]
+        assert (
+            counts.loc[(design, "train"), "pairs"]
+            == parameters["n_users"] * parameters["pairs_per_user"]
+        )
         assert counts.loc[(design, "context"), "users"] == parameters["n_new_users"]
         assert counts.loc[(design, "test"), "flipped"] == 0
     assert counts.loc[("clean", "train"), "flipped"] == 0
@@ -62,15 +69,19 @@ def test_preferences_follow_the_design(smoke):
 def test_accuracy_has_every_method_group_and_seed(smoke):
     accuracy = results.load_table("smoke", "04_mix_dpo", "accuracy")
     assert set(accuracy["method"]) == {"dpo", "dpo_rank_3r", "mix_dpo", "mix_dpo_pair"}
-    assert set(accuracy["group"]) == GROUPS | {"mean", "worst"} and set(accuracy["seed"].astype(str)) == SEEDS | {
-        "mean"
-    }
+    assert set(accuracy["group"]) == GROUPS | {"mean", "worst"} and set(
+        accuracy["seed"].astype(str)
+    ) == SEEDS | {"mean"}
     keys = ["design", "method", "routing", "users", "seed", "group"]
     assert not accuracy.duplicated(keys).any()
     wide = accuracy.pivot(index=keys[:-1], columns="group", values="accuracy")
     assert np.allclose(wide[sorted(GROUPS)].mean(axis=1), wide["mean"])
     assert np.allclose(wide[sorted(GROUPS)].min(axis=1), wide["worst"])
-    assert set(accuracy[accuracy["method"] == "mix_dpo"]["routing"]) == {"prior", "own_pairs", "oracle"}
+    assert set(accuracy[accuracy["method"] == "mix_dpo"]["routing"]) == {
+        "prior",
+        "own_pairs",
+        "oracle",
+    }
     single = results.load_table("smoke", "03_dpo", "accuracy")
     same = single.merge(accuracy, on=keys, suffixes=("_a", "_b"))
     assert len(same) == len(single) and np.allclose(same["accuracy_a"], same["accuracy_b"])
@@ -91,19 +102,35 @@ def test_responsibilities_are_probabilities(smoke):
     totals = table.groupby(["design", "method", "seed", "user"])["responsibility"].sum()
     assert np.allclose(totals, 1, atol=1e-5)
     recovery = results.load_table("smoke", "04_mix_dpo", "recovery")
-    assert recovery[["nmi", "aligned_accuracy"]].stack().between(0, 1).all() and len(recovery) == len(SEEDS) * 4
+    assert (
+        recovery[["nmi", "aligned_accuracy"]].stack().between(0, 1).all()
+        and len(recovery) == len(SEEDS) * 4
+    )
 
 
 def test_two_domains_have_every_method_and_a_gate_between_chance_and_certainty(smoke):
     accuracy = results.load_table("smoke", "05_moe_dpo", "accuracy")
     assert set(accuracy["method"]) == {
-        "dpo", "dpo_last_step", "dpo_rank_2r", "mix_dpo", "moe_dpo", "moe_dpo_top_1", "oracle"
-    }  # fmt: skip
-    assert set(accuracy["group"]) == {"film", "book", "mean", "worst"} and accuracy["accuracy"].between(0, 1).all()
+        "dpo",
+        "dpo_last_step",
+        "dpo_rank_2r",
+        "mix_dpo",
+        "moe_dpo",
+        "moe_dpo_top_1",
+        "oracle",
+    }
+    assert (
+        set(accuracy["group"]) == {"film", "book", "mean", "worst"}
+        and accuracy["accuracy"].between(0, 1).all()
+    )
     routing = results.load_table("smoke", "05_moe_dpo", "routing")
-    assert set(routing["method"]) == {"moe_dpo", "supervised"} and routing["film"].between(0, 1).all()
+    assert (
+        set(routing["method"]) == {"moe_dpo", "supervised"} and routing["film"].between(0, 1).all()
+    )
     hits = (routing["film"] > 0.5) == (routing["domain"] == "film")
-    gate = results.load_table("smoke", "05_moe_dpo", "gate_accuracy").query("of == 'prompt' and seed == 'mean'")
+    gate = results.load_table("smoke", "05_moe_dpo", "gate_accuracy").query(
+        "of == 'prompt' and seed == 'mean'"
+    )
     shares = hits.groupby(routing["method"]).mean()
     assert gate.set_index("method")["accuracy"].to_dict() == pytest.approx(shares.to_dict())
     reliability = results.load_table("smoke", "05_moe_dpo", "reliability")
@@ -117,12 +144,19 @@ def test_every_capacity_is_fitted_and_costs_what_it_trains(smoke):
     assert (costs.loc["head, rank 2", "parameters_an_expert"] == 2 * 2 * 576).all()
     assert (costs.loc["adapters, 1 block, rank 8", "parameters_an_expert"] == 162_816 // 2).all()
     accuracy = results.load_table("smoke", "10_model_sizes", "accuracy")
-    assert set(accuracy["group"]) == GROUPS | {"mean", "worst"} and accuracy["accuracy"].between(0, 1).all()
+    assert (
+        set(accuracy["group"]) == GROUPS | {"mean", "worst"}
+        and accuracy["accuracy"].between(0, 1).all()
+    )
 
 
 def test_every_family_learns_the_same_few_answers(smoke):
     table = results.load_table("smoke", "10_model_sizes", "families").set_index("family")
-    sizes = {"HeadExperts": 2 * 8 * 576, "AdapterExperts": 162_816, "IndependentExperts": 134_515_008}
+    sizes = {
+        "HeadExperts": 2 * 8 * 576,
+        "AdapterExperts": 162_816,
+        "IndependentExperts": 134_515_008,
+    }
     found = table["parameters_an_expert"].to_dict()
     assert 4 <= found.pop("TabularExperts") <= 8 and found == sizes
     assert (table["elbo"] > -np.log(2)).all() and (table["train_accuracy"] > 0.5).all()
@@ -131,12 +165,16 @@ def test_every_family_learns_the_same_few_answers(smoke):
 
 def test_new_users_are_served_in_every_way_and_touch_no_expert(smoke):
     sizes = parameters_file.resolve_parameters("06_personalization", "smoke")["sizes"]
-    served = results.load_table("smoke", "06_personalization", "served").set_index(["served_by", "m"])
+    served = results.load_table("smoke", "06_personalization", "served").set_index(
+        ["served_by", "m"]
+    )
     ways = [(way, m) for way in ("metadata", "pairs", "gate") for m in sizes]
     assert set(served.index) == {("dpo", 0), ("oracle", 0), *ways}
     gains = served["accuracy"] - served.loc[("dpo", 0), "accuracy"]
     assert np.allclose(gains, served["gain"])
-    assert math.isclose(served.loc[("gate", 0), "accuracy"], served.loc[("metadata", 0), "accuracy"])  # no offset yet
+    assert math.isclose(
+        served.loc[("gate", 0), "accuracy"], served.loc[("metadata", 0), "accuracy"]
+    )  # no offset yet
     added = results.load_table("smoke", "06_personalization", "added_users")
     n = parameters_file.resolve_parameters("06_personalization", "smoke")["n_added"]
     assert added["experts_untouched"].all() and (added["users"] == n).all()
@@ -150,20 +188,29 @@ def test_texts_come_with_kl_and_perplexity(smoke):
     assert np.allclose(summary[summary["policy"] == "dpo"]["gain_over_dpo"], 0)
     assert np.allclose(summary[summary["policy"] == "base"]["kl"], 0)
     n = parameters_file.resolve_parameters("04_mix_dpo", "smoke")["n_texts"] * len(SEEDS)
-    assert (summary[summary["policy"] != "base"]["n"] == n).all() and (summary["perplexity"] > 1).all()
+    assert (summary[summary["policy"] != "base"]["n"] == n).all() and (
+        summary["perplexity"] > 1
+    ).all()
     matched = results.load_table("smoke", "04_mix_dpo", "matched_scales")
-    assert (matched.groupby(["policy", "seed"]).size() == 1).all() and len(matched) == 4 * len(SEEDS)
+    assert (matched.groupby(["policy", "seed"]).size() == 1).all() and len(matched) == 4 * len(
+        SEEDS
+    )
 
 
 def test_values_of_the_headline_are_those_of_the_tables(smoke):
     values = results.load_values("smoke", "04_mix_dpo")
-    gains = results.load_table("smoke", "04_mix_dpo", "gains").query("method == 'mix_dpo' and seed == 'mean'")
+    gains = results.load_table("smoke", "04_mix_dpo", "gains").query(
+        "method == 'mix_dpo' and seed == 'mean'"
+    )
     row = gains.query("design == 'default' and group == 'worst'").iloc[0]
     assert math.isclose(values["accuracy_gain_worst"]["value"], row["gain"])
     assert values["accuracy_gain_worst"]["interval"] == pytest.approx([row["low"], row["high"]])
-    assert {"accuracy_gain_mean", "user_nmi_median_clean", "reward_gain_sentiment", "reward_gain_grammar"} <= set(
-        values
-    )
+    assert {
+        "accuracy_gain_mean",
+        "user_nmi_median_clean",
+        "reward_gain_sentiment",
+        "reward_gain_grammar",
+    } <= set(values)
 
 
 def test_figures_have_a_sidecar_and_are_pictures(smoke):
@@ -171,27 +218,56 @@ def test_figures_have_a_sidecar_and_are_pictures(smoke):
     assert len(pictures) >= 6
     for picture in pictures:
         record = store.read_json(picture.with_suffix(".json"))
-        assert record["notebook"] == "04_mix_dpo" and re.fullmatch("[0-9a-f]{64}", record["data_sha256"])
+        assert record["notebook"] == "04_mix_dpo" and re.fullmatch(
+            "[0-9a-f]{64}", record["data_sha256"]
+        )
         assert record["table"]
-        assert picture.stat().st_size > 5000 and picture.with_suffix(".svg").exists() and picture.with_suffix(".pdf").exists()
+        assert (
+            picture.stat().st_size > 5000
+            and picture.with_suffix(".svg").exists()
+            and picture.with_suffix(".pdf").exists()
+        )
 
 
 def test_a_second_run_does_nothing(smoke):
-    before = {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in notebooks.notebook_names()}
+    before = {
+        name: (smoke / name / "manifest.json").stat().st_mtime_ns
+        for name in notebooks.notebook_names()
+    }
     again = [sys.executable, "-m", "mixdpo_lib.cli", "reproduce", "--profile", "smoke", "--all"]
     subprocess.run(again, cwd=ROOT, check=True)
-    assert before == {name: (smoke / name / "manifest.json").stat().st_mtime_ns for name in notebooks.notebook_names()}
+    assert before == {
+        name: (smoke / name / "manifest.json").stat().st_mtime_ns
+        for name in notebooks.notebook_names()
+    }
 
 
 def test_plain_papermill_runs_a_notebook_with_four_experts(smoke, tmp_path):
     """Without the runner: what the smoke profile cached is used, and the record lands in runs/interactive."""
-    values = parameters_file.resolve_parameters("04_mix_dpo", "smoke") | {"designs": ["default"], "seeds": [0], "n_texts": 6}
+    values = parameters_file.resolve_parameters("04_mix_dpo", "smoke") | {
+        "designs": ["default"],
+        "seeds": [0],
+        "n_texts": 6,
+    }
     (tmp_path / "values.yaml").write_text(json.dumps(values))  # JSON is YAML
     done = subprocess.run(
-        [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "04_mix_dpo.ipynb"), str(tmp_path / "out.ipynb"),
-         "-f", str(tmp_path / "values.yaml"), "-p", "n_experts", "4"],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MIXDPO_RUN_FOLDER": str(tmp_path / "run")},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            str(ROOT / "notebooks" / "04_mix_dpo.ipynb"),
+            str(tmp_path / "out.ipynb"),
+            "-f",
+            str(tmp_path / "values.yaml"),
+            "-p",
+            "n_experts",
+            "4",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MIXDPO_RUN_FOLDER": str(tmp_path / "run")},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     table = pd.read_csv(tmp_path / "run" / "tables" / "responsibilities.csv")
     assert set(table[table["method"] == "mix_dpo"]["expert"]) == {0, 1, 2, 3}
@@ -203,7 +279,12 @@ SMALL = {
     "1_from_bradley_terry_to_mixtures": {"n_tables": 2, "max_experts": 3},
     "2_em_and_the_bound": {"n_restarts": 2},
     "3_gumbel_softmax": {"n_draws": 1000},
-    "4_who_answered": {"seeds": [0], "pairs_per_user": [1, 16], "reward_scales": [2.0], "max_experts": 4},
+    "4_who_answered": {
+        "seeds": [0],
+        "pairs_per_user": [1, 16],
+        "reward_scales": [2.0],
+        "max_experts": 4,
+    },
 }
 
 
@@ -213,16 +294,22 @@ def test_the_list_of_theory_notebooks_is_whole():
 
 @pytest.fixture(scope="module")
 def theory():
-    return {name: execute.run_notebook(name, values, profile="smoke") for name, values in SMALL.items()}
+    return {
+        name: execute.run_notebook(name, values, profile="smoke") for name, values in SMALL.items()
+    }
 
 
 def test_a_cycle_needs_three_experts(theory):
-    cycle = pd.read_csv(theory["1_from_bradley_terry_to_mixtures"] / "tables" / "cycle.csv").set_index("K")
+    cycle = pd.read_csv(
+        theory["1_from_bradley_terry_to_mixtures"] / "tables" / "cycle.csv"
+    ).set_index("K")
     pairs = ["p(a > b)", "p(b > c)", "p(c > a)"]
     assert np.allclose(cycle.loc[1, pairs].astype(float), 0.5, atol=0.02)
     assert np.allclose(cycle.loc[3, pairs].astype(float), 2 / 3, atol=0.03)
     assert cycle["NLL (nats per pair)"].is_monotonic_decreasing
-    objectives = pd.read_csv(theory["1_from_bradley_terry_to_mixtures"] / "tables" / "objectives.csv")
+    objectives = pd.read_csv(
+        theory["1_from_bradley_terry_to_mixtures"] / "tables" / "objectives.csv"
+    )
     equal, own = objectives["one shared objective"]
     assert equal > own  # trap 9: one mixture reward makes all experts equal
 
@@ -232,21 +319,31 @@ def test_the_bound_stays_below_and_touches(theory):
     wide = steps.pivot(index="step", columns="quantity", values="nats per pair")
     gap = wide["log-likelihood"] - wide["bound"]
     assert (gap > -1e-12).all() and gap[wide.index % 1 == 0.5].max() < 1e-12 and gap[1.0] > 1e-4
-    symmetry = pd.read_csv(theory["2_em_and_the_bound"] / "tables" / "symmetry.csv").set_index("symmetry_breaking")
+    symmetry = pd.read_csv(theory["2_em_and_the_bound"] / "tables" / "symmetry.csv").set_index(
+        "symmetry_breaking"
+    )
     assert symmetry.loc["none", "experts 0 and 1 differ by"] == 0
     assert symmetry.loc["random_responsibilities", "NMI"] > 0.8
 
 
 def test_the_relaxed_objective_is_no_bound(theory):
-    value = pd.read_csv(theory["3_gumbel_softmax"] / "tables" / "value.csv").set_index("gumbel_temperature")
+    value = pd.read_csv(theory["3_gumbel_softmax"] / "tables" / "value.csv").set_index(
+        "gumbel_temperature"
+    )
     assert value.loc[5.0, "relaxed objective"] > value.loc[5.0, "log-likelihood"]
     assert value.loc[1.0, "relaxed objective"] == pytest.approx(-0.816, abs=0.005)
-    assert value.loc[0.05, "relaxed objective"] == pytest.approx(value.loc[0.05, "bound at this q"], abs=0.01)
+    assert value.loc[0.05, "relaxed objective"] == pytest.approx(
+        value.loc[0.05, "bound at this q"], abs=0.01
+    )
 
 
 def test_latents_of_users_are_found_and_k_is_chosen(theory):
     table = pd.read_csv(theory["4_who_answered"] / "tables" / "recovery.csv")
     nmi = table.set_index(["pairs per user", "inference"])["nmi"]
-    assert nmi[16, "latent per unit"] > nmi[16, "Bayes rule"] - 0.1 and nmi[1, "latent per unit"] < 0.2
-    held_out = pd.read_csv(theory["4_who_answered"] / "tables" / "held_out.csv").set_index("K")["nats per user"]
+    assert (
+        nmi[16, "latent per unit"] > nmi[16, "Bayes rule"] - 0.1 and nmi[1, "latent per unit"] < 0.2
+    )
+    held_out = pd.read_csv(theory["4_who_answered"] / "tables" / "held_out.csv").set_index("K")[
+        "nats per user"
+    ]
     assert held_out[3] > held_out[1] + 1 and held_out[3] > held_out[2]

@@ -14,8 +14,13 @@ from mixdpo_lib import store
 from mixdpo_lib.store import MixDPOError
 
 numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-plain = st.recursive(st.none() | st.booleans() | numbers | st.text(), max_leaves=8, extend=lambda inner:
-                     st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+plain = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(),
+    max_leaves=8,
+    extend=lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+    ),
+)
 
 
 def build_text(text, calls=None):
@@ -37,8 +42,16 @@ def test_a_key_ignores_the_order_of_parameters(parameters):
 
 
 def test_a_key_depends_on_everything_that_it_names():
-    keys = {store.artefact_key(*arguments) for arguments in [
-        ("a", 1, {"x": 1}), ("b", 1, {"x": 1}), ("a", 2, {"x": 1}), ("a", 1, {"x": 2}), ("a", 1, {"x": 1}, ["k"])]}
+    keys = {
+        store.artefact_key(*arguments)
+        for arguments in [
+            ("a", 1, {"x": 1}),
+            ("b", 1, {"x": 1}),
+            ("a", 2, {"x": 1}),
+            ("a", 1, {"x": 2}),
+            ("a", 1, {"x": 1}, ["k"]),
+        ]
+    }
     assert len(keys) == 5
     assert store.artefact_key("a", 1, {"x": np.int64(1)}) == store.artefact_key("a", 1, {"x": 1})
 
@@ -82,15 +95,26 @@ def damage_half_written(folder):
     (folder / "artefact.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_size, damage_content, damage_missing, damage_record, damage_half_written])
+@pytest.mark.parametrize(
+    "damage", [damage_size, damage_content, damage_missing, damage_record, damage_half_written]
+)
 def test_a_damaged_entry_is_refused_with_place_and_remedy(project, damage):
     folder = store.cached("stage", 1, {"x": 1}, build_text("hello"))
     damage(folder)
     with pytest.raises(MixDPOError) as caught:
         store.cached("stage", 1, {"x": 1}, build_text("hello"))
     message = str(caught.value)
-    assert str(folder) in message and "found" in message and "expected" in message and "delete this folder" in message
-    assert ("artefact.json" if "record" in damage.__name__ or "half" in damage.__name__ else "part/a.txt") in message
+    assert (
+        str(folder) in message
+        and "found" in message
+        and "expected" in message
+        and "delete this folder" in message
+    )
+    assert (
+        "artefact.json"
+        if "record" in damage.__name__ or "half" in damage.__name__
+        else "part/a.txt"
+    ) in message
 
 
 def test_a_build_that_fails_leaves_nothing(project):
@@ -104,8 +128,13 @@ def test_a_build_that_fails_leaves_nothing(project):
     assert store.cached("stage", 1, {}, build_text("whole")).exists()
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
-                                   RuntimeError("I/O error: No space left on device (os error 28)")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
 def test_a_full_disk_while_building(project, error):
     def build(folder):
         (folder / "half").write_text("half")
@@ -138,11 +167,16 @@ def test_what_a_killed_process_left_is_removed(project):
 
 
 def test_two_processes_share_one_entry(project):
-    code = ("import sys, time\nfrom mixdpo_lib import store\n"
-            "def build(folder):\n"
-            "    print('built', flush=True); time.sleep(1.0); (folder / 'a').write_text('x' * 1000)\n"
-            "print(store.cached('stage', 1, {'x': 1}, build))\n")
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    code = (
+        "import sys, time\nfrom mixdpo_lib import store\n"
+        "def build(folder):\n"
+        "    print('built', flush=True); time.sleep(1.0); (folder / 'a').write_text('x' * 1000)\n"
+        "print(store.cached('stage', 1, {'x': 1}, build))\n"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("built" in text for text in said) == 1

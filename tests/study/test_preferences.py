@@ -29,23 +29,44 @@ from mixdpo_lib.study.simulated_people import (
     simulate_preferences,
     untied_pairs,
 )
-from mixdpo_lib.study.tables import group_agreement, label_temperatures, preference_counts, score_differences
+from mixdpo_lib.study.tables import (
+    group_agreement,
+    label_temperatures,
+    preference_counts,
+    score_differences,
+)
 
 N_PROMPTS, N_CANDIDATES = 60, 4
-DESIGN = DesignConfig(n_users=45, n_new_users=9, pairs_per_user=30, validation_pairs_per_user=8, context_pairs=6)
+DESIGN = DesignConfig(
+    n_users=45, n_new_users=9, pairs_per_user=30, validation_pairs_per_user=8, context_pairs=6
+)
 
 
 @pytest.fixture(scope="module")
 def candidates():
     rows = [(i, c) for i in range(N_PROMPTS) for c in range(N_CANDIDATES)]
-    return pd.DataFrame([{"prompt_id": i, "candidate": c, "prompt": f"prompt {i}", "response": f" answer {i} {c}"}
-                         for i, c in rows])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "prompt_id": i,
+                "candidate": c,
+                "prompt": f"prompt {i}",
+                "response": f" answer {i} {c}",
+            }
+            for i, c in rows
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
 def scores(candidates):
     rng = np.random.default_rng(0)
-    table = pd.DataFrame({g: rng.normal(size=len(candidates)) * s for g, s in zip(REWARDS, (1, 20, 0.1), strict=True)})
+    table = pd.DataFrame(
+        {
+            g: rng.normal(size=len(candidates)) * s
+            for g, s in zip(REWARDS, (1, 20, 0.1), strict=True)
+        }
+    )
     table.loc[:3, "grammar"] = 0.5  # a prompt whose candidates are tied
     return table
 
@@ -65,35 +86,53 @@ def reward(data, candidates, scores, side):
 
 
 def test_sizes_and_columns(sets):
-    assert (len(sets["train"]), len(sets["validation"]), len(sets["context"])) == (45 * 30, 45 * 8, 9 * 6)
+    assert (len(sets["train"]), len(sets["validation"]), len(sets["context"])) == (
+        45 * 30,
+        45 * 8,
+        9 * 6,
+    )
     for part in sets.values():
-        assert {"prompt", "chosen", "rejected", "user", "group", "ended", "prompt_id"} <= set(part.column_names)
+        assert {"prompt", "chosen", "rejected", "user", "group", "ended", "prompt_id"} <= set(
+            part.column_names
+        )
         assert set(part["group"]) == set(REWARDS)
         check_preferences(part, "simulated")
     users = pd.DataFrame({"user": sets["train"]["user"], "group": sets["train"]["group"]})
-    assert (users.groupby("user").size() == 30).all() and (users.groupby("user")["group"].nunique() == 1).all()
+    assert (users.groupby("user").size() == 30).all() and (
+        users.groupby("user")["group"].nunique() == 1
+    ).all()
     assert users.drop_duplicates()["group"].value_counts().tolist() == [15, 15, 15]
 
 
 def test_as_many_labels_are_flipped_as_wanted(sets, candidates, scores):
     for name in ("train", "validation", "context"):
         data = sets[name]
-        gap = reward(data, candidates, scores, "chosen") - reward(data, candidates, scores, "rejected")
+        gap = reward(data, candidates, scores, "chosen") - reward(
+            data, candidates, scores, "rejected"
+        )
         assert np.array_equal(gap < 0, np.array(data["flipped"])) and (gap != 0).all()
         np.testing.assert_allclose(np.abs(gap), data["gap"])
     train = pd.DataFrame({"group": sets["train"]["group"], "flipped": sets["train"]["flipped"]})
     assert abs(train["flipped"].mean() - 0.10) < 0.025
-    assert (abs(train.groupby("group")["flipped"].mean() - 0.10) < 0.06).all()  # in each reward, whatever its unit
-    gap = np.array(sets["train"]["gap"]) / np.array([scores[g].std() for g in sets["train"]["group"]])
+    assert (
+        abs(train.groupby("group")["flipped"].mean() - 0.10) < 0.06
+    ).all()  # in each reward, whatever its unit
+    gap = np.array(sets["train"]["gap"]) / np.array(
+        [scores[g].std() for g in sets["train"]["group"]]
+    )
     wrong = np.array(sets["train"]["flipped"])
-    assert gap[wrong].mean() < 0.6 * gap[~wrong].mean()  # close pairs are confused, clear ones are not
+    assert (
+        gap[wrong].mean() < 0.6 * gap[~wrong].mean()
+    )  # close pairs are confused, clear ones are not
 
 
 def test_the_temperatures_are_kept_with_the_sets(sets, candidates, scores):
     kept = label_temperatures({"default": sets}).set_index("group")["label_temperature"]
     for group in REWARDS:
         table = scores[group].to_numpy().reshape(N_PROMPTS, N_CANDIDATES)[:42]
-        differences = np.array([row[a] - row[b] for row in table for a in range(4) for b in range(a)])
+        differences = np.array(
+            [row[a] - row[b] for row in table for a in range(4) for b in range(a)]
+        )
         assert kept[group] == pytest.approx(label_temperature(differences, 0.10))
     assert json.loads(sets["test"].info.description)["design"]["pairs_per_user"] == 30
 
@@ -107,7 +146,9 @@ def test_label_temperature(wanted):
 
 
 def test_no_temperature_without_noise_or_differences():
-    assert label_temperature(np.array([1.0, 2.0]), 0.0) == 0.0 == label_temperature(np.zeros(3), 0.2)
+    assert (
+        label_temperature(np.array([1.0, 2.0]), 0.0) == 0.0 == label_temperature(np.zeros(3), 0.2)
+    )
     with_ties = label_temperature(np.array([1.0, 0.0, -2.0]), 0.2)  # ties are no pairs
     assert with_ties == label_temperature(np.array([1.0, -2.0]), 0.2)
 
@@ -132,7 +173,9 @@ def test_without_noise_nothing_is_flipped(candidates, scores):
 
 def test_test_labels_are_free_of_noise(sets, candidates, scores):
     test = sets["test"]
-    assert (reward(test, candidates, scores, "chosen") > reward(test, candidates, scores, "rejected")).all()
+    assert (
+        reward(test, candidates, scores, "chosen") > reward(test, candidates, scores, "rejected")
+    ).all()
     assert not any(test["flipped"]) and set(test["user"]) == {""}
     assert len(test) == 3 * 12 * 6  # every untied pair of every test prompt, once for each group
     assert len({(r["group"], r["chosen"], r["rejected"]) for r in test}) == len(test)
@@ -142,7 +185,9 @@ def test_parts_do_not_share_prompts(sets):
     ids = {name: set(part["prompt_id"]) for name, part in sets.items()}
     assert not ids["train"] & ids["validation"]
     assert not (ids["train"] | ids["validation"] | ids["context"]) & ids["test"]
-    assert ids["train"] | ids["context"] <= set(range(42)) and ids["validation"] <= set(range(42, 48))
+    assert ids["train"] | ids["context"] <= set(range(42)) and ids["validation"] <= set(
+        range(42, 48)
+    )
     assert ids["test"] == set(range(48, 60))
     texts = {name: set(part["chosen"]) | set(part["rejected"]) for name, part in sets.items()}
     assert not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
@@ -164,15 +209,23 @@ def test_new_users_are_other_users(sets):
 
 
 def test_metadata_tell_something_and_not_everything(candidates, scores):
-    config = DesignConfig(n_users=600, n_new_users=3, pairs_per_user=1, validation_pairs_per_user=1, context_pairs=1)
+    config = DesignConfig(
+        n_users=600, n_new_users=3, pairs_per_user=1, validation_pairs_per_user=1, context_pairs=1
+    )
     train = simulate_preferences(candidates, scores, config)["train"]
-    users = pd.DataFrame({c: train[c] for c in ("user", "group", "genre", "age_band")}).drop_duplicates()
+    users = pd.DataFrame(
+        {c: train[c] for c in ("user", "group", "genre", "age_band")}
+    ).drop_duplicates()
     typical = dict(zip(REWARDS, GENRES[:3], strict=True))
     assert set(users["genre"]) == set(GENRES[:3])
     share = (users["genre"] == users["group"].map(typical)).mean()
     assert abs(share - 0.60) < 0.06
     for group in REWARDS:  # the other two genres as often as each other
-        others = users[users["group"] == group]["genre"].value_counts(normalize=True).drop(typical[group])
+        others = (
+            users[users["group"] == group]["genre"]
+            .value_counts(normalize=True)
+            .drop(typical[group])
+        )
         assert len(others) == 2 and (abs(others - 0.2) < 0.08).all()
     age = users.groupby("group")["age_band"].value_counts(normalize=True)
     assert len(age) == 9 and (abs(age - 1 / 3) < 0.12).all()  # says nothing
@@ -183,7 +236,10 @@ def test_the_same_seed_gives_the_same_sets(candidates, scores, sets):
     again = simulate_preferences(candidates, scores, DESIGN)
     assert all(again[n].to_list() == sets[n].to_list() for n in sets)
     other = simulate_preferences(candidates, scores, DesignConfig(**{**vars(DESIGN), "seed": 1}))
-    assert other["train"].to_list() != sets["train"].to_list() and other["test"].to_list() == sets["test"].to_list()
+    assert (
+        other["train"].to_list() != sets["train"].to_list()
+        and other["test"].to_list() == sets["test"].to_list()
+    )
 
 
 @pytest.mark.parametrize("n_groups", [1, 2, 4, 6])
@@ -191,13 +247,30 @@ def test_the_groups_are_the_columns_of_the_scores(candidates, n_groups):
     rng = np.random.default_rng(2)
     names = [f"reward_{i}" for i in range(n_groups)]
     scores = pd.DataFrame({name: rng.normal(size=len(candidates)) for name in names})
-    config = DesignConfig(n_users=60, n_new_users=12, pairs_per_user=4, validation_pairs_per_user=2, context_pairs=3,
-                          metadata_accuracy=0.9)  # fmt: skip
+    config = DesignConfig(
+        n_users=60,
+        n_new_users=12,
+        pairs_per_user=4,
+        validation_pairs_per_user=2,
+        context_pairs=3,
+        metadata_accuracy=0.9,
+    )
     sets = simulate_preferences(candidates, scores, config)
-    assert list(dict.fromkeys(sets["train"]["group"])) == names == list(dict.fromkeys(sets["test"]["group"]))
-    users = pd.DataFrame({c: sets["train"][c] for c in ("user", "group", "genre")}).drop_duplicates()
-    assert users["group"].value_counts().nunique() == 1 and set(users["genre"]) == set(GENRES[: max(2, n_groups)])
-    assert all(part["genre"].mode()[0] == GENRES[names.index(group)] for group, part in users.groupby("group"))
+    assert (
+        list(dict.fromkeys(sets["train"]["group"]))
+        == names
+        == list(dict.fromkeys(sets["test"]["group"]))
+    )
+    users = pd.DataFrame(
+        {c: sets["train"][c] for c in ("user", "group", "genre")}
+    ).drop_duplicates()
+    assert users["group"].value_counts().nunique() == 1 and set(users["genre"]) == set(
+        GENRES[: max(2, n_groups)]
+    )
+    assert all(
+        part["genre"].mode()[0] == GENRES[names.index(group)]
+        for group, part in users.groupby("group")
+    )
     assert set(label_temperatures({"default": sets})["group"]) == set(names)
     agreement = group_agreement(candidates, scores)
     assert list(dict.fromkeys(agreement["group_a"])) == names and len(agreement) == n_groups**2
@@ -207,32 +280,58 @@ def test_the_groups_are_the_columns_of_the_scores(candidates, n_groups):
 
 
 def test_clean_pairs_are_best_against_worst(candidates, scores):
-    config = DesignConfig(name="clean", n_users=6, n_new_users=3, pairs_per_user=20, validation_pairs_per_user=4,
-                          context_pairs=5)  # fmt: skip
+    config = DesignConfig(
+        name="clean",
+        n_users=6,
+        n_new_users=3,
+        pairs_per_user=20,
+        validation_pairs_per_user=4,
+        context_pairs=5,
+    )
     sets = simulate_preferences(candidates, scores, config)
     by_prompt = {g: scores[g].groupby(candidates["prompt_id"]) for g in REWARDS}
     for data in sets.values():
         high, low = (reward(data, candidates, scores, side) for side in ("chosen", "rejected"))
         for r, a, b in zip(data, high, low, strict=True):
-            assert a == by_prompt[r["group"]].max()[r["prompt_id"]] and b == by_prompt[r["group"]].min()[r["prompt_id"]]
+            assert (
+                a == by_prompt[r["group"]].max()[r["prompt_id"]]
+                and b == by_prompt[r["group"]].min()[r["prompt_id"]]
+            )
         assert not any(data["flipped"])
     assert len(sets["test"]) == 36
-    assert not any(r["prompt_id"] == 0 and r["group"] == "grammar" for r in sets["train"])  # tied: no best, no worst
+    assert not any(
+        r["prompt_id"] == 0 and r["group"] == "grammar" for r in sets["train"]
+    )  # tied: no best, no worst
     assert set(label_temperatures({"clean": sets})["label_temperature"]) == {0.0}
 
 
 def testuntied_pairs_a_prompt():
     scores = np.array([0.0, 2.0, 1.0, 2.0])
-    assert sorted(untied_pairs(scores, [0, 1, 2, 3], False)) == [(1, 0), (1, 2), (2, 0), (3, 0), (3, 2)]
-    assert untied_pairs(scores, [0, 1, 2], True) == [(1, 0)] and untied_pairs(scores, [1, 3], True) == []
+    assert sorted(untied_pairs(scores, [0, 1, 2, 3], False)) == [
+        (1, 0),
+        (1, 2),
+        (2, 0),
+        (3, 0),
+        (3, 2),
+    ]
+    assert (
+        untied_pairs(scores, [0, 1, 2], True) == [(1, 0)]
+        and untied_pairs(scores, [1, 3], True) == []
+    )
     assert untied_pairs(scores, [], True) == [] == untied_pairs(scores, [2], False)
 
 
 @pytest.mark.parametrize("name", ["default", "clean"])
 def test_a_prompt_without_candidates_is_passed_over(candidates, scores, name):
-    left = (candidates["prompt_id"] != 5) & ~((candidates["prompt_id"] == 6) & (candidates["candidate"] > 0))
-    config = DesignConfig(name=name, n_users=6, n_new_users=3, pairs_per_user=20, validation_pairs_per_user=4)
-    sets = simulate_preferences(candidates[left].reset_index(drop=True), scores[left].reset_index(drop=True), config)
+    left = (candidates["prompt_id"] != 5) & ~(
+        (candidates["prompt_id"] == 6) & (candidates["candidate"] > 0)
+    )
+    config = DesignConfig(
+        name=name, n_users=6, n_new_users=3, pairs_per_user=20, validation_pairs_per_user=4
+    )
+    sets = simulate_preferences(
+        candidates[left].reset_index(drop=True), scores[left].reset_index(drop=True), config
+    )
     assert not {5, 6} & set(sets["train"]["prompt_id"])
 
 
@@ -242,7 +341,9 @@ def test_tables_about_the_design(sets, candidates, scores):
     assert counts.loc["train", "flipped"] == pytest.approx(np.mean(sets["train"]["flipped"]))
     differences = score_differences({"default": sets}, scores)
     assert len(differences) == len(sets["train"])
-    assert (differences["score_difference"] < 0).mean() == pytest.approx(counts.loc["train", "flipped"])
+    assert (differences["score_difference"] < 0).mean() == pytest.approx(
+        counts.loc["train", "flipped"]
+    )
     agreement = group_agreement(candidates, scores.assign(grammar=-scores["sentiment"]))
     agreement = agreement.set_index(["group_a", "group_b"])
     assert agreement.loc[("sentiment", "sentiment"), "agreement"] == 1
@@ -257,36 +358,55 @@ def test_a_score_that_is_no_number_is_refused(candidates, scores):
     for bad in (np.nan, np.inf):
         broken = scores.copy()
         broken.loc[7, "grammar"] = bad
-        with pytest.raises(ValueError, match="scores: row 7, column 'grammar' is not a finite number; score that text"):
+        with pytest.raises(
+            ValueError,
+            match="scores: row 7, column 'grammar' is not a finite number; score that text",
+        ):
             simulate_preferences(candidates, broken, DESIGN)
-    with pytest.raises(ValueError, match="scores: column 'grammar' is not of numbers .*leave out the others"):
+    with pytest.raises(
+        ValueError, match="scores: column 'grammar' is not of numbers .*leave out the others"
+    ):
         simulate_preferences(candidates, scores.assign(grammar="good"), DESIGN)
     for none_or_twice in (scores[[]], scores[["sentiment", "grammar", "sentiment"]]):
-        with pytest.raises(ValueError, match=r"scores: found the columns \[.*\], expected one a group, each once"):
+        with pytest.raises(
+            ValueError, match=r"scores: found the columns \[.*\], expected one a group, each once"
+        ):
             simulate_preferences(candidates, none_or_twice, DESIGN)
     with pytest.raises(ValueError, match="scores has 239 rows, candidates 240"):
         simulate_preferences(candidates, scores[1:], DESIGN)
 
 
 def test_more_groups_than_genres_are_refused(candidates, scores):
-    many = pd.concat([scores["sentiment"].rename(f"reward_{i}") for i in range(len(GENRES) + 1)], axis=1)
-    with pytest.raises(ValueError, match=f"found {len(GENRES) + 1} groups, expected at most {len(GENRES)}.*GENRES"):
+    many = pd.concat(
+        [scores["sentiment"].rename(f"reward_{i}") for i in range(len(GENRES) + 1)], axis=1
+    )
+    with pytest.raises(
+        ValueError, match=f"found {len(GENRES) + 1} groups, expected at most {len(GENRES)}.*GENRES"
+    ):
         simulate_preferences(candidates, many, DESIGN)
-    with pytest.raises(ValueError, match=r"found one group \(grammar\), expected two or more to blend"):
+    with pytest.raises(
+        ValueError, match=r"found one group \(grammar\), expected two or more to blend"
+    ):
         simulate_blends(candidates, scores[["grammar"]], DESIGN, 4)
 
 
 def test_too_few_pairs_are_refused(candidates, scores):
     config = DesignConfig(pairs_per_user=100, validation_pairs_per_user=37)
-    with pytest.raises(ValueError, match="37 validation pairs a user wanted, but group 'sentiment' has only 36 untied"):
+    with pytest.raises(
+        ValueError,
+        match="37 validation pairs a user wanted, but group 'sentiment' has only 36 untied",
+    ):
         simulate_preferences(candidates, scores, config)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"name": "tidy"}, "design name='tidy': possible are 'default' and 'clean'"),
-    ({"flip_rate": 0.5}, "flip_rate=0.5: expected at least 0 and below 0.5"),
-    ({"flip_rate": -0.1}, "flip_rate=-0.1: expected at least 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "tidy"}, "design name='tidy': possible are 'default' and 'clean'"),
+        ({"flip_rate": 0.5}, "flip_rate=0.5: expected at least 0 and below 0.5"),
+        ({"flip_rate": -0.1}, "flip_rate=-0.1: expected at least 0"),
+    ],
+)
 def test_bad_designs(options, message):
     with pytest.raises(ValueError, match=message):
         DesignConfig(**options)
@@ -309,9 +429,15 @@ def test_prompts_are_the_first_whole_words_of_reviews(tiny_base, reviews):
     assert all(p in starts for p in prompts)
     assert prompts == review_prompts(tiny_base, reviews, config)
     assert prompts != sorted(prompts, key=starts.index)
-    assert prompts != review_prompts(tiny_base, reviews, CandidateConfig(n_prompts=25, prompt_tokens=6, seed=1))
-    with pytest.raises(ValueError, match="only 30 distinct prompts of 6 tokens in 65 reviews, n_prompts=31 wanted"):
-        review_prompts(tiny_base, [*reviews, *reviews[:30]], CandidateConfig(n_prompts=31, prompt_tokens=6))
+    assert prompts != review_prompts(
+        tiny_base, reviews, CandidateConfig(n_prompts=25, prompt_tokens=6, seed=1)
+    )
+    with pytest.raises(
+        ValueError, match="only 30 distinct prompts of 6 tokens in 65 reviews, n_prompts=31 wanted"
+    ):
+        review_prompts(
+            tiny_base, [*reviews, *reviews[:30]], CandidateConfig(n_prompts=31, prompt_tokens=6)
+        )
 
 
 def test_first_words_are_whole(tiny_base):
@@ -336,7 +462,9 @@ def test_candidates_are_sampled_once(tiny_base, monkeypatch):
     assert (lengths[~table["ended"]] == 6).all() and (lengths <= 6).all() and lengths.max() == 6
     assert (table.groupby("prompt_id")["response"].nunique() > 1).all()
     with monkeypatch.context() as patch:
-        patch.setattr("mixdpo_lib.study.candidates.sample", lambda *_, **__: pytest.fail("sampled again"))
+        patch.setattr(
+            "mixdpo_lib.study.candidates.sample", lambda *_, **__: pytest.fail("sampled again")
+        )
         pd.testing.assert_frame_equal(sample_candidates(tiny_base, prompts, config), table)
     other = sample_candidates(tiny_base, prompts, CandidateConfig(**{**vars(config), "seed": 1}))
     assert other["response"].tolist() != table["response"].tolist()
@@ -346,19 +474,25 @@ def test_texts_that_look_like_numbers_or_dates_stay_texts(tiny_base, monkeypatch
     from mixdpo_lib.policy.sampling import Decoded
 
     texts = iter(["12", "2020-01-01", "null", "true"])
-    monkeypatch.setattr("mixdpo_lib.study.candidates.sample", lambda *_, **__: Decoded([[3]] * 4, [False] * 4))
+    monkeypatch.setattr(
+        "mixdpo_lib.study.candidates.sample", lambda *_, **__: Decoded([[3]] * 4, [False] * 4)
+    )
     monkeypatch.setattr(tiny_base.tokenizer, "decode", lambda *_: next(texts))
     table = sample_candidates(tiny_base, ["a film"], CandidateConfig(n_prompts=1, seed=77))
     assert table["response"].tolist() == ["12", "2020-01-01", "null", "true"]
 
 
 def test_a_prompt_without_room_for_a_response_is_refused(tiny_base):
-    with pytest.raises(ValueError, match="prompt of 40 tokens leaves no room for 9 response tokens .*context.*48"):
+    with pytest.raises(
+        ValueError, match="prompt of 40 tokens leaves no room for 9 response tokens .*context.*48"
+    ):
         sample_candidates(tiny_base, ["a " * 40], CandidateConfig(response_tokens=9))
 
 
 def test_unusable_candidates_go():
-    table = pd.DataFrame({"prompt_id": [0, 0, 0, 0, 1, 1], "response": [" ok", " ok", " . !", " a", " ok", ""]})
+    table = pd.DataFrame(
+        {"prompt_id": [0, 0, 0, 0, 1, 1], "response": [" ok", " ok", " . !", " a", " ok", ""]}
+    )
     left = usable(table)
     assert left["response"].tolist() == [" ok", " ok"] and left["prompt_id"].tolist() == [0, 1]
     assert left.index.tolist() == [0, 1]
@@ -371,8 +505,10 @@ def test_seeds_depend_on_every_part():
 
 # --------------------------------------------------------------------------------------------------- people's own data
 
-ROWS = [{"prompt": "The film", "chosen": " was good", "rejected": " was bad", "user": "ann"},
-        {"prompt": "A story", "chosen": " is long", "rejected": " is short", "user": "bob"}]  # fmt: skip
+ROWS = [
+    {"prompt": "The film", "chosen": " was good", "rejected": " was bad", "user": "ann"},
+    {"prompt": "A story", "chosen": " is long", "rejected": " is short", "user": "bob"},
+]
 
 
 @pytest.fixture
@@ -385,7 +521,12 @@ def test_files_are_read(tmp_path, cache, kind):
     folder = tmp_path / "own"
     folder.mkdir()
     data = datasets.Dataset.from_list(ROWS)
-    write = {"jsonl": data.to_json, "json": data.to_json, "parquet": data.to_parquet, "csv": data.to_csv}[kind]
+    write = {
+        "jsonl": data.to_json,
+        "json": data.to_json,
+        "parquet": data.to_parquet,
+        "csv": data.to_csv,
+    }[kind]
     write(str(folder / f"validation.{kind}"))
     (folder / "notes.txt").write_text("not data")
     found = load_preferences(folder, columns=["user"])
@@ -397,18 +538,32 @@ def test_files_are_read(tmp_path, cache, kind):
 @pytest.mark.parametrize("whole", [True, False])
 def test_saved_sets_are_read(tmp_path, whole):
     data = datasets.Dataset.from_list(ROWS)
-    (datasets.DatasetDict({"train": data, "test": data}) if whole else data).save_to_disk(tmp_path / "saved")
+    (datasets.DatasetDict({"train": data, "test": data}) if whole else data).save_to_disk(
+        tmp_path / "saved"
+    )
     found = load_preferences(str(tmp_path / "saved"))
-    assert list(found) == (["train", "test"] if whole else ["train"]) and found["train"].to_list() == ROWS
+    assert (
+        list(found) == (["train", "test"] if whole else ["train"])
+        and found["train"].to_list() == ROWS
+    )
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"rejected": None}, r"train.jsonl.*: row 1, column 'rejected': found NoneType None, expected a text with words"),
-    ({"chosen": "   "}, r"row 1, column 'chosen': found '   ', expected a text with words"),
-    ({"chosen": " is short"}, r"row 1: chosen equals rejected \(' is short'\): a tie says nothing"),
-    ({"prompt": ""}, r"row 1, column 'prompt': found ''"),
-    ({"prompt": 5}, r"row 1, column 'prompt': found int 5, expected a text with words"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rejected": None},
+            r"train.jsonl.*: row 1, column 'rejected': found NoneType None, expected a text with words",
+        ),
+        ({"chosen": "   "}, r"row 1, column 'chosen': found '   ', expected a text with words"),
+        (
+            {"chosen": " is short"},
+            r"row 1: chosen equals rejected \(' is short'\): a tie says nothing",
+        ),
+        ({"prompt": ""}, r"row 1, column 'prompt': found ''"),
+        ({"prompt": 5}, r"row 1, column 'prompt': found int 5, expected a text with words"),
+    ],
+)
 def test_bad_fields_are_refused(tmp_path, cache, change, message):
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[0], ROWS[1] | change)))
@@ -419,23 +574,31 @@ def test_bad_fields_are_refused(tmp_path, cache, change, message):
 
 def test_numbers_are_no_texts(tmp_path, cache):
     (tmp_path / "train.csv").write_text("prompt,chosen,rejected\na film,4,5\n")
-    with pytest.raises(ValueError, match="row 0, column 'chosen': found int 4, expected a text with words"):
+    with pytest.raises(
+        ValueError, match="row 0, column 'chosen': found int 4, expected a text with words"
+    ):
         load_preferences(tmp_path / "train.csv")
 
 
-@pytest.mark.parametrize(("name", "text"), [("train.jsonl", '{"prompt": "a",'), ("train.parquet", "no"),
-                                            ("train.csv", '"a\nb')])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("train.jsonl", '{"prompt": "a",'), ("train.parquet", "no"), ("train.csv", '"a\nb')],
+)
 def test_files_that_are_something_else_are_refused(tmp_path, cache, name, text):
     (tmp_path / name).write_text(text)
     kind = name.split(".")[1]
-    with pytest.raises(ValueError, match=rf"{name}: not readable as .{kind} \(.+\); expected one row a pair") as error:
+    with pytest.raises(
+        ValueError, match=rf"{name}: not readable as .{kind} \(.+\); expected one row a pair"
+    ) as error:
         load_preferences(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
 def test_missing_columns_are_refused(tmp_path, cache):
     datasets.Dataset.from_list(ROWS).remove_columns("chosen").to_json(str(tmp_path / "train.jsonl"))
-    with pytest.raises(ValueError, match=r"\(train\): column 'chosen' is missing; found .*; rename or add it"):
+    with pytest.raises(
+        ValueError, match=r"\(train\): column 'chosen' is missing; found .*; rename or add it"
+    ):
         load_preferences(tmp_path / "train.jsonl")
     datasets.Dataset.from_list(ROWS).to_json(str(tmp_path / "other.jsonl"))
     with pytest.raises(ValueError, match="column 'person' is missing"):
@@ -444,5 +607,7 @@ def test_missing_columns_are_refused(tmp_path, cache):
 
 def test_a_place_without_data_is_refused(tmp_path):
     for place in (tmp_path, tmp_path / "nowhere", tmp_path / "nowhere.jsonl"):
-        with pytest.raises(FileNotFoundError, match="no preference data found; expected a folder saved with"):
+        with pytest.raises(
+            FileNotFoundError, match="no preference data found; expected a folder saved with"
+        ):
             load_preferences(place)

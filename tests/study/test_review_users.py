@@ -13,30 +13,55 @@ from mixdpo_lib.study import texts as texts_file
 from mixdpo_lib.study.judges import REWARDS
 from mixdpo_lib.study.review_users import ReviewUsers, review_users_config, study_methods
 
-PRESENT = {"sentiment": "good bright quick".split(), "informativeness": "actor scene music plot".split(),
-           "grammar": "the a this that it".split()}  # fmt: skip
+PRESENT = {
+    "sentiment": "good bright quick".split(),
+    "informativeness": "actor scene music plot".split(),
+    "grammar": "the a this that it".split(),
+}
 
 
 def judge(texts, _=None):
     """A group likes the texts with many of its words."""
-    return pd.DataFrame({g: [sum(t.split().count(w) for w in words) + len(t) * 1e-3 for t in texts]
-                         for g, words in PRESENT.items()}, dtype=float)  # fmt: skip
+    return pd.DataFrame(
+        {
+            g: [sum(t.split().count(w) for w in words) + len(t) * 1e-3 for t in texts]
+            for g, words in PRESENT.items()
+        },
+        dtype=float,
+    )
 
 
 @pytest.fixture(scope="module")
 def study(tiny_base):
     config = review_users_config(
-        n_prompts=40, prompt_tokens=5, response_tokens=6, n_users=6, n_new_users=3, pairs_per_user=12, context_pairs=4,
-        validation_pairs_per_user=3, flip_rate=0.0, rank=4, batch_size=12, passes=4.0, learning_rate=0.05, beta=0.3,
-    )  # fmt: skip
+        n_prompts=40,
+        prompt_tokens=5,
+        response_tokens=6,
+        n_users=6,
+        n_new_users=3,
+        pairs_per_user=12,
+        context_pairs=4,
+        validation_pairs_per_user=3,
+        flip_rate=0.0,
+        rank=4,
+        batch_size=12,
+        passes=4.0,
+        learning_rate=0.05,
+        beta=0.3,
+    )
     rng = np.random.default_rng(0)
     study = ReviewUsers(config)
     study.base = tiny_base  # the real ones need a network: what they give is set here
     study.prompts = [" ".join(rng.choice(WORDS, 4)) for _ in range(40)]
     study.judges = type("Judges", (), {"training": None, "evaluation": None})()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReviewUsers, "judged", lambda _, prompts, responses, role: judge(
-            [f"{a} {b}" for a, b in zip(prompts, responses, strict=True)]))  # fmt: skip
+        patch.setattr(
+            ReviewUsers,
+            "judged",
+            lambda _, prompts, responses, role: judge(
+                [f"{a} {b}" for a, b in zip(prompts, responses, strict=True)]
+            ),
+        )
         yield study
 
 
@@ -46,13 +71,21 @@ def fits(study):
 
 
 def test_flat_values_find_their_place():
-    config = review_users_config(["clean"], n_prompts=9, pairs_per_user=3, passes=2.0, n_experts=4, beta=0.5)
-    assert config.candidates.n_prompts == 9 and config.fit.passes == 2 and (config.n_experts, config.beta) == (4, 0.5)
+    config = review_users_config(
+        ["clean"], n_prompts=9, pairs_per_user=3, passes=2.0, n_experts=4, beta=0.5
+    )
+    assert (
+        config.candidates.n_prompts == 9
+        and config.fit.passes == 2
+        and (config.n_experts, config.beta) == (4, 0.5)
+    )
     assert config.designs == ("clean",) and config.design.pairs_per_user == 3
     assert review_users_config().designs == ("default", "clean")
     assert review_users_config(start_temperature=7.0, restarts=2).fit.start.temperature == 7
     for unknown in ("n_prompt", "seed", "latent"):
-        with pytest.raises(ValueError, match=f"{unknown}=1 is no choice of the study; possible are .*n_prompts"):
+        with pytest.raises(
+            ValueError, match=f"{unknown}=1 is no choice of the study; possible are .*n_prompts"
+        ):
             review_users_config(**{unknown: 1})
 
 
@@ -95,18 +128,33 @@ def test_the_policy_is_the_one_of_the_best_step(study, fits):
         assert users == f.units
         weights = log_q[[users.index(u) for u in sets["validation"].rows["user"]]]
         found = float((f.policy.loglik(sets["validation"]) + weights).logsumexp(1).mean())
-        assert found == pytest.approx(history.loc[f.result.best_step, "validation_loglik"], rel=1e-4)
+        assert found == pytest.approx(
+            history.loc[f.result.best_step, "validation_loglik"], rel=1e-4
+        )
 
 
 def test_every_method_has_its_accuracy_under_every_routing(study):
     fits = [study.fitted(method, 0, "clean") for method in study.methods]
     by_prompt = study.accuracy_by_prompt(fits)
-    assert set(by_prompt["method"]) == {"dpo", "dpo_rank_3r", "mix_dpo", "mix_dpo_pair", "moe_dpo", "oracle"}
+    assert set(by_prompt["method"]) == {
+        "dpo",
+        "dpo_rank_3r",
+        "mix_dpo",
+        "mix_dpo_pair",
+        "moe_dpo",
+        "oracle",
+    }
     told = by_prompt[by_prompt["method"] == "oracle"].pivot_table(
-        index=["users", "group", "prompt_id"], columns="routing", values="accuracy")  # fmt: skip
-    assert np.allclose(told["prior"], told["own_pairs"]) and np.allclose(told["prior"], told["oracle"])
+        index=["users", "group", "prompt_id"], columns="routing", values="accuracy"
+    )
+    assert np.allclose(told["prior"], told["own_pairs"]) and np.allclose(
+        told["prior"], told["oracle"]
+    )
     seen = by_prompt.query("method == 'moe_dpo' and users == 'seen'")
-    assert set(seen["routing"]) == {"prior", "own_pairs", "oracle"} and seen["accuracy"].between(0, 1).all()
+    assert (
+        set(seen["routing"]) == {"prior", "own_pairs", "oracle"}
+        and seen["accuracy"].between(0, 1).all()
+    )
 
 
 def test_tables(study, fits):
@@ -114,13 +162,19 @@ def test_tables(study, fits):
     assert set(by_prompt["group"]) == set(REWARDS) and by_prompt["accuracy"].between(0, 1).all()
     routings = by_prompt.groupby("method")["routing"].unique().map(set).to_dict()
     assert routings == {"dpo": {"none"}, "mix_dpo": {"prior", "own_pairs", "oracle"}}
-    assert set(by_prompt["users"]) == {"seen", "new"} and set(by_prompt["prompt_id"]) <= set(range(32, 40))
+    assert set(by_prompt["users"]) == {"seen", "new"} and set(by_prompt["prompt_id"]) <= set(
+        range(32, 40)
+    )
     q = study.responsibilities(fits)
     mixture = q[(q["method"] == "mix_dpo") & (q["design"] == "default")]
-    assert len(mixture) == 18 and np.allclose(mixture.groupby("user")["responsibility"].sum(), 1, atol=1e-5)
+    assert len(mixture) == 18 and np.allclose(
+        mixture.groupby("user")["responsibility"].sum(), 1, atol=1e-5
+    )
     assert set(mixture["expert_serves"]) == set(REWARDS)
     recovered = study.recovery(fits)
-    assert {"design", "method", "seed", "nmi", "ari", "aligned_accuracy", "n_users"} <= set(recovered)
+    assert {"design", "method", "seed", "nmi", "ari", "aligned_accuracy", "n_users"} <= set(
+        recovered
+    )
     assert len(study.history(fits)) == sum(len(f.result.history) for f in fits)
     assert set(study.stop_reasons(fits).values()) == {"max_iter"} and len(study.restarts(fits)) == 4
 
@@ -135,28 +189,41 @@ def test_oracle_routing_is_one_expert(study, fits):
         rows = np.flatnonzero(np.array(test.rows["group"]) == group)
         own = part[part["group"] == group]
         expected = float((loglik[rows, expert] > 0.5).float().mean())
-        assert float(np.average(own["accuracy"], weights=own["n_pairs"])) == pytest.approx(expected, abs=1e-6)
+        assert float(np.average(own["accuracy"], weights=own["n_pairs"])) == pytest.approx(
+            expected, abs=1e-6
+        )
 
 
 def test_experts_are_scaled_to_the_kl_of_dpo(study, fits, monkeypatch):
-    def generated(study, fitted, name, expert, scale, prompt_ids):  # DPO's samples say 2 nats, the experts' 1
+    def generated(
+        study, fitted, name, expert, scale, prompt_ids
+    ):  # DPO's samples say 2 nats, the experts' 1
         assert set(prompt_ids) == set(range(28, 32))
         n = len(prompt_ids)
-        return Generated(["a"] * n, [0] * n, [2.0 if name == "dpo" else 1.0] * n, [0.0] * n, [1] * n, [False] * n)
+        return Generated(
+            ["a"] * n, [0] * n, [2.0 if name == "dpo" else 1.0] * n, [0.0] * n, [1] * n, [False] * n
+        )
 
     monkeypatch.setattr(texts_file, "_generated", generated)
     table = texts_file.matched_scales(study, "default", [0]).set_index("policy")
-    assert list(table.index) == ["dpo", *(f"expert_{g}" for g in REWARDS)] and table.loc["dpo", "scale"] == 1
+    assert (
+        list(table.index) == ["dpo", *(f"expert_{g}" for g in REWARDS)]
+        and table.loc["dpo", "scale"] == 1
+    )
     mixture = next(f for f in fits if (f.design, f.method) == ("default", "mix_dpo"))
     assert table["expert"].tolist()[1:] == mixture.order
     # the samples of the first match were half as far as DPO's: the last correction doubles the prefix KL
-    np.testing.assert_allclose(table["prefix_kl"].iloc[1:], 2 * table.loc["dpo", "prefix_kl"], rtol=0.02)
+    np.testing.assert_allclose(
+        table["prefix_kl"].iloc[1:], 2 * table.loc["dpo", "prefix_kl"], rtol=0.02
+    )
 
 
 def test_texts_at_matched_kl(study, fits):
     table = texts_file.matched_scales(study, "default", [0])
     texts = texts_file.texts_of(study, table, 12)
-    assert texts.groupby("policy").size().tolist() == [12] * 4 and set(texts["prompt_id"]) == set(range(32, 40))
+    assert texts.groupby("policy").size().tolist() == [12] * 4 and set(texts["prompt_id"]) == set(
+        range(32, 40)
+    )
     assert texts["log_ratio"].abs().max() > 0 and (texts["n_tokens"] <= 6).all()
     own = judge([f"{p} {t}" for p, t in zip(texts["prompt"], texts["text"], strict=True)])
     assert np.allclose(own["sentiment"], texts["sentiment"])

@@ -57,7 +57,9 @@ def _linter() -> harper.Linter:
     """Of this thread, with the rules that count."""
     if not hasattr(_linters, "linter"):
         _linters.linter = harper.Linter()
-        _linters.linter.set_lint_config({rule: rule in HARPER_RULES for rule in harper.get_default_lint_config()})
+        _linters.linter.set_lint_config(
+            {rule: rule in HARPER_RULES for rule in harper.get_default_lint_config()}
+        )
     return _linters.linter
 
 
@@ -138,26 +140,41 @@ class GrammarTraining(Grammar):
     }
     shortest = 8  # words
 
-    def __init__(self, words: Sequence[str], common: Sequence[str], counts: np.ndarray, keys: np.ndarray,
-                 pairs: np.ndarray, total: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        words: Sequence[str],
+        common: Sequence[str],
+        counts: np.ndarray,
+        keys: np.ndarray,
+        pairs: np.ndarray,
+        total: int,
+    ) -> None:
         self.words, self.common = frozenset(words), {w: i for i, w in enumerate(common)}
-        self.counts, self.keys, self.pairs = (np.asarray(a, np.int64) for a in (counts, keys, pairs))
+        self.counts, self.keys, self.pairs = (
+            np.asarray(a, np.int64) for a in (counts, keys, pairs)
+        )
         self.total = int(total)
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig, n_common: int = 4000) -> GrammarTraining:
         """Count words, and how often any two of the `n_common` commonest are neighbours."""
-        words = sorted(w for w, c in count_reviews(reviews["text"]).items() if c >= config.min_reviews)
+        words = sorted(
+            w for w, c in count_reviews(reviews["text"]).items() if c >= config.min_reviews
+        )
         units = [[u.lower() for u in _PAIR_UNIT.findall(t)] for t in reviews["text"]]
         counts = Counter(u for text in units for u in text)
-        common = [u for u, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:n_common]]
+        common = [
+            u for u, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:n_common]
+        ]
         number = {u: i for i, u in enumerate(common)}
         found = []
         for text in units:
             i = np.array([number.get(u, -1) for u in text], np.int64)
             found.append((i[:-1] * len(common) + i[1:])[(i[:-1] >= 0) & (i[1:] >= 0)])
         keys, pairs = np.unique(np.concatenate(found), return_counts=True)
-        return cls(words, common, np.array([counts[u] for u in common]), keys, pairs, sum(counts.values()))
+        return cls(
+            words, common, np.array([counts[u] for u in common]), keys, pairs, sum(counts.values())
+        )
 
     def odd_neighbours(self, text: str) -> float:
         """Sum over adjacent common words of min(5, max(0, ln((expected + 1) / (observed + 1)))); nats."""
@@ -178,7 +195,9 @@ class GrammarTraining(Grammar):
         text = _without_fragment(text)
         checker = sum(
             lint.span.end < len(text) - 1  # else: what follows was cut off
-            and not (lint.span.start == 0 and lint.lint_kind == "Capitalization")  # what precedes may have been
+            and not (
+                lint.span.start == 0 and lint.lint_kind == "Capitalization"
+            )  # what precedes may have been
             for lint in _linter().lint(text)
         )
         non_words = sum(
@@ -191,7 +210,8 @@ class GrammarTraining(Grammar):
             "non_words": non_words,
             "article": sum(want is not None and want != is_an for is_an, want in articles),
             "repetition": sum(
-                m[1].lower() not in ("had", "that") and not m[1][0].isupper() for m in _TWICE.finditer(text)
+                m[1].lower() not in ("had", "that") and not m[1][0].isupper()
+                for m in _TWICE.finditer(text)
             ),
             "stray_symbols": len(_STRAY.findall(text)),
             "odd_neighbours": self.odd_neighbours(text),
@@ -215,7 +235,11 @@ class GrammarTraining(Grammar):
     def state(self) -> State:
         """Counts of common words and of pairs of them; the words."""
         arrays = {"counts": self.counts, "keys": self.keys, "pairs": self.pairs}
-        return arrays, {"words": sorted(self.words), "common": list(self.common), "total": self.total}
+        return arrays, {
+            "words": sorted(self.words),
+            "common": list(self.common),
+            "total": self.total,
+        }
 
     @classmethod
     def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> GrammarTraining:
@@ -246,7 +270,9 @@ class GrammarEvaluation(NetJudge, Grammar):
         kinds = {**CORRUPTIONS, **DAMAGE}
         tokens, label = tokens_of(text), np.zeros(len(tokens_of(text)), np.float32)
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
-            kind = rng.choices(list(kinds), [0.25 if k == "full_shuffle" else 1.0 for k in kinds])[0]
+            kind = rng.choices(list(kinds), [0.25 if k == "full_shuffle" else 1.0 for k in kinds])[
+                0
+            ]
             changed = kinds[kind](text, rng)
             if changed is None:
                 continue
@@ -256,7 +282,9 @@ class GrammarEvaluation(NetJudge, Grammar):
                 a += 1
             while b < shorter - a and tokens[-1 - b] == after[-1 - b]:
                 b += 1
-            label = np.concatenate([label[:a], np.ones(len(after) - a - b, np.float32), label[len(label) - b :]])
+            label = np.concatenate(
+                [label[:a], np.ones(len(after) - a - b, np.float32), label[len(label) - b :]]
+            )
             if len(after) == a + b and a < len(label):  # left out: the word after the gap
                 label[a] = 1
             text, tokens = changed, after
@@ -271,7 +299,8 @@ class GrammarEvaluation(NetJudge, Grammar):
             whole = sentences(text, 6, 45)
             texts += rng.sample(whole, min(cls.per_review, len(whole)))
             texts += [
-                piece(text, rng.randint(10, round(1.25 * config.piece_words)), rng) for _ in range(cls.per_review)
+                piece(text, rng.randint(10, round(1.25 * config.piece_words)), rng)
+                for _ in range(cls.per_review)
             ]
 
         def passes() -> Iterator[tuple[np.ndarray, Callable[[TextNet, np.ndarray], Tensor]]]:
@@ -279,7 +308,9 @@ class GrammarEvaluation(NetJudge, Grammar):
                 rows = [cls.corrupted(t, rng) for t in texts]
                 encoded, labels = [encoder(t) for t, _ in rows], [label for _, label in rows]
 
-                def loss(net: TextNet, rows: np.ndarray, encoded: list = encoded, labels: list = labels) -> Tensor:
+                def loss(
+                    net: TextNet, rows: np.ndarray, encoded: list = encoded, labels: list = labels
+                ) -> Tensor:
                     ids, mask = pad([encoded[r] for r in rows])
                     target = torch.from_numpy(np.concatenate([labels[r] for r in rows]))
                     return F.binary_cross_entropy_with_logits(net(ids, mask)[mask], target)
@@ -287,9 +318,14 @@ class GrammarEvaluation(NetJudge, Grammar):
                 yield np.array([len(e) for e in encoded]), loss
 
         net = fit_net(
-            lambda: TextNet(encoder.n_words, **cls.shape), passes(), cls.n_epochs,
-            stage="judges: grammar/evaluation", seed=config.seed, learning_rate=8e-3, batch_tokens=6144,
-        )  # fmt: skip
+            lambda: TextNet(encoder.n_words, **cls.shape),
+            passes(),
+            cls.n_epochs,
+            stage="judges: grammar/evaluation",
+            seed=config.seed,
+            learning_rate=8e-3,
+            batch_tokens=6144,
+        )
         return cls(encoder, net)
 
     def rate(self, texts: list[str]) -> np.ndarray:

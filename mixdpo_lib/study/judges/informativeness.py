@@ -70,10 +70,13 @@ class InformativenessTraining(Informativeness):
         """
         counts, n = count_reviews(reviews["text"]), len(reviews)
         words = sorted(
-            w for w, c in counts.items()
-            if config.min_reviews <= c <= 0.1 * n and len(w) > 2 and w not in ENGLISH_STOP_WORDS | _SAYS_LITTLE
+            w
+            for w, c in counts.items()
+            if config.min_reviews <= c <= 0.1 * n
+            and len(w) > 2
+            and w not in ENGLISH_STOP_WORDS | _SAYS_LITTLE
             and "'" not in w
-        )  # fmt: skip
+        )
         if not words:
             raise ValueError(
                 f"informativeness: {n} reviews hold no word that {config.min_reviews} of them share; "
@@ -95,7 +98,9 @@ class InformativenessTraining(Informativeness):
         return {"idf": np.array(list(self.idf.values()))}, {"words": list(self.idf)}
 
     @classmethod
-    def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> InformativenessTraining:
+    def from_state(
+        cls, arrays: dict[str, np.ndarray], values: dict[str, Any]
+    ) -> InformativenessTraining:
         """The judge that gave this `state`."""
         return cls(values["words"], arrays["idf"])
 
@@ -155,9 +160,12 @@ class InformativenessEvaluation(NetJudge, Informativeness):
                 yield np.array([len(a) + len(b) for a, b in pairs]), loss
 
         net = fit_net(
-            lambda: TextNet(encoder.n_words, **cls.shape), passes(), cls.n_epochs,
-            stage="judges: informativeness/evaluation", seed=config.seed,
-        )  # fmt: skip
+            lambda: TextNet(encoder.n_words, **cls.shape),
+            passes(),
+            cls.n_epochs,
+            stage="judges: informativeness/evaluation",
+            seed=config.seed,
+        )
         return cls(encoder, net)
 
     def rate(self, texts: list[str]) -> np.ndarray:

@@ -24,7 +24,16 @@ from .contract import Judge, State
 
 _TOKEN = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*|[0-9]+|[^\w\s]|\w+|_+")
 _STRAIGHT = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "."})
-_SHAPES = ("pad", "lower", "capital", "upper", "mixed", "number", "mark", "foreign")  # of a token; also its stand-in
+_SHAPES = (
+    "pad",
+    "lower",
+    "capital",
+    "upper",
+    "mixed",
+    "number",
+    "mark",
+    "foreign",
+)  # of a token; also its stand-in
 NetT = TypeVar("NetT", bound=nn.Module)
 AFFIXES = 4096  # buckets shared by prefixes and suffixes
 
@@ -40,7 +49,13 @@ def tokens_of(text: str) -> list[str]:
 
 def _shape(token: str) -> int:
     if token[0].isascii() and token[0].isalpha():
-        kind = "lower" if token.islower() else "upper" if token.isupper() and len(token) > 1 else "mixed"
+        kind = (
+            "lower"
+            if token.islower()
+            else "upper"
+            if token.isupper() and len(token) > 1
+            else "mixed"
+        )
         if kind == "mixed" and token[0].isupper() and (token[1:].islower() or len(token) == 1):
             kind = "capital"
     else:
@@ -98,7 +113,9 @@ class Encoder:
         return rows
 
 
-def pad(encoded: Sequence[np.ndarray]) -> tuple[Int[Tensor, "texts tokens 6"], Bool[Tensor, "texts tokens"]]:
+def pad(
+    encoded: Sequence[np.ndarray],
+) -> tuple[Int[Tensor, "texts tokens 6"], Bool[Tensor, "texts tokens"]]:
     """One rectangle of ids (0 beyond the end) and a mask of what is text."""
     ids = np.zeros((len(encoded), max(len(e) for e in encoded), 6), np.int64)
     mask = np.zeros(ids.shape[:2], bool)
@@ -116,7 +133,14 @@ class TextNet(nn.Module):
     per_token : True: one logit a token; False: one a text, from the maximum and the mean over tokens.
     """
 
-    def __init__(self, n_words: int, width: int = 64, blocks: int = 2, per_token: bool = False, dropout: float = 0.3):
+    def __init__(
+        self,
+        n_words: int,
+        width: int = 64,
+        blocks: int = 2,
+        per_token: bool = False,
+        dropout: float = 0.3,
+    ):
         super().__init__()
         sizes = (n_words, len(_SHAPES), AFFIXES, AFFIXES, 16, 4)
         self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
@@ -164,7 +188,9 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def batches(lengths: np.ndarray, batch_tokens: int, rng: np.random.Generator | None) -> list[np.ndarray]:
+def batches(
+    lengths: np.ndarray, batch_tokens: int, rng: np.random.Generator | None
+) -> list[np.ndarray]:
     """Rows grouped by length so that a padded batch holds about `batch_tokens`; shuffled when `rng` is given."""
     noise = rng.uniform(0, 6, len(lengths)) if rng is not None else 0.0
     order = np.argsort(lengths + noise, kind="stable")
@@ -214,12 +240,19 @@ def fit_net(
                 loss.backward()
                 nn.utils.clip_grad_norm_(net.parameters(), 1.0)
                 optimiser.step()
-                progress(stage, epoch * len(groups) + step + 1, n_epochs * len(groups), f"loss {loss.item():.3f}")
+                progress(
+                    stage,
+                    epoch * len(groups) + step + 1,
+                    n_epochs * len(groups),
+                    f"loss {loss.item():.3f}",
+                )
     return net.eval()
 
 
 @torch.inference_mode()
-def apply_net(net: TextNet, encoded: Sequence[np.ndarray], batch_tokens: int = 16384) -> list[np.ndarray]:
+def apply_net(
+    net: TextNet, encoded: Sequence[np.ndarray], batch_tokens: int = 16384
+) -> list[np.ndarray]:
     """What the net says of each text: an array of one logit, or of one a token; in the order given."""
     net.eval()
     out: list[np.ndarray] = [np.empty(0)] * len(encoded)
@@ -239,7 +272,9 @@ def net_arrays(net: nn.Module) -> dict[str, np.ndarray]:
 
 def load_arrays(net: NetT, arrays: dict[str, np.ndarray]) -> NetT:
     """The net with these weights, for use."""
-    net.load_state_dict({name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()})
+    net.load_state_dict(
+        {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}
+    )
     return net.eval()
 
 
@@ -254,7 +289,11 @@ class AveragingNet(nn.Module):
     """
 
     def __init__(
-        self, n_terms: int, first: Float[np.ndarray, "terms"] | None = None, width: int = 16, hidden: int = 32
+        self,
+        n_terms: int,
+        first: Float[np.ndarray, "terms"] | None = None,
+        width: int = 16,
+        hidden: int = 32,
     ):
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(n_terms, width) * 0.05)
@@ -268,8 +307,12 @@ class AveragingNet(nn.Module):
         weights = torch.from_numpy(counts.data.astype(np.float32))
         if word_dropout:
             weights = weights * (torch.rand(len(weights)) > word_dropout) / (1 - word_dropout)
-        where, start = (torch.from_numpy(a.astype(np.int64)) for a in (counts.indices, counts.indptr[:-1]))
-        summed = F.embedding_bag(where, self.embedding, start, per_sample_weights=weights, mode="sum")
+        where, start = (
+            torch.from_numpy(a.astype(np.int64)) for a in (counts.indices, counts.indptr[:-1])
+        )
+        summed = F.embedding_bag(
+            where, self.embedding, start, per_sample_weights=weights, mode="sum"
+        )
         return self.head(F.gelu(self.hidden(summed))).squeeze(-1)
 
 
@@ -289,7 +332,9 @@ def fit_averaging_net(
     with _seeded(seed):
         net, rng = AveragingNet(counts.shape[1], first), np.random.default_rng(seed)
         target = torch.from_numpy(np.asarray(labels)).float()
-        batch_size = min(batch_size, max(16, len(labels) // 60))  # few texts: still some 60 steps a pass
+        batch_size = min(
+            batch_size, max(16, len(labels) // 60)
+        )  # few texts: still some 60 steps a pass
         optimiser = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=0.0)
         total, done = n_epochs * -(-len(labels) // batch_size), 0
         for _ in range(n_epochs):
@@ -297,7 +342,9 @@ def fit_averaging_net(
             for begin in range(0, len(order), batch_size):
                 rows = order[begin : begin + batch_size]
                 for group in optimiser.param_groups:
-                    group["lr"] = learning_rate * min(1.0, 10 * done / total + 0.05, 1.05 - done / total)
+                    group["lr"] = learning_rate * min(
+                        1.0, 10 * done / total + 0.05, 1.05 - done / total
+                    )
                 loss = F.binary_cross_entropy_with_logits(
                     net(counts[rows], word_dropout), target[torch.from_numpy(rows)]
                 )

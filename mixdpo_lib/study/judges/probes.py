@@ -71,13 +71,17 @@ def repeated(text: str, rng: Random) -> str:
 
 
 STAND_INS_FIT = {  # by ending; "" for every other word
-    "ly": ("really", "just", "also"), "ing": ("doing", "being", "having"), "ed": ("made", "done", "had"),
+    "ly": ("really", "just", "also"),
+    "ing": ("doing", "being", "having"),
+    "ed": ("made", "done", "had"),
     "": ("thing", "good", "people", "way", "something", "bad", "one", "movie", "time"),
-}  # fmt: skip
+}
 STAND_INS_PROBE = {  # never seen in fitting
-    "ly": ("very", "quite", "too"), "ing": ("going", "getting", "making"), "ed": ("got", "put", "went"),
+    "ly": ("very", "quite", "too"),
+    "ing": ("going", "getting", "making"),
+    "ed": ("got", "put", "went"),
     "": ("stuff", "great", "lot", "man", "thing", "someone", "nice", "film", "part", "bit"),
-}  # fmt: skip
+}
 
 
 def generic(

@@ -61,12 +61,20 @@ class SentimentTraining(Sentiment):
 
     role, family = "training", "linear, word 1-2-grams"
 
-    def __init__(self, terms: Sequence[str], idf: np.ndarray, weight: np.ndarray, bias: float) -> None:
-        self.terms, self.weight, self.bias = list(terms), np.asarray(weight, np.float64), float(bias)
+    def __init__(
+        self, terms: Sequence[str], idf: np.ndarray, weight: np.ndarray, bias: float
+    ) -> None:
+        self.terms, self.weight, self.bias = (
+            list(terms),
+            np.asarray(weight, np.float64),
+            float(bias),
+        )
         self._vectorizer = TfidfVectorizer(
-            vocabulary={t: i for i, t in enumerate(self.terms)}, ngram_range=(1, 2), sublinear_tf=True,
+            vocabulary={t: i for i, t in enumerate(self.terms)},
+            ngram_range=(1, 2),
+            sublinear_tf=True,
             token_pattern=_FEATURE,
-        )  # fmt: skip
+        )
         self._vectorizer.idf_ = np.asarray(idf, np.float64)
 
     @classmethod
@@ -77,21 +85,34 @@ class SentimentTraining(Sentiment):
         ------
         ValueError : reviews of one label only.
         """
-        cut = cut_pieces(reviews["text"], config.pieces_per_review, config.piece_words, Random(config.seed))
+        cut = cut_pieces(
+            reviews["text"], config.pieces_per_review, config.piece_words, Random(config.seed)
+        )
         texts = [t for pieces in cut for t in pieces]
         labels = np.repeat(np.asarray(reviews["label"]), config.pieces_per_review + 1)
         whole = np.arange(0, len(texts), config.pieces_per_review + 1)
         if len(set(labels)) < 2:
-            raise ValueError("sentiment: found reviews of one label only, expected both 0 and 1; add the other kind")
+            raise ValueError(
+                "sentiment: found reviews of one label only, expected both 0 and 1; add the other kind"
+            )
         vectorizer = TfidfVectorizer(
-            ngram_range=(1, 2), min_df=least_reviews(reviews, config), sublinear_tf=True, token_pattern=_FEATURE
+            ngram_range=(1, 2),
+            min_df=least_reviews(reviews, config),
+            sublinear_tf=True,
+            token_pattern=_FEATURE,
         )
         x = vectorizer.fit_transform(texts)
         scale = np.sqrt(np.abs(_log_count_ratio(x[whole], labels[whole]))) + 0.1
         x = x.multiply(scale).tocsr()
-        model = LogisticRegression(C=0.5, solver="liblinear", random_state=config.seed).fit(x, labels)
-        return cls(vectorizer.get_feature_names_out().tolist(), vectorizer.idf_, model.coef_[0] * scale,
-                   float(model.intercept_[0]))  # fmt: skip
+        model = LogisticRegression(C=0.5, solver="liblinear", random_state=config.seed).fit(
+            x, labels
+        )
+        return cls(
+            vectorizer.get_feature_names_out().tolist(),
+            vectorizer.idf_,
+            model.coef_[0] * scale,
+            float(model.intercept_[0]),
+        )
 
     def rate(self, texts: list[str]) -> np.ndarray:
         """The logit of each text: above 0 it praises."""
@@ -99,7 +120,10 @@ class SentimentTraining(Sentiment):
 
     def state(self) -> State:
         """Weights and document frequencies of the terms; the terms and the bias."""
-        return {"idf": self._vectorizer.idf_, "weight": self.weight}, {"terms": self.terms, "bias": self.bias}
+        return {"idf": self._vectorizer.idf_, "weight": self.weight}, {
+            "terms": self.terms,
+            "bias": self.bias,
+        }
 
     @classmethod
     def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> SentimentTraining:
@@ -120,23 +144,34 @@ class SentimentEvaluation(Sentiment):
     def __init__(self, terms: Sequence[str], net: AveragingNet) -> None:
         self.terms, self.net = list(terms), net
         self._vectorizer = CountVectorizer(
-            vocabulary={t: i for i, t in enumerate(self.terms)}, ngram_range=(1, 2), binary=True, token_pattern=_FEATURE
+            vocabulary={t: i for i, t in enumerate(self.terms)},
+            ngram_range=(1, 2),
+            binary=True,
+            token_pattern=_FEATURE,
         )
 
     @classmethod
     def fit(cls, reviews: Dataset, config: JudgeConfig) -> SentimentEvaluation:
         """On whole reviews and pieces of them."""
-        cut = cut_pieces(reviews["text"], config.pieces_per_review, config.piece_words, Random(config.seed + 1))
+        cut = cut_pieces(
+            reviews["text"], config.pieces_per_review, config.piece_words, Random(config.seed + 1)
+        )
         labels = np.repeat(np.asarray(reviews["label"]), config.pieces_per_review + 1)
         whole = np.arange(0, len(labels), config.pieces_per_review + 1)
         vectorizer = CountVectorizer(
-            ngram_range=(1, 2), min_df=least_reviews(reviews, config), binary=True, token_pattern=_FEATURE
+            ngram_range=(1, 2),
+            min_df=least_reviews(reviews, config),
+            binary=True,
+            token_pattern=_FEATURE,
         )
         counts = vectorizer.fit_transform([t for pieces in cut for t in pieces])
         net = fit_averaging_net(
-            cls._scaled(counts), labels, _log_count_ratio(counts[whole], labels[whole]),
-            stage="judges: sentiment/evaluation", seed=config.seed,
-        )  # fmt: skip
+            cls._scaled(counts),
+            labels,
+            _log_count_ratio(counts[whole], labels[whole]),
+            stage="judges: sentiment/evaluation",
+            seed=config.seed,
+        )
         return cls(vectorizer.get_feature_names_out().tolist(), net)
 
     @staticmethod
@@ -154,6 +189,8 @@ class SentimentEvaluation(Sentiment):
         return net_arrays(self.net), {"terms": self.terms}
 
     @classmethod
-    def from_state(cls, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> SentimentEvaluation:
+    def from_state(
+        cls, arrays: dict[str, np.ndarray], values: dict[str, Any]
+    ) -> SentimentEvaluation:
         """The judge that gave this `state`."""
         return cls(values["terms"], load_arrays(AveragingNet(len(values["terms"])), arrays))

@@ -16,7 +16,17 @@ from datasets import Dataset  # noqa: E402
 
 from mixdpo_lib.store import MixDPOError  # noqa: E402
 from mixdpo_lib.study import judges as judges_wing  # noqa: E402
-from mixdpo_lib.study.judges import contract, corruptions, exam, informativeness, nets, panel, probes, report, sentiment  # noqa: E402
+from mixdpo_lib.study.judges import (
+    contract,
+    corruptions,
+    exam,
+    informativeness,
+    nets,
+    panel,
+    probes,
+    report,
+    sentiment,
+)  # noqa: E402
 from mixdpo_lib.study.judges import figures as judge_figures  # noqa: E402
 from mixdpo_lib.study.judges import grammar as grammar_file
 from mixdpo_lib.study.judges.words import common_words, count_reviews, piece
@@ -50,8 +60,12 @@ def test_informativeness_by_hand():
     words = "the dragon and the castle and the dragon of it all in the end of one".split()
     assert len(words) == 16
     assert judge.score([" ".join(words)])[0] == pytest.approx(math.log(1000) / 16)
-    assert judge.score([" ".join(words + ["oh"] * 16)])[0] == pytest.approx(math.log(1000) / 32)  # padding halves it
-    assert judge.score(["dragon dragon dragon"])[0] == pytest.approx(math.log(10) / 16)  # short: counts as 16 words
+    assert judge.score([" ".join(words + ["oh"] * 16)])[0] == pytest.approx(
+        math.log(1000) / 32
+    )  # padding halves it
+    assert judge.score(["dragon dragon dragon"])[0] == pytest.approx(
+        math.log(10) / 16
+    )  # short: counts as 16 words
     assert judge.score(["xyzzy qwerty \U0001f525"])[0] == 0.0  # non-words and symbols say nothing
 
 
@@ -66,7 +80,11 @@ def test_idf_counts_reviews_not_mentions():
 
 def test_the_common_words_are_the_same_in_every_process():
     texts = [" ".join(f"word{chr(97 + i)}" for i in range(20)), "wordz"]
-    assert list(count_reviews(texts))[:3] == ["worda", "wordb", "wordc"]  # a set would have any order
+    assert list(count_reviews(texts))[:3] == [
+        "worda",
+        "wordb",
+        "wordc",
+    ]  # a set would have any order
     assert common_words(texts, 3) == {"worda", "wordb", "wordc"}
 
 
@@ -74,16 +92,25 @@ def test_the_common_words_are_the_same_in_every_process():
 def grammar():
     """Knows five words; "the film" is common, "film the" was never seen: expected 10 x 10 / 50 = 2 by chance."""
     return grammar_file.GrammarTraining(
-        words=["the", "film", "was", "good", "story"], common=["film", "the"], counts=np.array([10, 10]),
-        keys=np.array([1 * 2 + 0]), pairs=np.array([9]), total=50,
-    )  # fmt: skip
+        words=["the", "film", "was", "good", "story"],
+        common=["film", "the"],
+        counts=np.array([10, 10]),
+        keys=np.array([1 * 2 + 0]),
+        pairs=np.array([9]),
+        total=50,
+    )
 
 
 def test_grammar_by_hand(grammar):
     assert grammar.findings("The film was good.") == dict.fromkeys(grammar.weights, 0)
     assert grammar.score(["The film was good."])[0] == 0.0
     found = grammar.findings("We saw a old film and and an user ### of graet story.")
-    assert (found["article"], found["repetition"], found["stray_symbols"], found["non_words"]) == (2, 1, 1, 1)
+    assert (found["article"], found["repetition"], found["stray_symbols"], found["non_words"]) == (
+        2,
+        1,
+        1,
+        1,
+    )
     assert grammar.odd_neighbours("the film") == 0.0  # seen 9 times, expected 2
     assert grammar.odd_neighbours("film the") == pytest.approx(math.log(3 / 1))
     text = "It was a film the critics in old London liked."  # ten words, one odd pair
@@ -96,7 +123,10 @@ def test_grammar_by_hand(grammar):
 def test_a_cut_off_end_is_not_judged(grammar):
     assert grammar.findings("The film was good and the stor")["non_words"] == 0
     assert grammar.findings("The film was good and the stroy.")["non_words"] == 1
-    assert grammar.score(["The film was good and gr"])[0] == grammar.score(["The film was good and grxx"])[0]
+    assert (
+        grammar.score(["The film was good and gr"])[0]
+        == grammar.score(["The film was good and grxx"])[0]
+    )
 
 
 def test_names_numbers_and_meant_repeats_are_no_findings(grammar):
@@ -105,7 +135,10 @@ def test_names_numbers_and_meant_repeats_are_no_findings(grammar):
 
 
 def test_articles():
-    wrong = {"a": ["apple", "hour", "uninteresting", "honest"], "an": ["user", "one", "film", "European", "unique"]}
+    wrong = {
+        "a": ["apple", "hour", "uninteresting", "honest"],
+        "an": ["user", "one", "film", "European", "unique"],
+    }
     for article, words in wrong.items():
         for word in words:
             assert grammar_file.wants_an(word) is (article == "a"), word
@@ -127,12 +160,18 @@ def test_places_of_corruptions():
             "He has seen the old house of a friend in a town.", Random(seed)
         )
         assert len(label) == len(nets.tokens_of(text))
-        assert (label.sum() > 0) == (text != "He has seen the old house of a friend in a town.") or label.sum() > 0
+        assert (label.sum() > 0) == (
+            text != "He has seen the old house of a friend in a town."
+        ) or label.sum() > 0
 
 
 def test_worse_texts_keep_their_length():
     text, rng = " ".join(f"word{i}" for i in range(32)), Random(0)
-    for worse in (probes.diluted(text, rng), probes.repeated(text, rng), probes.generic(text, rng, frozenset())):
+    for worse in (
+        probes.diluted(text, rng),
+        probes.repeated(text, rng),
+        probes.generic(text, rng, frozenset()),
+    ):
         assert len(worse.split()) == 32 and worse != text
     assert len(probes.padded(text, rng).split()) == 56
     assert not set(probes.FILLER_FIT) & set(probes.FILLER_PROBE)
@@ -140,8 +179,14 @@ def test_worse_texts_keep_their_length():
 
 # --- a reward is one file and one name
 def test_every_reward_is_one_file_that_registers_both_judges():
-    own = {name: kind for name, kind in contract.registered_judges().items() if kind.__module__.startswith("mixdpo_lib.")}
-    assert set(own) == {f"{reward}/{role}" for reward in contract.REWARDS for role in contract.ROLES}
+    own = {
+        name: kind
+        for name, kind in contract.registered_judges().items()
+        if kind.__module__.startswith("mixdpo_lib.")
+    }
+    assert set(own) == {
+        f"{reward}/{role}" for reward in contract.REWARDS for role in contract.ROLES
+    }
     for kind in own.values():
         assert kind.__module__ == f"mixdpo_lib.study.judges.{kind.reward}" and kind.bars
     assert len({kind.family for kind in own.values()}) == 6  # no two judges are the same instrument
@@ -162,12 +207,16 @@ def test_no_other_room_knows_a_reward(room):
         if isinstance(node, ast.ImportFrom):
             assert node.module not in rewards and not {name.name for name in node.names} & rewards
         elif isinstance(node, ast.Compare):
-            assert not {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)} & rewards, ast.unparse(node)
+            assert not {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)} & rewards, (
+                ast.unparse(node)
+            )
 
 
 # --- splitting, fitting, files
 def test_split_is_disjoint_by_text_and_seeded(reviews):
-    double = Dataset.from_dict({"text": reviews["text"][:] + reviews["text"][:20], "label": [0] * 820})
+    double = Dataset.from_dict(
+        {"text": reviews["text"][:] + reviews["text"][:20], "label": [0] * 820}
+    )
     parts = contract.split_reviews(double, 1)
     texts = [t for part in parts.values() for t in part["text"]]
     assert list(parts) == list(contract.PARTS)
@@ -208,19 +257,26 @@ def test_same_seed_same_judge(reviews):
     for kind in (sentiment.SentimentEvaluation, informativeness.InformativenessEvaluation):
         a, b = (kind.fit(half, SMALL).score(TEXTS) for _ in range(2))
         np.testing.assert_array_equal(a, b)
-        assert not np.array_equal(a, kind.fit(half, dataclasses.replace(SMALL, seed=1)).score(TEXTS))
+        assert not np.array_equal(
+            a, kind.fit(half, dataclasses.replace(SMALL, seed=1)).score(TEXTS)
+        )
 
 
 def test_what_few_reviews_can_teach(judges, reviews):
     good = ["A wonderful, moving film with excellent acting; I loved it."] * 2
     bad = ["Awful, boring waste of time; the worst acting and a terrible script."] * 2
     for role in contract.ROLES:
-        assert (getattr(judges, role)["sentiment"].score(good) > getattr(judges, role)["sentiment"].score(bad)).all()
+        assert (
+            getattr(judges, role)["sentiment"].score(good)
+            > getattr(judges, role)["sentiment"].score(bad)
+        ).all()
     rng = Random(0)
     pieces = [piece(t, 32, rng) for t in reviews["text"][:60]]
     for role in contract.ROLES:
         judge = getattr(judges, role)["informativeness"]
-        rank = exam.paired_rank(judge.score(pieces), judge.score([probes.diluted(t, rng) for t in pieces]))
+        rank = exam.paired_rank(
+            judge.score(pieces), judge.score([probes.diluted(t, rng) for t in pieces])
+        )
         assert rank.mean() > 0.65  # 350 reviews; 9,500 give .94 (notebook 01)
 
 
@@ -232,14 +288,18 @@ def card(judges, reviews):
 def test_report_card(card):
     assert set(card) == {"validity", "spread", "agreement", "probes", "scores"}
     validity = card["validity"]
-    assert set(validity["reward"]) == set(contract.REWARDS) and set(validity["judge"]) == set(contract.ROLES)
+    assert set(validity["reward"]) == set(contract.REWARDS) and set(validity["judge"]) == set(
+        contract.ROLES
+    )
     assert ((validity["low"] <= validity["value"]) & (validity["value"] <= validity["high"])).all()
     assert validity["value"].between(0, 1).all() and (validity["n"] > 0).all()
     kinds = set(validity.query("reward == 'grammar'")["task"])
     assert kinds == {*corruptions.CORRUPTIONS, *corruptions.DAMAGE, "all kinds"}
     assert len(card["agreement"]) == 36 and set(card["probes"]["probe"]) == set(probes.PROBES)
     assert len(card["scores"]) == 6 * 24
-    rule = validity.query("reward == 'grammar' and judge == 'training' and measure == 'paired rank'").set_index("task")
+    rule = validity.query(
+        "reward == 'grammar' and judge == 'training' and measure == 'paired rank'"
+    ).set_index("task")
     assert rule.loc[["article", "repetition"], "value"].min() >= 0.85
 
 
@@ -250,7 +310,10 @@ def test_figures_show_the_report_card(card):
     assert len(ax.get_yticks()) == shown["task"].nunique()
     with pytest.raises(ValueError, match="filter the table"):
         judge_figures.judge_report(card["validity"], ax)
-    for draw, table, texts in ((judge_figures.judge_agreement, "agreement", 36), (judge_figures.probe_scores, "probes", 54)):
+    for draw, table, texts in (
+        (judge_figures.judge_agreement, "agreement", 36),
+        (judge_figures.probe_scores, "probes", 54),
+    ):
         ax.clear()
         draw(card[table], ax)
         assert len(ax.texts) == texts
@@ -268,7 +331,9 @@ def test_auc_and_ties_by_hand():
 
 # --- refusals
 @pytest.mark.parametrize("role", contract.ROLES)
-@pytest.mark.parametrize("bad, found", [("", "empty"), ("  \n", "empty"), (None, "NoneType"), (3.5, "float")])
+@pytest.mark.parametrize(
+    "bad, found", [("", "empty"), ("  \n", "empty"), (None, "NoneType"), (3.5, "float")]
+)
 def test_empty_and_non_text_rows_are_named(judges, role, bad, found):
     with pytest.raises(ValueError, match=rf"row 1: found .*{found}"):
         panel.score_texts(["A film.", bad], getattr(judges, role))

@@ -123,7 +123,9 @@ def test_texts_are_scored_in_the_order_asked(fitted):
         table = score_texts(TEXTS, by)
         assert list(table) == list(ASKED) and table["loudness"].is_monotonic_increasing
         assert table["loudness"].is_unique
-    assert score_texts(TEXTS, fitted.training)["loudness"].tolist() == pytest.approx([0.2, 0.8, 1.0])
+    assert score_texts(TEXTS, fitted.training)["loudness"].tolist() == pytest.approx(
+        [0.2, 0.8, 1.0]
+    )
     with pytest.raises(ValueError, match="loudness/training: row 1: found an empty text"):
         fitted.training["loudness"].score(["A film.", ""])
 
@@ -148,8 +150,11 @@ def test_an_unknown_judge_is_refused_and_nothing_is_imported(fitted, tmp_path, m
     assert record["judges"]["loudness/training"] == __name__
     record["judges"] |= {"silence/training": "my_rewards"}
     (tmp_path / "judges.json").write_text(json.dumps(record))
-    with pytest.raises(MixDPOError, match=r"holds the judge 'silence/training', which nothing that "
-                       r"is imported defines; import its module \(my_rewards\) first"):  # fmt: skip
+    with pytest.raises(
+        MixDPOError,
+        match=r"holds the judge 'silence/training', which nothing that "
+        r"is imported defines; import its module \(my_rewards\) first",
+    ):
         Judges.load(tmp_path)
     assert "my_rewards" not in sys.modules
 
@@ -159,7 +164,9 @@ def test_a_damaged_record_is_refused(fitted, tmp_path):
     record = json.loads((tmp_path / "judges.json").read_text())
     for wrong in ({"piece_wrods": 3}, {"piece_words": 0}):
         (tmp_path / "judges.json").write_text(json.dumps(record | wrong))
-        with pytest.raises(MixDPOError, match=r"judges.json: found no configuration of judges \(.*piece_w"):
+        with pytest.raises(
+            MixDPOError, match=r"judges.json: found no configuration of judges \(.*piece_w"
+        ):
             Judges.load(tmp_path)
 
 
@@ -168,7 +175,9 @@ def test_folders_of_before_hold_the_rewards_of_the_study(fitted, tmp_path):
     record = json.loads((tmp_path / "judges.json").read_text())
     del record["judges"]
     (tmp_path / "judges.json").write_text(json.dumps(record))
-    with pytest.raises(MixDPOError, match="informativeness_training"):  # the second that is looked for
+    with pytest.raises(
+        MixDPOError, match="informativeness_training"
+    ):  # the second that is looked for
         Judges.load(tmp_path)
 
 
@@ -191,7 +200,10 @@ def test_it_is_kept_by_name_and_version(reviews, tmp_path, monkeypatch):
 def test_it_is_in_the_report_card(fitted, reviews):
     card = report_card(fitted, reviews.select(range(100)), n=24)
     own = card["validity"].query("reward == 'loudness'")
-    assert own["task"].tolist() == ["shouted"] * 2 and own["judge"].tolist() == ["training", "evaluation"]
+    assert own["task"].tolist() == ["shouted"] * 2 and own["judge"].tolist() == [
+        "training",
+        "evaluation",
+    ]
     assert (own["bar"] == 0.9).all() and (own["value"] >= 0.9).all() and (own["n"] == 24).all()
     assert set(card["validity"]["reward"]) == set(ASKED)
     assert len(card["agreement"]) == 16 and len(card["scores"]) == 4 * 24
@@ -207,10 +219,17 @@ def test_it_is_in_the_report_card(fitted, reviews):
 
 def test_people_who_want_it(fitted, reviews):
     rng = Random(0)
-    texts = [" ".join(w.upper() if rng.random() < share else w for w in piece(text, 12, rng).split())
-             for text in reviews["text"][:60] for share in (0.0, 0.3, 0.6, 1.0)]  # fmt: skip
-    candidates = pd.DataFrame({"prompt_id": np.repeat(np.arange(60), 4), "prompt": "It is", "response": texts})
-    design = DesignConfig(n_users=8, n_new_users=2, pairs_per_user=60, validation_pairs_per_user=6, context_pairs=6)
+    texts = [
+        " ".join(w.upper() if rng.random() < share else w for w in piece(text, 12, rng).split())
+        for text in reviews["text"][:60]
+        for share in (0.0, 0.3, 0.6, 1.0)
+    ]
+    candidates = pd.DataFrame(
+        {"prompt_id": np.repeat(np.arange(60), 4), "prompt": "It is", "response": texts}
+    )
+    design = DesignConfig(
+        n_users=8, n_new_users=2, pairs_per_user=60, validation_pairs_per_user=6, context_pairs=6
+    )
     sets = simulate_preferences(candidates, score_texts(texts, fitted.training), design)
     assert set(sets["train"]["group"]) == set(ASKED) and len(set(sets["train"]["user"])) == 8
     rows = sets["train"].to_pandas()
@@ -231,9 +250,16 @@ def test_the_page_on_adding_a_reward_runs(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     own = names["card"]["validity"].query("reward == 'plainness'")
-    assert own["judge"].tolist() == ["training", "evaluation"] and (own["value"] >= own["bar"]).all()
-    assert names["scores"]["plainness"].is_monotonic_decreasing and list(names["scores"])[0] == "sentiment"
-    assert [type(j).__module__ for j in names["again"].everyone if j.reward == "plainness"] == ["my_reward"] * 2
+    assert (
+        own["judge"].tolist() == ["training", "evaluation"] and (own["value"] >= own["bar"]).all()
+    )
+    assert (
+        names["scores"]["plainness"].is_monotonic_decreasing
+        and list(names["scores"])[0] == "sentiment"
+    )
+    assert [type(j).__module__ for j in names["again"].everyone if j.reward == "plainness"] == [
+        "my_reward"
+    ] * 2
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -246,8 +272,14 @@ def test_the_page_on_adding_a_reward_runs(tmp_path, monkeypatch):
         ({"reward": "my/reward"}, "reward='my/reward'; expected small letters, digits and _"),
         ({"unit": ""}, "no unit; expected a few words"),
         ({"family": ""}, "no family; expected a few words"),
-        ({"reward": "loudness"}, "the training judge of 'loudness' is already .*CountedLoudness; give"),
-        ({"reward": "grammar"}, "the training judge of 'grammar' is already .*GrammarTraining; give"),
+        (
+            {"reward": "loudness"},
+            "the training judge of 'loudness' is already .*CountedLoudness; give",
+        ),
+        (
+            {"reward": "grammar"},
+            "the training judge of 'grammar' is already .*GrammarTraining; give",
+        ),
     ],
 )
 def test_a_class_that_is_no_judge_is_refused_at_once(words, message):
@@ -278,10 +310,16 @@ def test_what_is_asked_for_are_different_names(reviews, rewards):
 
 
 def test_an_unknown_reward_is_named(reviews):
-    with pytest.raises(ValueError, match="no training judge of 'lowdness' is defined; known are .*loudness.*import"):
+    with pytest.raises(
+        ValueError, match="no training judge of 'lowdness' is defined; known are .*loudness.*import"
+    ):
         fit_judges(reviews, SMALL, ["lowdness"])
 
 
 def test_a_score_for_each_text():
-    with pytest.raises(ValueError, match=r"scores of shape \(3,\) for 1 texts, expected one number a text"):
-        type("Three", (LearnedLoudness,), {"reward": "three", "rate": lambda *_: np.ones(3)})(None).score(["A film."])
+    with pytest.raises(
+        ValueError, match=r"scores of shape \(3,\) for 1 texts, expected one number a text"
+    ):
+        type("Three", (LearnedLoudness,), {"reward": "three", "rate": lambda *_: np.ones(3)})(
+            None
+        ).score(["A film."])
