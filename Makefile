@@ -29,6 +29,7 @@ reproduce-all: $(READY)
 
 test: $(READY)
 	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 	.venv/bin/python -c 'from importlinter.cli import lint_imports_command as main; main()' --no-logo --no-cache
 	.venv/bin/python -m pytest -n 2 --dist loadfile

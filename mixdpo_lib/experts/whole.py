@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,14 +41,20 @@ class IndependentExperts(Experts):
 
     def __init__(self, bases: Sequence[Base]) -> None:
         if not bases:
-            raise ValueError("bases: found none, expected one for each expert; the same one may stand several times")
+            raise ValueError(
+                "bases: found none, expected one for each expert; the same one may stand several times"
+            )
         super().__init__(bases[0], len(bases))
         size = sum(p.numel() for base in bases for p in base.model.parameters())
         what = f"{len(bases)} models of {size / 1e6:.1f} M parameters together"
         need_memory(4 * size, what, bases[0].device)
         self.bases, self.kinds = list(bases), kinds(bases)
         self._models = [copy.deepcopy(base.model).requires_grad_(True).eval() for base in bases]
-        named = {f"{k}.{n}": p for k, model in enumerate(self._models) for n, p in model.named_parameters()}
+        named = {
+            f"{k}.{n}": p
+            for k, model in enumerate(self._models)
+            for n, p in model.named_parameters()
+        }
         self.models = registered(named)
 
     def options(self) -> dict[str, Any]:
@@ -62,7 +69,9 @@ class IndependentExperts(Experts):
         cls, options: Mapping[str, Any], find_base: Callable[..., Base]
     ) -> IndependentExperts:
         """Copies of the bases of these names, which must be the ones that the experts were trained from."""
-        return cls([find_base(*one) for one in zip(options["bases"], options["fingerprints"], strict=True)])
+        return cls(
+            [find_base(*one) for one in zip(options["bases"], options["fingerprints"], strict=True)]
+        )
 
     def model(self, k: int) -> Any:
         """The model of expert k (transformers)."""
@@ -107,7 +116,9 @@ class IndependentExperts(Experts):
         def speak(k: int, rows: Tensor | None) -> Tensor:
             names = ("input_ids", "attention_mask", "column", "target", "segment")
             inputs = {name: batch[f"{name}_{self.kinds[k]}"] for name in names}
-            return response_logps(self.bases[k], self._models[k], inputs, rows, len(inputs["input_ids"]))
+            return response_logps(
+                self.bases[k], self._models[k], inputs, rows, len(inputs["input_ids"])
+            )
 
         return by_expert(speak, self.n_experts, batch, chosen)
 
@@ -115,9 +126,12 @@ class IndependentExperts(Experts):
         """See `Experts.voices`. Experts read token ids of the first base: generation needs one tokenizer for all."""
         tokenizers = {base.tokenizer_fingerprint for base in self.bases}
         if len(tokenizers) > 1:
-            raise ValueError("the experts' tokenizers differ: they score each other's texts, but cannot speak in one "
-                             "batch; use policy.experts.model(k).generate")  # fmt: skip
-        return ModelVoices(self.bases, [lambda k=k: self._models[k] for k in range(self.n_experts)], chosen)  # type: ignore[misc]
+            raise ValueError(
+                "the experts' tokenizers differ: they score each other's texts, but cannot speak in one "
+                "batch; use policy.experts.model(k).generate"
+            )
+        models = [partial(self._models.__getitem__, k) for k in range(self.n_experts)]
+        return ModelVoices(self.bases, models, chosen)
 
     def as_adapter(self, k: int) -> Any:
         """Refused: whole models are no adapters."""

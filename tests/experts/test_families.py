@@ -45,7 +45,10 @@ def moved(experts, scale=0.3):
 def kinds(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIXDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield {kind: model_file.load_base(save_tiny_kind(tmp_path_factory.mktemp(kind), kind)) for kind in KINDS}
+        yield {
+            kind: model_file.load_base(save_tiny_kind(tmp_path_factory.mktemp(kind), kind))
+            for kind in KINDS
+        }
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,9 @@ def test_one_expert_is_plain_dpo(tiny_base, data, family):
         from peft import LoraConfig, get_peft_model
 
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules=names, layers_to_transform=[1]))
+        model = get_peft_model(
+            model, LoraConfig(r=4, lora_alpha=4, target_modules=names, layers_to_transform=[1])
+        )
         start, plain = experts.tensors(0), []
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -98,7 +103,9 @@ def test_one_expert_is_plain_dpo(tiny_base, data, family):
         other = 0.0
         for row in (data.rows[int(i)] for i in rows):
             with torch.no_grad():
-                ref = [whole_logps(reference, tiny_base, row, side) for side in ("chosen", "rejected")]
+                ref = [
+                    whole_logps(reference, tiny_base, row, side) for side in ("chosen", "rejected")
+                ]
             pi = [whole_logps(model, tiny_base, row, side) for side in ("chosen", "rejected")]
             other = other - F.logsigmoid(0.5 * ((pi[0] - ref[0]) - (pi[1] - ref[1]))) / len(rows)
         for optimizer, loss in zip(steps, (own, other), strict=True):
@@ -125,15 +132,25 @@ def test_other_architectures(kinds, kind, family):
         for side, name in enumerate(("chosen", "rejected")):
             own = torch.stack([whole_logps(model, base, row, name) for model in models])
             torch.testing.assert_close(logps[n, side], own, atol=3e-4, rtol=2e-5)
-            torch.testing.assert_close(refs[n, side, 0], whole_logps(base.model, base, row, name), atol=3e-4, rtol=2e-5)
+            torch.testing.assert_close(
+                refs[n, side, 0], whole_logps(base.model, base, row, name), atol=3e-4, rtol=2e-5
+            )
     assert float((logps - refs).abs().max()) > 0.05
     chosen = torch.tensor([[True, False, True], [False, True, False]] * 4)
     sparse = experts.logps(batch, chosen)
-    torch.testing.assert_close(sparse[chosen[:, None].expand_as(sparse)], logps[chosen[:, None].expand_as(logps)],
-                               atol=1e-4, rtol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        sparse[chosen[:, None].expand_as(sparse)],
+        logps[chosen[:, None].expand_as(logps)],
+        atol=1e-4,
+        rtol=1e-4,
+    )
     assert bool((sparse.isinf() == ~chosen[:, None].expand_as(sparse)).all())
-    texts = policy.generate(["the film", "a very long story"], max_new_tokens=5, form="token", seed=3)
-    assert texts.n_tokens and policy.generate(["the film"], max_new_tokens=5, expert=[2], seed=1).expert == [2]
+    texts = policy.generate(
+        ["the film", "a very long story"], max_new_tokens=5, form="token", seed=3
+    )
+    assert texts.n_tokens and policy.generate(
+        ["the film"], max_new_tokens=5, expert=[2], seed=1
+    ).expert == [2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -143,7 +160,9 @@ def test_gradients_of_every_expert_arrive(tiny_base, data, family):
     batch = experts.batch(policy.constants(data.texts), data.index[:6])
     loglik = policy.batch_loglik(batch)
     every = [name for name, _ in experts.named_parameters()]
-    names = {k: [name for name in every if name.split(".")[-1].startswith(f"{k}/")] for k in range(3)}
+    names = {
+        k: [name for name in every if name.split(".")[-1].startswith(f"{k}/")] for k in range(3)
+    }
     loglik[:, 1].sum().backward()
     for k, own in names.items():
         for name, p in experts.named_parameters():
@@ -155,7 +174,11 @@ def test_gradients_of_every_expert_arrive(tiny_base, data, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fit_learns(tiny_base, data, family):
     policy = MixturePolicy(make(family, tiny_base, 2, data), LearnedWeights(2), beta=0.5)
-    result = fit(policy, data, plain_fit(passes=6.0, batch_size=8, learning_rate=5e-3, evaluations_per_pass=1))
+    result = fit(
+        policy,
+        data,
+        plain_fit(passes=6.0, batch_size=8, learning_rate=5e-3, evaluations_per_pass=1),
+    )
     assert result.history["elbo"].iloc[-1] > result.history["elbo"].iloc[0] + 0.05
 
 
@@ -213,7 +236,9 @@ def test_a_mixture_is_saved_and_read_back(tiny_base, data, family, tmp_path):
     back = MixturePolicy.from_pretrained(tmp_path / "m")
     assert torch.equal(back.loglik(data), policy.loglik(data))
     options = {"max_new_tokens": 6, "seed": 5}
-    assert back.generate(["the film", "a plot"], **options) == policy.generate(["the film", "a plot"], **options)
+    assert back.generate(["the film", "a plot"], **options) == policy.generate(
+        ["the film", "a plot"], **options
+    )
     policy.save_pretrained(tmp_path / "m")  # over the old one
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
@@ -236,17 +261,25 @@ def test_folders_that_are_no_mixture(tiny_base, data, tmp_path):
 
 
 def test_what_a_base_has_not_is_refused(tiny_base, data, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"\['c_attn'\] not in the blocks of .*; possible are \['q_proj'"):
+    with pytest.raises(
+        ValueError, match=r"\['c_attn'\] not in the blocks of .*; possible are \['q_proj'"
+    ):
         AdapterExperts(tiny_base, 2, target_modules=["c_attn"])
     with pytest.raises(ValueError, match="blocks=3: .* has 2 blocks, 0 ... 1"):
         AdapterExperts(tiny_base, 2, blocks=3)
     with pytest.raises(MixDPOError, match="no chat template; leave chat out"):
         model_file.load_base(tiny_base.folder, chat=True)
-    monkeypatch.setattr(model_file.psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())
-    with pytest.raises(MixDPOError, match="4 models of .* need about .* GiB on cpu, 0.0 GiB are free"):
+    monkeypatch.setattr(
+        model_file.psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})()
+    )
+    with pytest.raises(
+        MixDPOError, match="4 models of .* need about .* GiB on cpu, 0.0 GiB are free"
+    ):
         IndependentExperts([tiny_base] * 4)
     policy = MixturePolicy(AdapterExperts(tiny_base, 2, rank=4, blocks=1), LearnedWeights(2))
-    with pytest.raises(MixDPOError, match="gradients, moments and snapshots of 0.0 M trained parameters need about"):
+    with pytest.raises(
+        MixDPOError, match="gradients, moments and snapshots of 0.0 M trained parameters need about"
+    ):
         fit(policy, data)
 
 
@@ -254,7 +287,8 @@ def test_a_chat_template_is_used_where_asked_for(tmp_path):
     folder = save_tiny_base(tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = (
-        "{% for m in messages %}you {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}i{% endif %}"
+        "{% for m in messages %}you {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}i{% endif %}"
     )
     tokenizer.save_pretrained(folder)
     plain, chat = model_file.load_base(folder), model_file.load_base(folder, chat=True)
@@ -267,9 +301,13 @@ def test_half_precision_blocks(tiny_folder, data):
     half = model_file.load_base(tiny_folder, dtype="bfloat16")
     assert half.model.dtype == torch.bfloat16
     own = Pairs.of(data.rows)
-    policy = MixturePolicy(moved(AdapterExperts(half, 2, rank=4, blocks=1)), FixedWeights.uniform(2))
-    exact = MixturePolicy(moved(AdapterExperts(model_file.load_base(tiny_folder), 2, rank=4, blocks=1)),
-                          FixedWeights.uniform(2))  # fmt: skip
+    policy = MixturePolicy(
+        moved(AdapterExperts(half, 2, rank=4, blocks=1)), FixedWeights.uniform(2)
+    )
+    exact = MixturePolicy(
+        moved(AdapterExperts(model_file.load_base(tiny_folder), 2, rank=4, blocks=1)),
+        FixedWeights.uniform(2),
+    )
     assert policy.loglik(own).dtype == torch.float32
     torch.testing.assert_close(policy.loglik(own), exact.loglik(data), atol=0.05, rtol=0.05)
 
@@ -280,9 +318,16 @@ def test_transformers_generate(tiny_base, data, family):
     policy = MixturePolicy(moved(make(family, tiny_base, 3, data), 0.8), FixedWeights(WEIGHTS))
     model = policy.as_causal_lm()
     ids = torch.tensor([[2, 5], [4, 7]])
-    own = policy.generate([tiny_base.tokenizer.decode(row) for row in ids], form="token", greedy=True, max_new_tokens=5)
+    own = policy.generate(
+        [tiny_base.tokenizer.decode(row) for row in ids],
+        form="token",
+        greedy=True,
+        max_new_tokens=5,
+    )
     greedy = model.generate(ids, max_new_tokens=5, do_sample=False)
-    assert [tiny_base.tokenizer.decode([t for t in row[2:] if t != 1]) for row in greedy.tolist()] == own.text
+    assert [
+        tiny_base.tokenizer.decode([t for t in row[2:] if t != 1]) for row in greedy.tolist()
+    ] == own.text
 
     def score(row, start):
         step = MixtureNextToken(policy.experts, torch.tensor([WEIGHTS]).log())
@@ -294,13 +339,22 @@ def test_transformers_generate(tiny_base, data, family):
         return total
 
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_scores": True}
-    beams = model.generate(ids, num_beams=4, return_dict_in_generate=True, length_penalty=0.0, **options)
+    beams = model.generate(
+        ids, num_beams=4, return_dict_in_generate=True, length_penalty=0.0, **options
+    )
     for row, found in zip(beams.sequences, beams.sequences_scores, strict=True):
         assert float(found) == pytest.approx(score(row, 2), abs=2e-3)
     plain = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    assert sum(map(lambda r: score(r, 2), beams.sequences)) >= sum(map(lambda r: score(r, 2), plain)) - 1e-4
+    assert (
+        sum(map(lambda r: score(r, 2), beams.sequences))
+        >= sum(map(lambda r: score(r, 2), plain)) - 1e-4
+    )
     torch.manual_seed(0)
     first = model.generate(ids, max_new_tokens=5, do_sample=True, top_k=10, temperature=0.7)
     torch.manual_seed(0)
-    assert torch.equal(first, model.generate(ids, max_new_tokens=5, do_sample=True, top_k=10, temperature=0.7))
-    model.generate(ids[:1], max_new_tokens=3, do_sample=False, streamer=TextStreamer(tiny_base.tokenizer))
+    assert torch.equal(
+        first, model.generate(ids, max_new_tokens=5, do_sample=True, top_k=10, temperature=0.7)
+    )
+    model.generate(
+        ids[:1], max_new_tokens=3, do_sample=False, streamer=TextStreamer(tiny_base.tokenizer)
+    )
