@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 import mixdpo_lib as mx
-from mixdpo_lib.base.features import pair_features
+from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.gates.weights import FixedWeights
 from mixdpo_lib.study import load_reviews
 
@@ -48,7 +48,7 @@ def stepper(experts, data):
         nonlocal turn
         rows = torch.arange(turn, turn + PAIRS) % len(data)
         turn += PAIRS
-        loss = -policy.batch_loglik(experts.batch(data.texts, constants, data.pairs[rows])).mean()
+        loss = -policy.batch_loglik(experts.batch(constants, data.index[rows])).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -59,7 +59,7 @@ def stepper(experts, data):
 def main():
     """Print the table and the ratios."""
     base = mx.load_base()
-    data = pair_features(base, review_pairs(base, 64))
+    data = Pairs.of(review_pairs(base, 64))
     size = sum(p.numel() for p in base.model.parameters())
     lora = {"rank": 8, "blocks": 2}
     makers = {

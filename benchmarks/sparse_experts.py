@@ -21,8 +21,9 @@ import pandas as pd
 import torch
 
 from mixdpo_lib import HeadExperts, MixturePolicy, load_base
-from mixdpo_lib.base.features import pair_features
-from mixdpo_lib.gates.contract import top_s
+from mixdpo_lib.base.features import text_features
+from mixdpo_lib.data.pairs import Pairs
+from mixdpo_lib.elbo import keep_top_s
 from mixdpo_lib.gates.weights import FixedWeights
 from mixdpo_lib.study import load_reviews
 
@@ -84,7 +85,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     base = load_base()
-    data = pair_features(base, excerpts(options.texts))
+    data = Pairs.of(excerpts(options.texts))
     policies = {}
     for n_experts in (1, K):
         experts = HeadExperts(base, n_experts)
@@ -93,10 +94,9 @@ def main() -> None:
         policies[n_experts] = MixturePolicy(experts, FixedWeights.uniform(n_experts))
         policies[n_experts].constants(data.texts)  # of the frozen head: computed once, kept on disk
     one, many = policies[1], policies[K]
+    tokens = len(text_features(base, data.texts).tokens)
     n_texts, n_active = len(data.texts), len(many.experts.active_ids)
-    print(
-        f"{n_texts} texts of {len(data.texts.tokens) / n_texts:.0f} tokens, {n_active} active tokens, K = {K}"
-    )
+    print(f"{n_texts} texts of {tokens / n_texts:.0f} tokens, {n_active} active tokens, K = {K}")
 
     log_w = torch.randn(
         max(n_texts, options.prompts), K, generator=torch.Generator().manual_seed(1)
@@ -108,7 +108,7 @@ def main() -> None:
     }
     for routing, weights in (("spread", log_w), ("one for all", fixed)):
         for s in (1, 2, 4) if routing == "spread" else (1,):
-            chosen = top_s(weights[:n_texts], s) > -torch.inf
+            chosen = keep_top_s(weights[:n_texts], s) > -torch.inf
             variants[f"K = {K}, top-{s}, {routing}"] = partial(
                 many.text_rewards, data.texts, chosen=chosen
             )

@@ -297,7 +297,7 @@ def test_summary_of_texts_by_hand():
 @pytest.mark.parametrize("active", ["responses", "all"])
 def test_prefix_kl_is_the_kl_over_the_whole_vocabulary(tiny_base, held_out, active):
     policy = make(tiny_base, held_out, active)
-    found = prefix_kl(policy, held_out.texts, torch.tensor([0, 3, 7, 8, 2]), block=2)
+    found = prefix_kl(policy.experts, held_out.texts, torch.tensor([0, 3, 7, 8, 2]), block=2)
     base, experts = tiny_base, policy.experts
     head = base.model.get_output_embeddings().weight
     mask = torch.zeros(len(head))
@@ -326,16 +326,18 @@ def test_prefix_kl_is_the_kl_over_the_whole_vocabulary(tiny_base, held_out, acti
 
 def test_prefix_kl_at_other_scales_is_that_of_scaled_experts(tiny_base, held_out):
     policy, ids = make(tiny_base, held_out), torch.arange(4)
-    found = prefix_kl(policy, held_out.texts, ids, scales=[0.5, 1.0])
-    np.testing.assert_allclose(found[1:], prefix_kl(policy, held_out.texts, ids), rtol=1e-5)
+    found = prefix_kl(policy.experts, held_out.texts, ids, scales=[0.5, 1.0])
+    np.testing.assert_allclose(found[1:], prefix_kl(policy.experts, held_out.texts, ids), rtol=1e-5)
     policy.experts.scale(0.5)
-    np.testing.assert_allclose(found[:1], prefix_kl(policy, held_out.texts, ids), rtol=1e-5)
+    np.testing.assert_allclose(found[:1], prefix_kl(policy.experts, held_out.texts, ids), rtol=1e-5)
     assert (found[0] < found[1]).all()
 
 
 def test_prefix_kl_of_the_reference_is_zero(tiny_base, held_out):
     policy = make(tiny_base, held_out, scale=0)
-    np.testing.assert_allclose(prefix_kl(policy, held_out.texts, torch.arange(4)), 0, atol=1e-5)
+    np.testing.assert_allclose(
+        prefix_kl(policy.experts, held_out.texts, torch.arange(4)), 0, atol=1e-5
+    )
 
 
 def test_prefix_kl_with_a_bias(tiny_base, held_out):

@@ -93,7 +93,7 @@ def test_a_fit_climbs_at_most_three_times(tmp_path, monkeypatch):
         "MIXDPO_CACHE", str(tmp_path / "cache")
     )  # empty: what is kept is computed too
     found = walk.small_fit(tmp_path)
-    assert {"learning.fit", "learning.trainer", "policy.mixture", "experts.heads", "elbo"} <= set(
+    assert {"learning.fit", "learning.trainer", "policy.model", "experts.heads", "elbo"} <= set(
         found.entered
     )
     assert 0 < len(found.climbs) <= 3, found.climbs

@@ -102,7 +102,9 @@ def foreign(source):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.add(node.module.split(".")[0])
-    own = {"mixdpo_lib", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    own = {"mixdpo_lib"} | {
+        p.stem for at in ("tests", "scripts") for p in (ROOT / at).rglob("*.py")
+    }
     return found - sys.stdlib_module_names - own
 
 
@@ -305,7 +307,7 @@ def test_a_wheel_works_outside_a_checkout(tmp_path, tiny_folder):
     )
     assert Path(file).is_relative_to(site) and Path(cache).is_relative_to(home)
     assert refused.startswith(f"{work}: found no checkout of mixdpo")
-    assert "[mixdpo] fit K=2 unit 1/3 bound -0." in done.stderr
+    assert "[mixdpo] fit K=2 unit 1/3 steps, loss 0." in done.stderr
     assert {path.name for path in work.iterdir()} == {"my model", "my pairs.jsonl", "my mixture"}
     assert sorted(path.name for path in Path(cache).iterdir()) == ["datasets", "features", "head"]
     assert not list(site.rglob("cache"))

@@ -91,9 +91,10 @@ class Experts(nn.Module, ABC):
         "sgd": 0.03,
     }  # by optimiser, where none is given
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, family: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        FAMILIES[cls.__name__] = cls
+        if family:  # and not what several families share
+            FAMILIES[cls.__name__] = cls
 
     def __init__(self, base: Base | None, n_experts: int) -> None:
         super().__init__()

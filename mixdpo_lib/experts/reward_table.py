@@ -13,7 +13,7 @@ from ..data.pairs import Text
 from .contract import Experts
 
 
-class RewardTable(Experts):
+class RewardTable(Experts, family=False):
     """What `TabularExperts` know of numbers alone, answers 0 ... A-1: rewards, policies, and their exact M-step."""
 
     rates = {"adamw": 0.1, "sgd": 1.0}

@@ -208,7 +208,7 @@ def test_common_is_no_profile(shared):
 def test_in_jupyterlab_a_profile_sets_what_was_left_alone(shared, capsys):
     cell = {"n_experts": 3, "seeds": [4], "profile": "smoke", "common": {"n_users": 5}, "other": 1}
     run = record.start_run("04_mix", cell)
-    assert capsys.readouterr().out.startswith("smoke profile: too small to mean anything")
+    assert capsys.readouterr().out.startswith("smoke: too small to mean anything")
     expected = {
         "n_experts": 2,
         "seeds": [4],
@@ -246,7 +246,7 @@ def test_the_runner_resolves_and_the_kernel_takes_it_as_it_is(
     )
     assert manifest["profile"] == "smoke" and folder.parent == project / "runs" / "custom"
     assert manifest["command"] == "mixdpo run 04_mix --profile smoke -p n_experts=3"
-    assert "smoke profile: too small to mean anything" in (folder / "notebook.ipynb").read_text()
+    assert "smoke: too small to mean anything" in (folder / "notebook.ipynb").read_text()
 
 
 def test_plain_papermill_resolves_a_profile_too(shared, project, tmp_path):

@@ -15,7 +15,6 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from mixdpo_lib.store import MixDPOError
-from mixdpo_lib.study import figures as study_figures
 from mixdpo_lib.study.judges import (
     REWARDS,
     Judge,
@@ -27,6 +26,7 @@ from mixdpo_lib.study.judges import (
     report_card,
     score_texts,
 )
+from mixdpo_lib.study.judges import figures as judge_figures
 from mixdpo_lib.study.judges.contract import judge_classes
 from mixdpo_lib.study.judges.probes import PROBES
 from mixdpo_lib.study.judges.words import piece
@@ -211,9 +211,9 @@ def test_it_is_in_the_report_card(fitted, reviews):
     effect = card["probes"].query("reward == 'loudness'").set_index(["judge", "probe"])["effect"]
     assert len(effect) == 2 * len(PROBES) and effect["training", "lower_case"] < 0
     figure, ax = plt.subplots()
-    study_figures.judge_report(own, ax)
-    study_figures.judge_agreement(card["agreement"], ax)
-    study_figures.probe_scores(card["probes"], ax)
+    judge_figures.judge_report(own, ax)
+    judge_figures.judge_agreement(card["agreement"], ax)
+    judge_figures.probe_scores(card["probes"], ax)
     plt.close(figure)
 
 
