@@ -239,7 +239,7 @@ preference_rows(24).to_json("my pairs.jsonl")
 pairs = mx.load_preferences("my pairs.jsonl", columns=["user"])["train"]
 base = mx.load_base("my model")
 policy = mx.MixturePolicy(mx.HeadExperts(base, n_experts=2, rank=4), mx.LearnedWeights(2), beta=0.1)
-mx.fit(policy, pairs, mx.FitConfig(latent="unit", unit="user", passes=1.0, batch_size=8))
+mx.fit(policy, pairs, mx.FitConfig(latent="unit", unit="user", passes=1.0, min_steps=0, batch_size=8))
 policy.save_pretrained("my mixture")
 again = mx.MixturePolicy.from_pretrained("my mixture", base)
 assert again.loglik(pairs).equal(policy.loglik(pairs))

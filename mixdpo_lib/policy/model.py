@@ -12,7 +12,6 @@ from datasets import Dataset
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..base.model import Base
 from ..data.pairs import Pairs, Texts, as_pairs
 from ..elbo import margins
 from ..experts.contract import Experts, chosen_texts
@@ -54,8 +53,8 @@ class MixtureModel(nn.Module):
         return self.experts.n_experts
 
     @property
-    def base(self) -> Base:
-        """The frozen base model."""
+    def base(self) -> Any:
+        """The frozen base model (`Base`); None for tables without words."""
         return self.experts.base[0]
 
     # ------------------------------------------------------------------------------------------------ likelihoods
