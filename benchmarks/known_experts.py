@@ -60,7 +60,7 @@ def one(n_experts: int, seed: int) -> dict[str, float]:
             found = recovery(
                 pd.DataFrame(result.log_q.exp().numpy()), [str(z) for z in known.tolist()]
             )
-            weights, shares = gate().exp().sort().values, log_shares.exp().sort().values
+            weights, shares = gate().exp()[0].sort().values, log_shares.exp().sort().values
             row |= {
                 "accuracy": found["aligned_accuracy"],
                 "weight_error": float((weights - shares).abs().max()),

@@ -27,6 +27,11 @@ hypothesis.settings.load_profile("mixdpo")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """The notebooks, which take longest, come first: the other worker does the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """A test that draws without a generator of its own draws the same numbers in any order of tests."""
