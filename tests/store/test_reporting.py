@@ -109,7 +109,7 @@ def test_a_stage_that_is_left_goes_when_the_one_around_it_moves(screen):
 
 
 def test_stages_of_two_threads_do_not_mix(screen):
-    in_step, seen = threading.Barrier(2, timeout=10), []
+    in_step, seen = threading.Barrier(2, timeout=60), []
 
     def work(total):
         for done in range(1, 6):
@@ -189,7 +189,7 @@ def execute(tmp_path, monkeypatch, *cells):
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(book, kernel_name="here", allow_errors=True, timeout=60).execute()
+    NotebookClient(book, kernel_name="here", allow_errors=True, timeout=180).execute()
     widgets = (
         book.metadata.get("widgets", {})
         .get("application/vnd.jupyter.widget-state+json", {})
