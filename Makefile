@@ -11,6 +11,7 @@ PROFILE ?= default
 CORES ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PROFILE CORES PYTHON
+unexport PYTHONDONTWRITEBYTECODE  # set, every notebook would compile torch and all the rest again: 15 s each
 READY := .venv/.ready
 
 help:

@@ -3,9 +3,8 @@
 import re
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import save_tiny_base
+from tokenizers import pre_tokenizers
 
 import mixdpo_lib as mx
 
@@ -22,27 +21,7 @@ def save_example_base(folder, seed=0):
         {word for text in [*texts, "This film"] for word in re.findall(r"\w+|[^\w\s]+", text)}
     )
     vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
-    ).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.25,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_tiny_base(folder, seed, 64, vocabulary, pre_tokenizers.Whitespace())
 
 
 @pytest.fixture

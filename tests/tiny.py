@@ -22,14 +22,14 @@ VOCABULARY = {word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}
 UNUSED = {"he", "she", "they"}  # never in a response below: tokens that the experts leave alone
 
 
-def save_tiny_base(folder, seed=0, context=48):
+def save_tiny_base(folder, seed=0, context=48, vocabulary=VOCABULARY, splits=None):
     """Write model and tokenizer so that `sources.load_base` reads them as it reads any folder."""
-    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = splits or pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
