@@ -10,42 +10,69 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..data.pairs import Text, Texts
+from ..data.pairs import Text, Texts, as_prompt
 from ..store import MixDPOError, cached, progress
 from .model import Base
+from .tokens import text_ids
 
-VERSION = 1
+VERSION = 2
+TokenIds = list[tuple[list[int], list[int]]]
 _PROMPT_VERSION = 1
 
 
 def tokenise(base: Base, text: Text) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and response, tokenised separately; the end token is appended where `ended` is true.
+    """Token ids of prompt and response as the model means them, see `tokens.text_ids`.
 
     Raises
     ------
-    ValueError : an empty prompt or response; a text longer than the context of the base.
+    ValueError : an empty prompt or response; a text longer than the context of the base, or with tokens that the model
+        does not know; an end token inside the response; a conversation without a template.
     """
-    prompt = base.prompt_ids(text.prompt)
-    response = base.tokenizer(text.response, add_special_tokens=False)["input_ids"]
+    prompt, response = text_ids(
+        base.tokenizer, text.prompt, text.response, text.ended, base.chat, base.end_ids
+    )
     if not prompt or not response:
         what = "prompt" if not prompt else "response"
         raise ValueError(
             f"{what} {getattr(text, what)!r} has no tokens: every pair needs a prompt and two responses"
         )
-    if text.ended:
-        response = [*response, base.eos_token_id]
     if len(prompt) + len(response) > base.context:
         raise ValueError(
             f"prompt of {len(prompt)} and response of {len(response)} tokens exceed the context of {base.name} "
-            f"({base.context} tokens); shorten the text. It begins: {text.prompt[:60]!r}"
+            f"({base.context} tokens); shorten the text. It begins: {str(text.prompt)[:60]!r}"
         )
-    return list(prompt), list(response)
+    if max(*prompt, *response, 0) >= base.vocab_size:
+        unknown = next(i for i in [*prompt, *response] if i >= base.vocab_size)
+        raise ValueError(
+            f"text {str(text.prompt)[:60]!r}: token {base.tokenizer.convert_ids_to_tokens(unknown)!r} has number "
+            f"{unknown}, and {base.name} has {base.vocab_size} rows: remove the token from the text, or resize the model's "
+            "embeddings and save it again"
+        )
+    return prompt, response
+
+
+_tokenised: WeakKeyDictionary[Texts, dict[str, TokenIds]] = WeakKeyDictionary()
+
+
+def tokenised(base: Base, texts: Texts) -> TokenIds:
+    """Token ids of prompt and response of every text, see `tokenise`; made once for a set of texts and a base."""
+    kept = _tokenised.setdefault(texts, {})
+    if base.fingerprint not in kept:
+        kept[base.fingerprint] = [tokenise(base, text) for text in texts.texts]
+    return kept[base.fingerprint]
+
+
+def ids_key(ids: TokenIds) -> str:
+    """sha256 of token ids, 64 hex digits: part of the key of everything that is computed from them."""
+    return hashlib.sha256(repr(ids).encode()).hexdigest()
 
 
 def padded(ids: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
@@ -113,10 +140,10 @@ def _hidden(base: Base, sequences: Sequence[list[int]], layer: int | None = None
 
 def text_features(base: Base, texts: Texts, batch_size: int = 48) -> TextFeatures:
     """Run the frozen base once over `texts`; the result is kept in the cache under the key of texts and base."""
-    parameters = {"base": base.fingerprint, "texts": texts.key}
+    ids = tokenised(base, texts)
+    parameters = {"base": base.fingerprint, "ids": ids_key(ids)}
 
     def build(folder: Path) -> None:
-        ids = [tokenise(base, t) for t in texts.texts]
         lengths = np.array([len(r) for _, r in ids], dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         hidden = np.lib.format.open_memmap(
@@ -158,10 +185,11 @@ def text_features(base: Base, texts: Texts, batch_size: int = 48) -> TextFeature
 
 
 def encode_prompts(
-    base: Base, prompts: Sequence[str], layer: int | None = None, batch_size: int = 48
+    base: Base, prompts: Sequence[Any], layer: int | None = None, batch_size: int = 48
 ) -> Float[Tensor, "prompts hidden"]:
     """The state of each prompt's last token, float32: what a gate of prompts reads. Kept in the cache.
 
+    prompts : texts or conversations.
     layer : read after so many of the base's blocks, 1 or more; None, the default: the last hidden state.
 
     Raises
@@ -173,6 +201,7 @@ def encode_prompts(
         raise ValueError(
             f"layer={layer}: {base.name} has {n_blocks} blocks; expected 1 ... {n_blocks}, or None"
         )
+    prompts = [as_prompt(prompt) for prompt in prompts]
     distinct = list(dict.fromkeys(prompts))
     ids = [base.prompt_ids(p) for p in distinct]
     for prompt, tokens in zip(distinct, ids, strict=True):
@@ -181,13 +210,14 @@ def encode_prompts(
     digest = hashlib.sha256(repr(ids).encode()).hexdigest()
 
     def build(folder: Path) -> None:
-        out = np.empty((len(ids), base.hidden_size), np.float32)
+        found: dict[int, np.ndarray] = {}
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(ids), batch_size):
             rows = order[start : start + batch_size]
             for i, state in zip(rows, _hidden(base, [ids[i] for i in rows], layer), strict=True):
-                out[i] = state[len(ids[i]) - 1]
-        np.save(folder / "states.npy", out, allow_pickle=False)
+                found[i] = state[len(ids[i]) - 1]
+        states = np.stack([found[i] for i in range(len(ids))])
+        np.save(folder / "states.npy", states, allow_pickle=False)
 
     parameters = {"base": base.fingerprint, "ids": digest, "layer": layer}
     folder = cached("prompts", _PROMPT_VERSION, parameters, build)

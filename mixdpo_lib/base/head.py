@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..data.pairs import Texts
-from ..store import MixDPOError, cached, progress
-from .features import TextFeatures, padded, tokenise
+from ..store import cached, progress
+from .architecture import logit_map
+from .features import TextFeatures, ids_key, padded, tokenised
 from .model import Base
 
 VERSION = 1
-
-
-def logit_map(config: Any) -> Callable[[Tensor], Tensor] | None:
-    """What a model does to its head's output: a factor (Cohere, Granite), then soft-capping (Gemma); None: nothing.
-
-    c tanh(z / c) keeps every logit between -c and c (Gemma 2, arXiv 2408.00118).
-    """
-    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    cap = getattr(config, "final_logit_softcapping", None)
-    if factor == 1.0 and cap is None:
-        return None
-    return lambda z: factor * z if cap is None else cap * torch.tanh(factor * z / cap)
 
 
 def head_logits(
@@ -42,25 +28,6 @@ def head_logits(
     logits = (base.model if model is None else model).get_output_embeddings()(hidden).float()
     mapped = logit_map(base.model.config.get_text_config())
     return logits if mapped is None else mapped(logits)
-
-
-@torch.no_grad()
-def check_head(base: Base) -> None:
-    """Refuse a model whose logits are not its head on the last hidden state, scaled and capped as `logit_map` knows.
-
-    Raises
-    ------
-    MixDPOError : the largest difference is named.
-    """
-    ids = torch.arange(4, device=base.device)[None] % base.vocab_size
-    out = base.model(input_ids=ids, use_cache=False)
-    hidden = base.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    error = float((out.logits[0].float() - head_logits(base, hidden[0])).abs().max())
-    if not error <= 1e-3 * max(1.0, float(out.logits.abs().max())):
-        raise MixDPOError(
-            f"base {base.name}: its logits differ by {error:.3g} from its head on the last hidden state: "
-            "this architecture does more there; use IndependentExperts"
-        )
 
 
 @dataclass(frozen=True)
@@ -187,8 +154,7 @@ def response_logps(
 @torch.no_grad()
 def reference_logps(base: Base, texts: Texts, batch_size: int = 32) -> np.ndarray:
     """log pi_ref of every text under the frozen base, nats, (texts,) float32. Kept in the cache; no state is."""
-    ids = [tokenise(base, text) for text in texts.texts]
-    digest = hashlib.sha256(repr(ids).encode()).hexdigest()
+    ids = tokenised(base, texts)
 
     def build(folder: Path) -> None:
         out = []
@@ -200,5 +166,5 @@ def reference_logps(base: Base, texts: Texts, batch_size: int = 32) -> np.ndarra
             progress("reference", min(start + batch_size, len(ids)), len(ids), "texts")
         np.save(folder / "logps.npy", torch.cat(out).numpy(), allow_pickle=False)
 
-    folder = cached("reference", VERSION, {"base": base.fingerprint, "ids": digest}, build)
+    folder = cached("reference", VERSION, {"base": base.fingerprint, "ids": ids_key(ids)}, build)
     return np.load(folder / "logps.npy", allow_pickle=False)

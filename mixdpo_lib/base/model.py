@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .. import store
 from ..store import MixDPOError
+from . import tokens
+from .architecture import check_model
 from .packaged import fetch, packaged, quiet
 
 _BASE_VERSION = 1
+UNLIMITED = 1 << 20  # tokens; what a model without a limit of its own is taken to read
+# of config.json: what changes no number (names, versions, what is asked for at a call)
+_NO_NUMBERS = frozenset(
+    "_name_or_path architectures auto_map dtype id2label label2id torch_dtype transformers_version use_cache return_dict "
+    "output_attentions output_hidden_states torchscript eos_token_id bos_token_id pad_token_id problem_type".split()
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,9 @@ class Base:
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     folder: str | None
-    fingerprint: str  # 64 hex digits over configuration, tokenizer and weights
+    fingerprint: (
+        str  # 64 hex digits: weights, configuration that changes numbers, the tokenizer as it acts
+    )
     chat: bool = False  # prompts are put into the chat template
 
     def __repr__(self) -> str:
@@ -40,17 +50,15 @@ class Base:
         kind = type(self.model).__name__
         return f"Base: {self.name}, {kind} of {size:,.0f} M parameters, {self.vocab_size:,} tokens, on {self.device}"
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, in the chat template where the base was loaded so."""
-        if self.chat:
-            prompt = str(
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-            )
-        return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    def prompt_ids(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt, a text or a conversation, as the model means it: see `tokens.prompt_ids`."""
+        return tokens.prompt_ids(self.tokenizer, prompt, self.chat)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, the tokenizer's own first: see `tokens.end_ids`."""
+        generation = getattr(self.model, "generation_config", None)
+        return tokens.end_ids(self.tokenizer, generation, self.chat)
 
     @property
     def device(self) -> torch.device:
@@ -64,8 +72,8 @@ class Base:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the last hidden state."""
-        return int(self.model.config.get_text_config().hidden_size)
+        """Width of the last hidden state, which the head reads."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
 
     @property
     def vocab_size(self) -> int:
@@ -74,8 +82,15 @@ class Base:
 
     @property
     def context(self) -> int:
-        """Largest number of tokens of prompt and response together."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        """Largest number of tokens of prompt and response together.
+
+        Of a model without positions of its own (ALiBi, a state space): what its tokenizer was made for, else no limit.
+        """
+        config = self.model.config.get_text_config()
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            if isinstance(found := getattr(config, name, None), int):
+                return found
+        return int(min(self.tokenizer.model_max_length, UNLIMITED))
 
     @property
     def eos_token_id(self) -> int:
@@ -120,12 +135,12 @@ def load_base(
     revision : of a hub id.
     dtype : "float32" or "bfloat16", of weights and blocks; log-probabilities are float32 in any case.
     device : "cpu", "cuda", "mps", ...
-    chat : put every prompt into the tokenizer's chat template, as one message of the user, with the start of an answer.
+    chat : write prompts and answers in the tokenizer's chat template; a prompt that is a text is one message of the user.
 
     Raises
     ------
     MixDPOError : folder without configuration, tokenizer, weights or a shard; weights that do not fit; no end token; a
-        chat template that is asked for and not there; a device that is absent.
+        chat template that is asked for and not there; a device that is absent; tokens that the model has no row for.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: possible are 'float32' and 'bfloat16'")
@@ -188,16 +203,55 @@ def load_base(
         raise MixDPOError(
             f"device={device!r}: not usable here ({said}); 'cpu' always is"
         ) from error
-    digest = hashlib.sha256()
-    for file in [
-        "config.json",
-        *[n for n in ("tokenizer.json",) if (folder / n).exists()],
-        *weights,
-    ]:
-        digest.update(f"{file} {hashes.get(file) or store.sha256_of(folder / file)}\n".encode())
-    if chat or dtype != "float32":
-        digest.update(f"chat={chat} dtype={dtype}".encode())
-    return Base(label, model, tokenizer, str(folder), digest.hexdigest(), chat)
+    check_model(model, folder)
+    base = Base(label, model, tokenizer, str(folder), "", chat)
+    _check_vocabulary(folder, base)
+    parts = {
+        "weights": [hashes.get(n) or store.sha256_of(folder / n) for n in weights],
+        "config": _numbers(store.read_json(folder / "config.json")),
+        "tokenizer": tokens.acts(tokenizer, chat, base.end_ids),
+        "dtype": dtype,
+    }
+    return replace(
+        base, fingerprint=hashlib.sha256(store.canonical_json(parts).encode()).hexdigest()
+    )
+
+
+def _numbers(config: Any) -> Any:
+    """A configuration without what changes no number."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _numbers(value) for name, value in config.items() if name not in _NO_NUMBERS}
+
+
+def _check_vocabulary(folder: Path, base: Base) -> None:
+    """Refuse a tokenizer with tokens that the model has no row for, unless no text uses them.
+
+    Raises
+    ------
+    MixDPOError : the first such token and both sizes are named.
+    """
+    embeddings: Any = base.model.get_input_embeddings()
+    rows = min(base.vocab_size, len(embeddings.weight))
+    beyond = {token: i for token, i in base.tokenizer.get_vocab().items() if i >= rows}
+    special = set(base.tokenizer.all_special_tokens) | {
+        str(token)
+        for token in getattr(base.tokenizer, "added_tokens_decoder", {}).values()
+        if token.special
+    }
+    used = [*base.end_ids, *base.prompt_ids("Hello")]
+    if (beyond and not set(beyond) <= special) or max(used) >= rows:
+        first = min(beyond, key=lambda token: beyond[token]) if beyond else str(max(used))
+        raise MixDPOError(
+            f"{folder}: the tokenizer has {len(beyond)} tokens more than the model (first: {first!r}), which has {rows} "
+            "rows: the embeddings were not resized when tokens were added; resize them (`resize_token_embeddings`), "
+            "train, and save model and tokenizer together"
+        )
+    if beyond:
+        store.note(
+            f"{base.name}: {', '.join(sorted(beyond))} of the tokenizer are unknown to the model; texts with them are "
+            "refused"
+        )
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
@@ -245,7 +299,7 @@ def _weight_files(folder: Path) -> list[str]:
             f"{folder}: {len(missing)} of {len(shards)} weight files are missing ({', '.join(missing)}); "
             "expected every file that model.safetensors.index.json names; copy the folder again"
         )
-    return [index.name, *shards]
+    return shards
 
 
 def _convert_gguf(name: str, folder: Path) -> None:

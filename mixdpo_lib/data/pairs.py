@@ -15,12 +15,24 @@ from jaxtyping import Int
 from torch import Tensor
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+Messages = tuple[tuple[str, str], ...]
+Prompt = str | Messages
+
+
+def as_prompt(value: Any) -> Prompt:
+    """TEMP (merged from the branch published-data)."""
+    if isinstance(value, str):
+        return value
+    return tuple(
+        (str(m["role"]), str(m["content"])) if isinstance(m, Mapping) else (m[0], m[1])
+        for m in value
+    )
 
 
 class Text(NamedTuple):
     """A prompt, the response to it, and whether the response ended by itself (then the end token belongs to it)."""
 
-    prompt: str
+    prompt: Prompt
     response: str
     ended: bool
 

@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..base.features import padded, tokenise
+from ..base.features import padded, tokenised
 from ..base.head import reference_logps, response_logps
 from ..base.model import Base
 from ..data.pairs import Texts
-from .blocks import block_list, chosen_layers, entering, lower_states
+from ..store import MixDPOError
+from .blocks import block_gives, block_list, chosen_layers, entering, lower_states, turned
 from .contract import Experts, Voices
 from .leaving import adapter_tensors, lora_config, shared_copy, with_equal_adapters, with_lora
 from .models import ModelVoices, by_expert, registered
@@ -78,7 +79,17 @@ class AdapterExperts(Experts):
         self.rank, self.blocks, self.keep_lower = rank, chosen, keep_lower
         self.target_modules = modules
         self._names = [f"expert{k}" for k in range(n_experts)]
-        model = with_equal_adapters(shared_copy(base.model), self.lora_config(), self._names)
+        try:
+            model = with_equal_adapters(shared_copy(base.model), self.lora_config(), self._names)
+        except (
+            ValueError,
+            NotImplementedError,
+            TypeError,
+        ) as error:  # of peft: layers that it does not adapt
+            raise MixDPOError(
+                f"{type(base.model).__name__}: no adapters on {', '.join(modules)} ({error}); name other layers by "
+                "target_modules=[...], or take HeadExperts"
+            ) from error
         tensors = [adapter_tensors(model, name) for name in self._names]
         self._peft = [model]  # in a list: of the modules only the adapters belong to a checkpoint
         self._layers = [
@@ -88,6 +99,7 @@ class AdapterExperts(Experts):
             {f"{k}.{key}": p for k, own in enumerate(tensors) for key, p in own.items()}
         )
         self._kept: Tensor | None = None
+        self._gives = block_gives(base.model)
         for block in block_list(self._model)[1][: chosen[0]]:
             block.forward = self._unless_kept(block.forward)
         self._speaks_as(0)
@@ -104,7 +116,7 @@ class AdapterExperts(Experts):
             self.target_modules,
             layers_to_transform=list(self.blocks),
             layers_pattern=block_list(self._base.model)[0].rsplit(".", 1)[-1],
-            fan_in_fan_out=self._base.model.config.model_type == "gpt2",
+            fan_in_fan_out=turned(block_list(self._base.model)[1][self.blocks[0]]),
         )
 
     @property
@@ -113,9 +125,13 @@ class AdapterExperts(Experts):
 
     def _unless_kept(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A lower block gives what was kept of the last of them, where something was."""
-        return lambda *args, **options: (
-            forward(*args, **options) if self._kept is None else self._kept
-        )
+
+        def run(*args: Any, **options: Any) -> Any:
+            if self._kept is None:
+                return forward(*args, **options)
+            return (self._kept, *[None] * (self._gives - 1)) if self._gives else self._kept
+
+        return run
 
     def _speaks_as(self, k: int) -> None:
         for layer in self._layers:
@@ -141,13 +157,13 @@ class AdapterExperts(Experts):
     def constants(self, texts: Texts) -> AdapterConstants:
         """Tokens, reference log-probabilities and (with keep_lower) the lower blocks' output, from the cache."""
         base = self._base
-        ids = [tokenise(base, text) for text in texts.texts]
+        ids = tokenised(base, texts)
         offsets = np.concatenate([[0], np.cumsum([len(a) + len(b) for a, b in ids])])
         ref = reference_logps(base, texts)
         if not self.keep_lower or self.blocks[0] == 0:
             return AdapterConstants(ids, ref, None, offsets)
 
-        lower = lower_states(base, self._model, self.blocks[0], ids, texts.key)
+        lower = lower_states(base, self._model, self.blocks[0], ids)
         return AdapterConstants(ids, ref, lower, offsets)
 
     def batch(
@@ -161,7 +177,7 @@ class AdapterExperts(Experts):
             "text_ref_logps": torch.from_numpy(constants.ref)[ids][:, None],
         }
         if constants.lower is not None:
-            lower = torch.zeros(*batch["input_ids"].shape, self._base.hidden_size)
+            lower = torch.zeros(*batch["input_ids"].shape, constants.lower.shape[1])
             for row, i in enumerate(ids.tolist()):
                 a, b = constants.offsets[i], constants.offsets[i + 1]
                 lower[row, : b - a] = torch.from_numpy(np.array(constants.lower[a:b]))

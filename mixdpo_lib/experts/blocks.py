@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..base.features import padded
+from ..base.features import TokenIds, ids_key, padded
 from ..base.model import Base
 from ..store import MixDPOError, cached, progress
 
-VERSION = 2
+VERSION = 3
 
 
 def block_list(model: Any) -> tuple[str, nn.ModuleList]:
@@ -46,6 +46,11 @@ def linear_names(block: nn.Module) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def turned(block: nn.Module) -> bool:
+    """Whether the linear layers of a block keep their weights transposed, as GPT-2 does."""
+    return any(type(m).__name__ == "Conv1D" for m in block.modules())
+
+
 class _Enough(Exception):
     """Raised where the lower blocks have said what was asked."""
 
@@ -72,6 +77,19 @@ def entering(
     finally:
         handle.remove()
     raise MixDPOError(f"{type(model).__name__}: block {block} does not run; use IndependentExperts")
+
+
+@torch.no_grad()
+def block_gives(model: Any) -> int:
+    """How many things a block gives: 0 where it is its hidden states alone, else the length of a tuple they lead."""
+    found: list[Any] = []
+    handle = block_list(model)[1][0].register_forward_hook(lambda *call: found.append(call[2]))
+    try:
+        ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        handle.remove()
+    return len(found[0]) if isinstance(found[0], tuple) else 0
 
 
 def chosen_layers(
@@ -101,17 +119,15 @@ def chosen_layers(
     return chosen, list(target_modules or known)
 
 
-def lower_states(
-    base: Base, model: Any, block: int, ids: Sequence[tuple[list[int], list[int]]], key: str
-) -> np.ndarray:
+def lower_states(base: Base, model: Any, block: int, ids: TokenIds) -> np.ndarray:
     """What enters this block at every token, float32 (positions, hidden), memory-mapped, from the cache if there.
 
-    ids : token ids of prompt and response of each text, which have this key.
+    ids : token ids of prompt and response of each text.
     """
     offsets = np.concatenate([[0], np.cumsum([len(a) + len(b) for a, b in ids])])
 
     def build(folder: Path) -> None:
-        shape = (int(offsets[-1]), base.hidden_size)
+        shape = (int(offsets[-1]), int(base.model.config.get_text_config().hidden_size))
         out = np.lib.format.open_memmap(
             folder / "lower.npy", mode="w+", dtype=np.float32, shape=shape
         )
@@ -126,6 +142,6 @@ def lower_states(
             progress("lower blocks", start + len(rows), len(order), "texts")
         out.flush()
 
-    options = {"block": block, "base": base.fingerprint}
-    folder = cached("lower", VERSION, options, build, inputs=[key])
+    options = {"block": block, "base": base.fingerprint, "ids": ids_key(ids)}
+    folder = cached("lower", VERSION, options, build)
     return np.load(folder / "lower.npy", mmap_mode="r", allow_pickle=False)

@@ -40,24 +40,6 @@ def chosen_texts(
     return counts.index_add_(0, pairs.flatten(), chosen.long().repeat_interleave(2, 0)) > 0
 
 
-def read_on(
-    model: Any, input_ids: Tensor, mask: Tensor, cache: Any
-) -> tuple[Float[Tensor, "rows hidden"], Any]:
-    """The last hidden state of each row after these further tokens, and the cache that remembers them.
-
-    mask : (rows, total), 0 where left padding stands, over all tokens so far; positions are counted without it.
-    """
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-    out = model.base_model(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=True,
-        past_key_values=cache,
-    )
-    return out.last_hidden_state[:, -1], out.past_key_values
-
-
 class Voices(ABC):
     """Next-token logits of several experts at once; keeps its own cache."""
 

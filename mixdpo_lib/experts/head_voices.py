@@ -9,9 +9,9 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..base.head import logit_map
+from ..base.architecture import logit_map, read_on
 from ..base.model import Base
-from .contract import Voices, read_on
+from .contract import Voices
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..base.architecture import logit_map
 from ..base.features import TextFeatures, gather_positions, text_features
-from ..base.head import HeadConstants, check_head, logit_map, reference_constants
+from ..base.head import HeadConstants, reference_constants
 from ..base.model import Base
 from ..data.pairs import Pairs, Texts
 from .contract import Experts, Voices, check_chosen
@@ -71,7 +72,6 @@ class HeadExperts(Experts):
             raise ValueError(
                 f"active={active!r}: possible are 'responses' (tokens of the training responses) and 'all'"
             )
-        check_head(base)
         self.rank, self.active, self.min_count = rank, active, min_count
         self._map = logit_map(base.model.config.get_text_config())
         generator = torch.Generator().manual_seed(0)

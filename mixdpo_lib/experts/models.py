@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..base.architecture import read_on
 from ..base.head import head_logits, place_of
 from ..base.model import Base
-from .contract import Voices, read_on
+from .contract import Voices
 
 
 def registered(named: dict[str, nn.Parameter]) -> nn.ParameterDict:

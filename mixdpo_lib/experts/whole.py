@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..base.features import padded, tokenise
+from ..base.features import padded, tokenised
 from ..base.head import reference_logps, response_logps
 from ..base.model import Base, need_memory
 from ..data.pairs import Texts
@@ -94,7 +94,7 @@ class IndependentExperts(Experts):
                 ref[:, k] = ref[:, kind]
                 continue
             base = self.bases[k]
-            ids.append([tokenise(base, text) for text in texts.texts])
+            ids.append(tokenised(base, texts))
             ref[:, k] = reference_logps(base, texts)
         return ids, ref
 

@@ -11,8 +11,18 @@ from torch import Tensor
 
 from ..base.features import encode_prompts
 from ..base.model import Base
+from ..data.pairs import Prompt, as_prompt
 from .contract import Gate
 from .inputs import column, given, log_normal, positive, standardise, zero_linear
+
+
+def _with(suffix: str, prompt: Any) -> Prompt:
+    """A prompt with the suffix at its end; of a conversation at the end of the last message."""
+    prompt = as_prompt(prompt)
+    if isinstance(prompt, str):
+        return prompt + suffix
+    *earlier, (role, content) = prompt
+    return (*earlier, (role, content + suffix))
 
 
 class ContextGate(Gate):
@@ -85,7 +95,7 @@ class ContextGate(Gate):
         ------
         ValueError : prompts that are all the same; see `features.encode_prompts`.
         """
-        states = encode_prompts(base, [prompt + suffix for prompt in prompts], layer)
+        states = encode_prompts(base, [_with(suffix, prompt) for prompt in prompts], layer)
         return cls.from_states(states, n_experts, suffix=suffix, layer=layer, **options)
 
     @classmethod
@@ -114,7 +124,7 @@ class ContextGate(Gate):
 
     def inputs(self, columns: Mapping[str, Sequence[Any]], base: Base | None) -> dict[str, Tensor]:
         """The state of each row's prompt; a prompt that occurs in several rows is read once."""
-        prompts = [str(prompt) + self.suffix for prompt in column(columns, self.column)]
+        prompts = [_with(self.suffix, prompt) for prompt in column(columns, self.column)]
         if base is None:
             raise ValueError(
                 "a gate that reads prompts needs a base to read them with: give experts of a base"

@@ -36,10 +36,10 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         config._attn_implementation = "eager"  # noqa: SLF001
         super().__init__(config)
         self._experts, self._log_w = [experts], log_w
-        eos = base.eos_token_id
+        ends = list(base.end_ids)
         pad = base.tokenizer.pad_token_id
         self.generation_config = GenerationConfig(
-            eos_token_id=eos, pad_token_id=eos if pad is None else pad
+            eos_token_id=ends, pad_token_id=ends[0] if pad is None else pad
         )
         self._step: MixtureNextToken | None = None
         self._read = torch.zeros(0, 0, dtype=torch.long)

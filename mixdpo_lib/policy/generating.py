@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.tokens import answer_text
+from ..data.pairs import as_prompt
 from ..elbo import keep_top_s
 from ..store import progress
 from .next_token import MixtureNextToken, NextToken
@@ -40,7 +42,7 @@ class Generated:
 
 
 def _prompt_ids(
-    policy: MixturePolicy, prompts: Sequence[str], max_new_tokens: int
+    policy: MixturePolicy, prompts: Sequence[Any], max_new_tokens: int
 ) -> list[list[int]]:
     """Token ids of prompts that leave room for a response; a single text, or one too long, is refused."""
     if isinstance(prompts, str):
@@ -53,7 +55,7 @@ def _prompt_ids(
     for p, tokens in zip(prompts, ids, strict=True):
         if not tokens or len(tokens) + max_new_tokens > policy.base.context:
             raise ValueError(
-                f"prompt {p[:40]!r} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} expected "
+                f"prompt {str(p)[:40]!r} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} expected "
                 f"between 1 and {policy.base.context - max_new_tokens}"
             )
     return ids
@@ -61,7 +63,7 @@ def _prompt_ids(
 
 def _experts_of(
     policy: MixturePolicy,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     user: Tensor | None,
     top_s: int | None,
     generator: torch.Generator | None,
@@ -78,7 +80,7 @@ def _experts_of(
 
 def generate(
     policy: MixturePolicy,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     user: Float[Tensor, ...] | None = None,
     *,
     max_new_tokens: int = 32,
@@ -96,6 +98,7 @@ def generate(
 
     Parameters
     ----------
+    prompts : texts, or conversations for a base with a chat template.
     user : log_w (K,) of one user or (prompts, K) of one user a prompt (`MixturePolicy.user`); the gate's by default.
     top_s : keep the S most likely experts of each row, renormalised. expert : the expert of each prompt, instead of
         drawing it; -1 is the base. Only experts that a row needs are computed.
@@ -148,16 +151,17 @@ def generate(
             ids[part],
             max_new_tokens,
             greedy=greedy,
-            eos_token_id=base.eos_token_id,
+            eos_token_id=base.end_ids,
             generator=generator,
             observe=speak.observe,
             progress=partial(_report, start, len(ids[part]), len(ids)),
             **drawn,
         )
         ratios, refs = speak.scores()
-        for i, (tokens, ended) in enumerate(zip(decoded.tokens, decoded.ended, strict=True)):
+        rows = zip(ids[part], decoded.tokens, decoded.ended, strict=True)
+        for i, (before, tokens, ended) in enumerate(rows):
             n = len(tokens) + int(ended)  # the end token counts, though it is no text
-            out.text.append(str(base.tokenizer.decode(tokens)))
+            out.text.append(answer_text(base.tokenizer, before, tokens))
             out.expert.append(speak.speaker(i, n))
             out.log_ratio.append(float(ratios[i, :n].sum()))
             out.ref_logp.append(float(refs[i, :n].sum()))
@@ -168,7 +172,7 @@ def generate(
 
 def say(
     policy: MixturePolicy,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     user: Float[Tensor, ...] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
@@ -187,7 +191,9 @@ def say(
     for k in voices:
         name = "base" if k < 0 else f"expert {k}{weight[k]}"
         columns[name] = generate(policy, prompts, expert=[k] * len(prompts), **options).text
-    return pd.DataFrame(columns, index=pd.Index(list(prompts), name="prompt"))
+    return pd.DataFrame(
+        columns, index=pd.Index([as_prompt(p) for p in prompts], name="prompt", tupleize_cols=False)
+    )
 
 
 def _report(start: int, rows: int, total: int, done: int, of: int) -> None:

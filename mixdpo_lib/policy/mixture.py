@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..base.model import Base
-from ..data.pairs import Pairs, Text, Texts
+from ..data.pairs import Pairs, Text, Texts, as_prompt
 from ..elbo import keep_top_s, log_responsibilities, predictive_probability
 from . import generating, saving
 from .causal_lm import MixtureForCausalLM
@@ -131,7 +131,7 @@ class MixturePolicy(MixtureModel):
     @torch.no_grad()
     def logps(
         self,
-        prompt: str,
+        prompt: Any,
         response: str,
         user: Tensor | None = None,
         ended: bool = True,
@@ -142,7 +142,7 @@ class MixturePolicy(MixtureModel):
         With `top_s` only the S experts of largest weight are computed. Their weights are not renormalised: a lower
         bound, which grows with S and is exact for S = K.
         """
-        constants = self.constants(Texts.of([Text(prompt, response, ended)]))
+        constants = self.constants(Texts.of([Text(as_prompt(prompt), response, ended)]))
         log_w = (self.prompt_log_w([prompt]) if user is None else user).reshape(1, self.n_experts)
         log_w = log_w if top_s is None else keep_top_s(log_w, top_s)
         chosen = None if top_s is None else log_w > -math.inf
@@ -154,19 +154,19 @@ class MixturePolicy(MixtureModel):
     # ------------------------------------------------------------------------------------------ speech and keeping
 
     def generate(
-        self, prompts: Sequence[str], user: Float[Tensor, ...] | None = None, **options: Any
+        self, prompts: Sequence[Any], user: Float[Tensor, ...] | None = None, **options: Any
     ) -> Generated:
         """Sample one response a prompt, exactly from the mixture; see `generating.generate` for every option."""
         return generating.generate(self, prompts, user, **options)
 
     def say(
-        self, prompts: Sequence[str], user: Float[Tensor, ...] | None = None, **options: Any
+        self, prompts: Sequence[Any], user: Float[Tensor, ...] | None = None, **options: Any
     ) -> pd.DataFrame:
         """What the base and every expert write for the same prompts, side by side; see `generating.say`."""
         return generating.say(self, prompts, user, **options)
 
     def as_causal_lm(
-        self, user: Float[Tensor, ...] | None = None, prompts: Sequence[str] | None = None
+        self, user: Float[Tensor, ...] | None = None, prompts: Sequence[Any] | None = None
     ) -> MixtureForCausalLM:
         """The mixture as a transformers model: `generate` with sampling, greedy, beams, streamers.
 

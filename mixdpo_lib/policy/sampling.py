@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -215,7 +216,7 @@ def sample(
     top_k: int | None = None,
     top_p: float | int | None = None,
     greedy: bool = False,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_id: int | None = None,
     generator: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -234,8 +235,9 @@ def sample(
     top_k : keep the k most likely tokens (after the temperature); None keeps all.
     top_p : keep the smallest set of tokens that holds this probability (after top_k); None keeps all.
     greedy : take the most likely token; excludes the three above.
-    eos_token_id : end token; it ends its row and is not recorded.  None: every row runs to ``max_new_tokens``.
-    pad_id : what padding is filled with; default the end token, else 0.  Masked, so that any id will do.
+    eos_token_id : end token, or several; each ends its row and is not recorded.  None: every row runs to
+        ``max_new_tokens``.
+    pad_id : what padding is filled with; default the (first) end token, else 0.  Masked, so that any id will do.
     generator : source of randomness, required unless greedy.  It is advanced by B x max_new_tokens numbers whatever
         the rows do; each row has its own, so that a row is the same when a batch is split or other rows end early.
     progress : called with (tokens done, max_new_tokens) after each step.
@@ -261,9 +263,10 @@ def sample(
     Decoded(tokens=[[1, 2], [2]], ended=[True, True])
     """
     _check(max_new_tokens, temperature, top_k, top_p, greedy, generator)
-    if pad_id is None:
-        pad_id = 0 if eos_token_id is None else eos_token_id
-    input_ids, mask = left_pad(prompt_ids, pad_id)
+    one = eos_token_id is None or isinstance(eos_token_id, int)
+    ends: list[Any] = [eos_token_id] if one else [*eos_token_id]  # type: ignore[misc, list-item]
+    pad = next((i for i in (pad_id, *ends) if i is not None), 0)
+    input_ids, mask = left_pad(prompt_ids, pad)
     rows = len(prompt_ids)
     if generator is not None:
         # the numbers of one row lie together, so that a batch that is split reads the same stream
@@ -294,7 +297,7 @@ def sample(
         for row, token in enumerate(chosen.tolist()):
             if ended[row]:
                 continue
-            if token == eos_token_id:
+            if token in ends:
                 ended[row] = True
             else:
                 tokens[row].append(token)
@@ -304,6 +307,6 @@ def sample(
             progress(position + 1, max_new_tokens)
         if bool(ended.all()):
             break
-        input_ids = chosen.masked_fill(ended, pad_id)[:, None]
+        input_ids = chosen.masked_fill(ended, pad)[:, None]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     return Decoded(tokens, ended.tolist())

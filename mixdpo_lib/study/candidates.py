@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from ..base.model import Base
+from ..base.tokens import answer_text
 from ..policy.next_token import reference_next_token
 from ..policy.sampling import sample
 from ..store import cached, hash_seed, progress
@@ -80,7 +81,7 @@ def sample_candidates(base: Base, prompts: Sequence[str], config: CandidateConfi
     parameters = {**asdict(config), "base": base.fingerprint, "prompts": list(prompts)}
 
     def build(folder: Path) -> None:
-        ids = [base.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+        ids = [base.prompt_ids(p) for p in prompts]
         for prompt, tokens in zip(prompts, ids, strict=True):
             if len(tokens) + config.response_tokens > base.context:
                 raise ValueError(
@@ -96,12 +97,12 @@ def sample_candidates(base: Base, prompts: Sequence[str], config: CandidateConfi
                 reference_next_token(base),
                 [ids[i] for i, _ in part],
                 config.response_tokens,
-                eos_token_id=base.eos_token_id,
+                eos_token_id=base.end_ids,
                 generator=generator,
                 progress=partial(_report, start, len(part), len(jobs)),
             )
             for (i, c), tokens, ended in zip(part, out.tokens, out.ended, strict=True):
-                text = base.tokenizer.decode(tokens)
+                text = answer_text(base.tokenizer, ids[i], tokens)
                 rows.append(
                     {
                         "prompt_id": i,

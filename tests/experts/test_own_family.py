@@ -6,10 +6,11 @@ from tiny import plain_fit, preference_rows
 from torch import nn
 
 import mixdpo_lib as mx
+from mixdpo_lib.base.architecture import read_on
 from mixdpo_lib.base.features import gather_positions, text_features
 from mixdpo_lib.base.head import head_logits
 from mixdpo_lib.data.pairs import Pairs
-from mixdpo_lib.experts.contract import FAMILIES, Experts, Voices, read_on
+from mixdpo_lib.experts.contract import FAMILIES, Experts, Voices
 from mixdpo_lib.store import MixDPOError
 
 
