@@ -109,7 +109,7 @@ def _last_states(
 # ---------------------------------------------------------------------------------------------------------- reading on
 
 
-class _Reread:
+class Reread:
     """What was read so far, of a model whose cache cannot be used: rows of token ids without padding."""
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ def read_on(
     """
     if model not in _cache_is_right:
         _cache_is_right[model] = _try_cache(model)
-    if _cache_is_right[model]:
+    if _cache_is_right[model] and not isinstance(cache, Reread):
         return _with_cache(model, input_ids, mask, cache)
-    cache = _Reread() if cache is None else cache
+    cache = Reread() if cache is None else cache
     return cache.read(model, input_ids, mask), cache

@@ -155,6 +155,8 @@ def text_ids(
     """
     prompt = as_prompt(prompt)
     before = prompt_ids(tokenizer, prompt, chat)
+    if not _ids(tokenizer, answer):
+        return before, []
     answer, ended = _without_end(tokenizer, answer, ended, ends)
     return before, _answer_ids(tokenizer, prompt, before, answer, ended, chat, ends)
 
@@ -168,8 +170,6 @@ def _answer_ids(
     chat: bool,
     ends: Sequence[int],
 ) -> list[int]:
-    if not answer or not _ids(tokenizer, answer):
-        return []
     if not chat or not (around := _chat_of(tokenizer, prompt)).answers:
         text = around.prompt if chat else str(prompt)
         own = _after(tokenizer, before, text, answer)
