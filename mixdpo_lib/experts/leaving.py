@@ -43,12 +43,27 @@ def with_lora(model: Any, config: Any, name: str = "default") -> Any:
 def with_lora_head(
     model: Any, down: Float[Tensor, "rank hidden"], up: Float[Tensor, "tokens rank"]
 ) -> Any:
-    """`model` wrapped by peft with LoRA on its output head: lora_A = down, lora_B = up."""
+    """`model` wrapped by peft with LoRA on its output head: lora_A = down, lora_B = up.
+
+    Merged into a head that is tied to the embeddings, it would change these too. There it has a bias of zeros, which
+    peft adds but refuses to merge into a head without one.
+
+    Raises
+    ------
+    ValueError : a tied head with a bias, for which peft has no such refusal.
+    """
     head = model.get_output_embeddings()
+    tied = head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    if tied and getattr(head, "bias", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__}: its head is tied to the embeddings and has a bias: an adapter on it could be "
+            "merged wrongly; use merge(k, folder)"
+        )
     name = next(name for name, module in model.named_modules() if module is head)
-    wrapped = with_lora(model, lora_config(len(down), [name]))
+    wrapped = with_lora(model, lora_config(len(down), [name], lora_bias=tied))
     for name, p in adapter_tensors(wrapped, "default").items():
-        p.copy_(down if "lora_A" in name else up)
+        if not name.endswith(".bias"):
+            p.copy_(down if "lora_A" in name else up)
     return wrapped
 
 
