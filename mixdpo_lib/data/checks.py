@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .messages import Prompt, as_messages, check_turns, is_written
+from .messages import Prompt, as_messages, check_turns, described, is_written
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 NAMED = 10  # bad rows that a message names; all are counted
@@ -52,15 +52,6 @@ class BadRows:
         """Raise one ValueError about all of them, if there are any."""
         if self.count:
             raise ValueError(f"{self.text(total)}; {remedy}")
-
-
-def described(value: Any) -> str:
-    """A value as messages show it, 40 characters at most.
-
-    >>> described(None), described(" ")
-    ('NoneType None', "' '")
-    """
-    return (repr(value) if isinstance(value, str) else f"{type(value).__name__} {value!r:.60}")[:40]
 
 
 def check_text(value: Any, column: str) -> str:

@@ -85,14 +85,22 @@ def find_parts(place: Path) -> dict[str, list[Path]]:
     FileNotFoundError : nothing readable there.
     ValueError : two files for one part, a shard that is missing, a damaged record of `save_to_disk`.
     """
-    if place.is_file():
-        if file_kind(place):
-            return {"train": [place]}
+    try:
+        there = place.is_file() or place.is_dir()
+    except OSError as error:
+        raise ValueError(
+            f"{place}: cannot be looked at ({os.strerror(error.errno or 0)}); expected a path of a file or a folder"
+        ) from error
+    if place.is_file() and file_kind(place):
+        return {"train": [place]}
+    if not there or not place.is_dir():
         raise _nothing(place)
     if (place / "dataset_dict.json").is_file():
         names = _record(place / "dataset_dict.json", "splits")
         return {str(name): _saved(place / str(name)) for name in names}
-    if (place / "state.json").is_file():
+    if (place / "state.json").is_file() or (
+        (place / "dataset_info.json").is_file() and any(place.glob("data-*-of-*.arrow"))
+    ):
         return {"train": _saved(place)}
     for folder in (place, place / "data"):
         if files := _data_files(folder):

@@ -18,9 +18,16 @@ from .checks import (
     check_kind,
     check_present,
     check_text,
-    described,
 )
-from .messages import Messages, Prompt, as_messages, check_turns, is_written, read_written
+from .messages import (
+    Messages,
+    Prompt,
+    as_messages,
+    check_turns,
+    described,
+    is_written,
+    read_written,
+)
 from .tables import Table, as_dataset, from_dataset
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -63,6 +70,10 @@ def explicit_row(row: Mapping[str, Any]) -> tuple[Prompt, str, str]:
 
 
 def _unwritten(value: Any, column: str) -> Any:
+    if isinstance(value, Mapping) and {"role", "content"} <= set(value):  # a list for each key
+        roles, contents = value["role"], value["content"]
+        if isinstance(roles, list) and isinstance(contents, list) and len(roles) == len(contents):
+            return list(zip(roles, contents, strict=True))
     if not is_written(value):
         return value
     try:

@@ -58,7 +58,7 @@ def as_messages(value: Any) -> Messages:
     """
     if not isinstance(value, (list, tuple)):
         raise ValueError(
-            f"found {_short(value)}, expected a text, or a list of messages with 'role' and 'content'"
+            f"found {described(value)}, expected a text, or a list of messages with 'role' and 'content'"
         )
     return tuple(_message(message, i) for i, message in enumerate(value))
 
@@ -81,7 +81,7 @@ def _message(value: Any, i: int) -> tuple[str, str]:
         role, content = value
     else:
         raise ValueError(
-            f"message {i}: found {_short(value)}, expected a mapping with 'role' and 'content'"
+            f"message {i}: found {described(value)}, expected a mapping with 'role' and 'content'"
         )
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(
@@ -90,7 +90,7 @@ def _message(value: Any, i: int) -> tuple[str, str]:
         )
     if not isinstance(content, str) or not content.strip():
         raise ValueError(
-            f"message {i}: found the content {_short(content)}, expected a text with words; "
+            f"message {i}: found the content {described(content)}, expected a text with words; "
             + (
                 "write its parts as one text"
                 if isinstance(content, (list, tuple))
@@ -180,6 +180,15 @@ def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _short(value: Any) -> str:
-    said = repr(value) if isinstance(value, str) else f"{type(value).__name__} {value!r:.60}"
-    return said[:40]
+def described(value: Any) -> str:
+    """A value as messages show it, 40 characters at most.
+
+    >>> described(None), described(" ")
+    ('NoneType None', "' '")
+    """
+    if isinstance(value, str):
+        return repr(value[:60])[:40]
+    try:
+        return f"{type(value).__name__} {value!r:.60}"[:40]
+    except RecursionError:
+        return f"{type(value).__name__}, deeply nested"

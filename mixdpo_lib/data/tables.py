@@ -103,9 +103,15 @@ def _text(file: Path) -> str:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    twice = next((name for name in names if list(names).count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"the column {twice!r:.60} stands twice; rename or remove one")
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"the column {name!r:.60} stands twice; rename or remove one")
+        seen.add(name)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the column {name!r:.60} has half a character; rename it") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- csv
@@ -184,6 +190,7 @@ def _read_json(file: Path, as_text: Sequence[str]) -> Table:
     if not rows:
         raise ValueError("the file is empty")
     names = list(dict.fromkeys(name for row in rows for name in row))
+    _check_names(names)
     columns = {name: [row.get(name) for row in rows] for name in names}
     return Table(
         names,
