@@ -62,11 +62,12 @@ def check_text(value: Any, column: str) -> str:
     RowError : no text, no words, half a character, or messages that were written as a text.
     """
     if not isinstance(value, str) or not value.strip():
-        raise RowError(f"found {described(value)}, expected a text with words", column)
+        way = "; explicit_prompts reads conversations" if isinstance(value, (list, dict)) else ""
+        raise RowError(f"found {described(value)}, expected a text with words{way}", column)
     if is_written(value):
         raise RowError(
-            f"found messages written as a text ({value[:40]!r}), expected a text; give them as a list, or let "
-            "load_preferences read them",
+            f"found messages written as a text ({value[:40]!r}), expected a text; explicit_prompts reads "
+            "them",
             column,
         )
     try:

@@ -21,6 +21,7 @@ from .checks import TEXT_COLUMNS
 from .messages import strict_json
 
 OWN = (*TEXT_COLUMNS, "ended")  # read value by value; all other columns stay what they are
+_POINTER = b"version https://git-lfs"
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python writes it: 007 and +7 are texts
 _DECIMAL = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
 
@@ -84,6 +85,9 @@ def read_table(file: Path, as_text: Sequence[str] = ()) -> Table:
     """
     kind = file_kind(file) or file.suffix
     try:
+        with open(file, "rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise ValueError("a pointer of git-lfs, not the file itself; run git lfs pull")
         return READERS[kind](file, as_text)
     except Exception as error:  # of pyarrow, csv, gzip, the system: whatever the bytes are
         said = " ".join(str(error).split())[:200] or type(error).__name__

@@ -55,6 +55,11 @@ DEEP = "[" * 900 + "]" * 900
         ),
         ("a.parquet", "PAR1", "."),
         ("a.parquet", "", "."),
+        (
+            "a.csv",
+            "version https://git-lfs.github.com/spec/v1\noid",
+            "a pointer of git-lfs, .* git lfs pull",
+        ),
         ("a.arrow", "ARROW1", "."),
         ("a.arrow", "", "."),
     ],

@@ -383,3 +383,7 @@ def test_sets_in_memory(tmp_path):
         Pairs.of(
             datasets.Dataset.from_list([{"prompt": said(Q, "Hm"), "chosen": GOOD, "rejected": BAD}])
         )
+    with pytest.raises(
+        ValueError, match="row 0, column 'chosen': found list .*; explicit_prompts reads"
+    ):
+        Pairs.of(datasets.Dataset.from_list([{"prompt": Q, **WHOLE}]))
