@@ -49,7 +49,12 @@ class BadRows:
         return f"{self.first[0][0]}: {self.count} of {total} rows cannot be used{more}: {' | '.join(said)}"
 
     def refuse(self, total: int, remedy: str) -> None:
-        """Raise one ValueError about all of them, if there are any."""
+        """Raise one ValueError about all of them, if there are any.
+
+        Raises
+        ------
+        ValueError : at least one row is bad; `remedy` says what to do.
+        """
         if self.count:
             raise ValueError(f"{self.text(total)}; {remedy}")
 
@@ -60,6 +65,9 @@ def check_text(value: Any, column: str) -> str:
     Raises
     ------
     RowError : no text, no words, half a character, or messages that were written as a text.
+
+    >>> check_text(" a bowline", "chosen")
+    ' a bowline'
     """
     if not isinstance(value, str) or not value.strip():
         way = "; explicit_prompts reads conversations" if isinstance(value, (list, dict)) else ""
@@ -107,6 +115,9 @@ def check_comparison(prompt: Any, chosen: Any, rejected: Any) -> tuple[Prompt, s
     Raises
     ------
     RowError : a bad prompt or answer (see `check_prompt`, `check_text`); a tie.
+
+    >>> check_comparison("Which knot?", " a bowline", " rope")
+    ('Which knot?', ' a bowline', ' rope')
     """
     read = check_prompt(prompt), check_text(chosen, "chosen"), check_text(rejected, "rejected")
     if chosen == rejected:
@@ -123,6 +134,10 @@ def check_kind(prompt: Prompt, first: Prompt) -> None:
     Raises
     ------
     RowError : this one is not what the first one is.
+
+    >>> check_kind("Which knot?", (("user", "Which rope?"),))
+    Traceback (most recent call last):
+    mixdpo_lib.data.checks.RowError: , column 'prompt': found a text, expected a conversation as in ...
     """
     names = ["a text" if isinstance(one, str) else "a conversation" for one in (prompt, first)]
     if names[0] != names[1]:
@@ -139,6 +154,9 @@ def check_ended(value: Any) -> bool:
     Raises
     ------
     RowError : no boolean.
+
+    >>> check_ended(False)
+    False
     """
     if not isinstance(value, bool):
         raise RowError(
@@ -167,6 +185,8 @@ def check_present(value: Any, column: str) -> None:
     Raises
     ------
     RowError : it is missing, see `is_missing`.
+
+    >>> check_present("None", "user")
     """
     if is_missing(value):
         raise RowError(

@@ -167,6 +167,9 @@ def strict_json(text: str) -> Any:
     Raises
     ------
     ValueError : no JSON, or a key twice.
+
+    >>> strict_json('{"role": "user"}')
+    {'role': 'user'}
     """
     return json.loads(text, object_pairs_hook=_once)
 

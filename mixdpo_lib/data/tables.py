@@ -237,6 +237,10 @@ def from_arrow(table: pa.Table) -> Table:
     Raises
     ------
     ValueError : a column stands twice; what arrow finds damaged (`pyarrow.ArrowInvalid` is one).
+
+    >>> table = from_arrow(pa.table({"prompt": ["Which knot?"], "user": ["ann"]}))
+    >>> table.names, table.own, table.values("user")
+    (['prompt', 'user'], {'prompt': ['Which knot?']}, ['ann'])
     """
     names = table.column_names
     _check_names(names)
@@ -266,6 +270,10 @@ def as_dataset(tables: Sequence[Table], place: str) -> Dataset:
     Raises
     ------
     ValueError : their columns differ, or `datasets` has no type for one.
+
+    >>> part = Table(["user"], 1, {}, {"user": pa.array(["ann"])})
+    >>> as_dataset([part, part], "pairs")["user"][:]
+    ['ann', 'ann']
     """
     made = [pa.table(t.rest).replace_schema_metadata(t.metadata) for t in tables]
     for other in made[1:]:
