@@ -387,3 +387,17 @@ def test_sets_in_memory(tmp_path):
         ValueError, match="row 0, column 'chosen': found list .*; explicit_prompts reads"
     ):
         Pairs.of(datasets.Dataset.from_list([{"prompt": Q, **WHOLE}]))
+
+
+@pytest.mark.parametrize("before", [[SYSTEM, *said(Q)], TURNS])
+def test_conversations_are_parted_as_trl_parts_them(before):
+    from trl import extract_prompt
+
+    row = {
+        k: [*before, {"role": "assistant", "content": a}]
+        for k, a in (("chosen", GOOD), ("rejected", BAD))
+    }
+    theirs = extract_prompt(row)
+    ours = explicit_prompts(datasets.Dataset.from_list([row]))[0]
+    assert ours["prompt"] == theirs["prompt"]
+    assert [ours[k] for k in row] == [theirs[k][0]["content"] for k in row]
