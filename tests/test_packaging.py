@@ -309,7 +309,7 @@ def test_a_wheel_works_outside_a_checkout(tmp_path, tiny_folder):
     assert refused.startswith(f"{work}: found no checkout of mixdpo")
     assert "[mixdpo] fit K=2 unit 1/3 steps, loss 0." in done.stderr
     assert {path.name for path in work.iterdir()} == {"my model", "my pairs.jsonl", "my mixture"}
-    assert sorted(path.name for path in Path(cache).iterdir()) == ["datasets", "features", "head"]
+    assert sorted(path.name for path in Path(cache).iterdir()) == ["features", "head"]
     assert not list(site.rglob("cache"))
 
 

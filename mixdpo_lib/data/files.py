@@ -1,132 +1,213 @@
-"""How are people's own preference files read?"""
+"""Which files are a preference set, and what do they hold?"""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import datasets
 from datasets import Dataset, DatasetDict
 
-from ..store import cache_part
-from .pairs import TEXT_COLUMNS, check_preferences
+from ..store import note
+from .checks import BadRows
+from .forms import read_forms
+from .messages import Prompt, strict_json
+from .tables import READERS, Table, as_dataset, file_kind, read_table
+
+_SHARD = re.compile(r"(?P<part>.+)-(?P<i>\d+)-of-(?P<n>\d+)(?:-[0-9a-f]{16})?", re.DOTALL)
+_NOTES = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+)  # of datasets
 
 
-def _read_table(file: Path, kind: str) -> Dataset:
-    place = str(cache_part("datasets"))
+def load_preferences(
+    path: str | Path, columns: Sequence[str] = (), on_bad_rows: str = "raise"
+) -> DatasetDict:
+    """Read preference sets: a file, a folder of files, a clone of a data set's repository, or a folder of `save_to_disk`.
+
+    Every row becomes `prompt` (a text, or the list of messages before the answer) and the texts `chosen` and
+    `rejected`, see `explicit_row` for the forms that are read; other columns stay. Files are Parquet, Arrow, JSON Lines,
+    JSON or CSV, the last three also as .gz; a file `train.csv` or all of `train-00000-of-00002.parquet` ... are the part
+    "train", from the folder or, where it has none, from `data/` in it. A file that is named itself is the part "train".
+
+    Parameters
+    ----------
+    path : a path, never a pattern.
+    columns : further columns that must be there, without a missing value. In CSV files these, and `user`, stay text;
+        a column that is not named and holds numbers alone becomes numbers.
+    on_bad_rows : "raise", or "drop": go on without the bad rows, which are counted in a printed line.
+
+    Raises
+    ------
+    FileNotFoundError : nothing readable there.
+    ValueError : bad rows (all are counted, ten are named, from 0 in each file), files that are not what their ending
+        says, two files for one part, a shard that is missing.
+    """
+    if on_bad_rows not in ("raise", "drop"):
+        raise ValueError(f"on_bad_rows={on_bad_rows!r}: expected 'raise' or 'drop'")
+    if isinstance(columns, str):
+        raise ValueError(f"columns={columns!r}: expected a list of names; write [{columns!r}]")
+    bad, total, read = BadRows(), 0, {}
+    for name, files in find_parts(Path(path)).items():
+        tables: list[Table] = []
+        first: Prompt | None = None
+        for file in files:
+            given = read_table(file, columns)
+            total += given.n
+            found, first = read_forms(given, f"{file} ({name})", bad, columns, first)
+            tables.append(found)
+        read[name] = tables
+    if on_bad_rows == "raise":
+        bad.refuse(total, "mend these rows, or on_bad_rows='drop' goes on without them")
+    elif bad.count:
+        note(f"dropped {bad.count} of {total} rows: {bad.text(total)}")
+    sets: dict[str, Dataset] = {}
+    for name, tables in read.items():
+        left = [table for table in tables if table.n]
+        if not left:
+            why = f"; {bad.text(total)}" if bad.count else ""
+            raise ValueError(
+                f"{path} ({name}): no row is left, expected at least one; remove the files of this part{why}"
+            )
+        sets[name] = as_dataset(left, f"{path} ({name})")
+    return DatasetDict(sets)
+
+
+def find_parts(place: Path) -> dict[str, list[Path]]:
+    """The files of each part, shards in their order.
+
+    Raises
+    ------
+    FileNotFoundError : nothing readable there.
+    ValueError : two files for one part, a shard that is missing, a damaged record of `save_to_disk`.
+    """
     try:
-        return datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=place)
-    except (
-        Exception
-    ) as error:  # of datasets, pyarrow or pandas: the cause says more than the error itself
-        said = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        there = place.is_file() or place.is_dir()
+    except OSError as error:
         raise ValueError(
-            f"{file}: not readable as {file.suffix} ({said}); expected one row a pair with text in the columns "
-            f"{', '.join(TEXT_COLUMNS)}"
+            f"{place}: cannot be looked at ({os.strerror(error.errno or 0)}); expected a path of a file or a folder"
+        ) from error
+    if place.is_file() and file_kind(place):
+        return {"train": [place]}
+    if not there or not place.is_dir():
+        raise _nothing(place)
+    if (place / "dataset_dict.json").is_file():
+        names = _record(place / "dataset_dict.json", "splits")
+        return {str(name): _saved(place / str(name)) for name in names}
+    if (place / "state.json").is_file() or (
+        (place / "dataset_info.json").is_file() and any(place.glob("data-*-of-*.arrow"))
+    ):
+        return {"train": _saved(place)}
+    for folder in (place, place / "data"):
+        if files := _data_files(folder):
+            return _by_part(files)
+    raise _nothing(place)
+
+
+def _nothing(place: Path) -> FileNotFoundError:
+    inside: list[str] = []
+    if place.is_dir():
+        try:
+            inside = [
+                f.name
+                for f in sorted(place.iterdir())
+                if f.is_dir() and (_data_files(f) or (f / "state.json").is_file())
+            ]
+        except OSError:
+            inside = []
+    hint = f"; its folders {', '.join(inside[:10])} have some: name one of them" if inside else ""
+    return FileNotFoundError(
+        f"{place}: no preference data found; expected a folder saved with save_to_disk, or files such as "
+        f"train.parquet, train.jsonl or train.csv ({', '.join(READERS)}) with columns prompt, chosen, rejected{hint}"
+    )
+
+
+def _data_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    try:
+        return [
+            file
+            for file in sorted(folder.iterdir())
+            if file_kind(file)
+            and not file.name.startswith(".")
+            and file.name not in _NOTES
+            and file.is_file()
+        ]
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: cannot be listed ({os.strerror(error.errno or 0)}); give a folder that can be read"
         ) from error
 
 
-def explicit_prompts(data: Dataset, place: str = "preference set") -> Dataset:
-    """The same pairs with text in `prompt`, `chosen`, `rejected`; other columns stay.
-
-    Three more forms of TRL are read: without a column `prompt` (what both answers begin with is the prompt; a space
-    before the difference belongs to the answers), and conversations of one message of the user and one of the
-    assistant, with or without `prompt`.
-
-    Raises
-    ------
-    ValueError : a conversation of another shape, answers without a common beginning; the row is named.
-
-    >>> explicit_prompts(Dataset.from_list([{"chosen": "A film that moves.", "rejected": "A film that bores."}]))[0]
-    {'prompt': 'A film that', 'chosen': ' moves.', 'rejected': ' bores.'}
-    """
-    names = set(data.column_names)
-    if not {"chosen", "rejected"} <= names or len(data) == 0:
-        return data
-    first = data[0]
-    if "prompt" in names and not isinstance(first["chosen"], list):
-        return data
-
-    def texts(row: dict[str, Any], i: int) -> dict[str, str]:
-        chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-        if isinstance(chosen, list):
-            sides = []
-            for side in (chosen, rejected):
-                messages = [*(prompt or []), *(side or [])]
-                roles = [message.get("role") for message in messages]
-                if roles != ["user", "assistant"]:
-                    raise ValueError(
-                        f"{place}: row {i}: found messages of {roles}, expected one of the user and one "
-                        "of the assistant; write longer conversations as text"
-                    )
-                sides.append([message["content"] for message in messages])
-            if sides[0][0] != sides[1][0]:
-                raise ValueError(f"{place}: row {i}: chosen and rejected answer different prompts")
-            return {"prompt": sides[0][0], "chosen": sides[0][1], "rejected": sides[1][1]}
-        if not isinstance(chosen, str) or not isinstance(rejected, str):
+def _by_part(files: Sequence[Path]) -> dict[str, list[Path]]:
+    whole: dict[str, Path] = {}
+    shards: dict[str, dict[int, Path]] = {}
+    counts: dict[str, tuple[int, re.Match[str], Path]] = {}
+    for file in files:
+        stem = file.name[: -len(file_kind(file) or "")]
+        shard = _SHARD.fullmatch(stem)
+        part = shard["part"] if shard else stem
+        other = whole.get(part)
+        if shard:
+            i, n = int(shard["i"]), int(shard["n"])
+            other = other or shards.setdefault(part, {}).get(i)
+            if part in counts and counts[part][0] != n:
+                other = counts[part][2]
+            shards[part][i], counts[part] = file, (n, shard, file)
+        else:
+            other = other or next(iter(shards.get(part, {}).values()), None)
+            whole[part] = file
+        if other:
             raise ValueError(
-                f"{place}: row {i}: no column 'prompt', and answers that are no text; give three texts"
+                f"{file.parent}: found {other.name} and {file.name} for the part {part!r}, expected one file, or the "
+                "shards of one set; move one away"
             )
-        n = next(
-            (j for j, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
-            min(len(chosen), len(rejected)),
-        )
-        n -= int(n > 0 and chosen[n - 1] == " ")
-        if not chosen[:n].strip():
+    for part, found in shards.items():
+        n, shard, file = counts[part]
+        missing = [i for i in range(min(n, len(found) + 3)) if i not in found]
+        if missing or len(found) != n:
+            width, ending = len(shard["i"]), file_kind(file)
+            names = ", ".join(f"{part}-{i:0{width}}-of-{shard['n']}{ending}" for i in missing[:3])
             raise ValueError(
-                f"{place}: row {i}: no column 'prompt', and the answers have no common beginning that "
-                "could be it; give the prompt"
+                f"{file.parent}: found {len(found)} shards of {part!r}, expected {n}"
+                + (f"; missing: {names}" if names else ", numbered from 0")
+                + "; fetch the set again"
             )
-        return {"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
-
-    own = [texts(row, i) for i, row in enumerate(data)]  # type: ignore[arg-type]
-    rest = data.remove_columns([c for c in ("prompt", "chosen", "rejected") if c in names])
-    columns = {name: [row[name] for row in own] for name in ("prompt", "chosen", "rejected")}
-    return Dataset.from_dict({**columns, **{name: rest[name] for name in rest.column_names}})
+    ordered = {part: [found[i] for i in sorted(found)] for part, found in shards.items()}
+    return dict(sorted({**{part: [file] for part, file in whole.items()}, **ordered}.items()))
 
 
-def load_preferences(path: str | Path, columns: Sequence[str] = ()) -> DatasetDict:
-    """Read preference sets: a folder of `save_to_disk`, a file, or a folder of parquet, jsonl, csv or arrow files.
-
-    The forms that TRL reads and writes are read too, see `explicit_prompts`.
-
-    Raises
-    ------
-    FileNotFoundError : nothing readable there. ValueError : a bad row, see `check_preferences`.
-    """
-    folder = Path(path)
-    found: dict[str, Dataset] = {}
-    if (folder / "dataset_dict.json").is_file():
-        found = dict(datasets.load_from_disk(str(folder)))
-    elif (folder / "dataset_info.json").is_file():
-        found = {"train": datasets.load_from_disk(str(folder))}
-    else:
-        kinds = {
-            ".parquet": "parquet",
-            ".jsonl": "json",
-            ".json": "json",
-            ".csv": "csv",
-            ".arrow": "arrow",
-        }
-        files = (
-            [folder] if folder.is_file() else sorted(folder.glob("*")) if folder.is_dir() else []
+def _record(file: Path, key: str) -> list[object]:
+    try:
+        found = strict_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: not readable ({error}); expected what save_to_disk writes; save the set again"
+        ) from error
+    value = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"{file}: found no list {key!r}, expected what save_to_disk writes; save the set again"
         )
-        for file in files:
-            if file.suffix in kinds:
-                name = "train" if folder.is_file() else file.stem
-                found[name] = _read_table(file, kinds[file.suffix])
-    if not found:
-        raise FileNotFoundError(
-            f"{folder}: no preference data found; expected a folder saved with save_to_disk, or files such as "
-            "train.parquet, train.jsonl or train.csv with columns prompt, chosen, rejected"
-        )
-    return DatasetDict(
-        {
-            n: check_preferences(explicit_prompts(d, f"{folder} ({n})"), f"{folder} ({n})", columns)
-            for n, d in found.items()
-        }
-    )
+    return value
+
+
+def _saved(folder: Path) -> list[Path]:
+    named = _record(folder / "state.json", "_data_files")
+    files = []
+    for one in named:
+        name = one.get("filename") if isinstance(one, dict) else None
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(
+                f"{folder}: found no file {name!r:.60}, which state.json names; save the set again"
+            )
+        files.append(folder / name)
+    return files
 
 
 def example_preferences() -> DatasetDict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,23 +14,36 @@ from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor
 
-TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-Messages = tuple[tuple[str, str], ...]
-Prompt = str | Messages
+from ..store import canonical_json
+from .checks import (
+    TEXT_COLUMNS,
+    BadRows,
+    RowError,
+    check_comparison,
+    check_ended,
+    check_kind,
+    check_present,
+    unit_name,
+)
+from .messages import Messages, Prompt, as_prompt
 
-
-def as_prompt(value: Any) -> Prompt:
-    """TEMP (merged from the branch published-data)."""
-    if isinstance(value, str):
-        return value
-    return tuple(
-        (str(m["role"]), str(m["content"])) if isinstance(m, Mapping) else (m[0], m[1])
-        for m in value
-    )
+__all__ = [
+    "Messages",
+    "Pairs",
+    "Prompt",
+    "Text",
+    "Texts",
+    "as_pairs",
+    "as_prompt",
+    "check_preferences",
+]
 
 
 class Text(NamedTuple):
-    """A prompt, the response to it, and whether the response ended by itself (then the end token belongs to it)."""
+    """A prompt, the response to it, and whether the response ended by itself (then the end token belongs to it).
+
+    prompt : a text, or the messages before the answer as (role, content).
+    """
 
     prompt: Prompt
     response: str
@@ -66,9 +79,12 @@ class Texts:
 
     @cached_property
     def key(self) -> str:
-        """sha256 of all texts in their order, 64 hex digits."""
-        parts = (f"{t.prompt}\x1f{t.response}\x1f{int(t.ended)}" for t in self.texts)
-        return hashlib.sha256("\x1e".join(parts).encode()).hexdigest()
+        """sha256 of all texts in their order, 64 hex digits: a line of JSON each, so that no two lists share one."""
+        found = hashlib.sha256()
+        for text in self.texts:
+            line = canonical_json([text.prompt, text.response, bool(text.ended)])
+            found.update(line.encode(errors="surrogatepass") + b"\n")
+        return found.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +103,7 @@ class Pairs:
     def of(cls, rows: Dataset, texts: Texts | None = None) -> Pairs:
         """Columns prompt, chosen, rejected [, ended: true where absent], checked row by row.
 
+        The prompts are texts, or all of them lists of messages that end before the answer, see `as_prompt`.
         `texts` may hold the answers already (candidates that several sets share); else they are the set's own.
 
         Raises
@@ -96,9 +113,10 @@ class Pairs:
         if len(rows) == 0:
             raise ValueError("the preference set is empty: at least one pair is needed")
         check_preferences(rows, "preference set")
-        ended = list(rows["ended"]) if "ended" in rows.column_names else [True] * len(rows)
+        prompts = [as_prompt(value) for value in _values(rows, "prompt")]
+        ended = _values(rows, "ended") if "ended" in rows.column_names else [True] * len(rows)
         sides = [
-            [Text(p, r, bool(e)) for p, r, e in zip(rows["prompt"], rows[side], ended, strict=True)]
+            [Text(p, r, e) for p, r, e in zip(prompts, _values(rows, side), ended, strict=True)]
             for side in ("chosen", "rejected")
         ]
         texts = Texts.of([*sides[0], *sides[1]]) if texts is None else texts
@@ -126,13 +144,31 @@ class Pairs:
         """The rows' columns by name, one value a pair."""
         return {name: list(self.rows[name]) for name in self.rows.column_names}
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompt of each pair."""
+        return [self.texts.texts[i].prompt for i in self.index[:, 0].tolist()]
+
     def units(self, column: str) -> tuple[Int[Tensor, "pairs"], list[str]]:
-        """Unit of each pair as 0 ... U-1, and the units' names in that order."""
+        """Unit of each pair as 0 ... U-1, and the units' names in that order.
+
+        A text is a name as it is, a whole number by its digits, a boolean as "true" or "false".
+
+        Raises
+        ------
+        ValueError : no such column; a missing value, or one of another type: the rows are named.
+        """
         if column not in self.rows.column_names:
             raise ValueError(
                 f"unit column {column!r} is missing; found {self.rows.column_names}: name one of them"
             )
-        values = [str(v) for v in self.rows[column]]
+        values, bad = [], BadRows()
+        for row, value in enumerate(_values(self.rows, column)):
+            try:
+                values.append(unit_name(value, column))
+            except RowError as error:
+                bad.add("preference set", row, error)
+        bad.refuse(len(self), 'or give each pair an expert of its own: latent="pair"')
         names = list(dict.fromkeys(values))
         place = {name: i for i, name in enumerate(names)}
         return torch.tensor([place[v] for v in values]), names
@@ -159,25 +195,38 @@ def as_pairs(data: Any) -> Pairs:
 
 
 def check_preferences(data: Dataset, place: str, columns: Sequence[str] = ()) -> Dataset:
-    """Refuse a preference set with a missing column, an empty or non-text field, or equal answers; name the row."""
+    """Refuse a preference set with a missing column, an empty or non-text field, or equal answers; name the rows.
+
+    Parameters
+    ----------
+    columns : further columns in which no value may be missing.
+
+    Raises
+    ------
+    ValueError : one message about all bad rows, counted from 0.
+    """
     for column in (*TEXT_COLUMNS, *columns):
         if column not in data.column_names:
             raise ValueError(
                 f"{place}: column {column!r} is missing; found {data.column_names}; rename or add it"
             )
-    texts: Mapping[str, Any] = {c: data[c] for c in TEXT_COLUMNS}
-    for i, fields in enumerate(zip(*(texts[c] for c in TEXT_COLUMNS), strict=True)):
-        for column, value in zip(TEXT_COLUMNS, fields, strict=True):
-            if not isinstance(value, str) or not value.strip():
-                found = (
-                    repr(value) if isinstance(value, str) else f"{type(value).__name__} {value!r}"
-                )
-                raise ValueError(
-                    f"{place}: row {i}, column {column!r}: found {found[:40]}, expected a text with words"
-                )
-        if fields[1] == fields[2]:
-            raise ValueError(
-                f"{place}: row {i}: chosen equals rejected ({fields[1][:40]!r}): a tie says nothing about preference; "
-                "remove the row, or keep the pair only where one answer was better"
-            )
+    values = {name: _values(data, name) for name in (*TEXT_COLUMNS, *columns)}
+    ended = _values(data, "ended") if "ended" in data.column_names else [True] * len(data)
+    bad, first = BadRows(), None
+    for i in range(len(data)):
+        try:
+            prompt = check_comparison(*(values[name][i] for name in TEXT_COLUMNS))[0]
+            check_ended(ended[i])
+            for name in columns:
+                check_present(values[name][i], name)
+            first = prompt if first is None else first
+            check_kind(prompt, first)
+        except RowError as error:
+            bad.add(place, i, error)
+    bad.refuse(len(data), "mend these rows, or leave them out")
     return data
+
+
+def _values(rows: Dataset, column: str) -> list[Any]:
+    """A column as Python values, whatever format is set."""
+    return list(rows.with_format(None)[column])

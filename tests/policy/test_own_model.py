@@ -8,7 +8,8 @@ import pytest
 from tiny import preference_rows, save_tiny_base
 
 import mixdpo_lib as mx
-from mixdpo_lib.data.files import explicit_prompts, load_preferences
+from mixdpo_lib.data.files import load_preferences
+from mixdpo_lib.data.forms import explicit_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "using-your-own-model-and-data.md"
@@ -68,7 +69,9 @@ def test_the_forms_of_trl(tmp_path):
     for name, row in forms.items():
         file = tmp_path / f"{name}.jsonl"
         datasets.Dataset.from_list([row, row]).to_json(file)
-        assert dict(load_preferences(file, ["user"])["train"][1]) == wanted, name
+        prompt = "A film" if name == "explicit" else [said("user", "A film")]
+        found = dict(load_preferences(file, ["user"])["train"][1])
+        assert found == wanted | {"prompt": prompt}, name
     whole = {n: wanted["prompt"] + wanted[n] for n in ("chosen", "rejected")}
     found = explicit_prompts(datasets.Dataset.from_list([whole]))[0]  # the longest common beginning
     assert found == {"prompt": "A film that", "chosen": " moves.", "rejected": " bores."}

@@ -573,11 +573,12 @@ def test_bad_fields_are_refused(tmp_path, cache, change, message):
 
 
 def test_numbers_are_no_texts(tmp_path, cache):
-    (tmp_path / "train.csv").write_text("prompt,chosen,rejected\na film,4,5\n")
+    row = ROWS[0] | {"chosen": 4}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
     with pytest.raises(
         ValueError, match="row 0, column 'chosen': found int 4, expected a text with words"
     ):
-        load_preferences(tmp_path / "train.csv")
+        load_preferences(tmp_path / "train.jsonl")
 
 
 @pytest.mark.parametrize(
