@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..data.pairs import Text, Texts, as_prompt
+from ..data.checks import BadRows, RowError
+from ..data.pairs import Pairs, Text, Texts, as_prompt
 from ..store import MixDPOError, cached, progress
 from .model import Base
-from .tokens import text_ids
 
 VERSION = 2
 TokenIds = list[tuple[list[int], list[int]]]
@@ -29,34 +29,39 @@ _PROMPT_VERSION = 1
 
 
 def tokenise(base: Base, text: Text) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and response as the model means them, see `tokens.text_ids`.
+    """Token ids of prompt and response, see `Base.text_ids`."""
+    return base.text_ids(text.prompt, text.response, text.ended)
+
+
+def check_rows(base: Base, pairs: Pairs) -> None:
+    """Refuse a set with texts that the base cannot read; what it makes of them is kept (see `tokenised`).
 
     Raises
     ------
-    ValueError : an empty prompt or response; a text longer than the context of the base, or with tokens that the model
-        does not know; an end token inside the response; a conversation without a template.
+    ValueError : all such rows are counted, ten are named.
     """
-    prompt, response = text_ids(
-        base.tokenizer, text.prompt, text.response, text.ended, base.chat, base.end_ids
-    )
-    if not prompt or not response:
-        what = "prompt" if not prompt else "response"
-        raise ValueError(
-            f"{what} {getattr(text, what)!r} has no tokens: every pair needs a prompt and two responses"
-        )
-    if len(prompt) + len(response) > base.context:
-        raise ValueError(
-            f"prompt of {len(prompt)} and response of {len(response)} tokens exceed the context of {base.name} "
-            f"({base.context} tokens); shorten the text. It begins: {str(text.prompt)[:60]!r}"
-        )
-    if max(*prompt, *response, 0) >= base.vocab_size:
-        unknown = next(i for i in [*prompt, *response] if i >= base.vocab_size)
-        raise ValueError(
-            f"text {str(text.prompt)[:60]!r}: token {base.tokenizer.convert_ids_to_tokens(unknown)!r} has number "
-            f"{unknown}, and {base.name} has {base.vocab_size} rows: remove the token from the text, or resize the model's "
-            "embeddings and save it again"
-        )
-    return prompt, response
+    kept = _tokenised.setdefault(pairs.texts, {})
+    if base.fingerprint in kept:
+        return
+    refused: dict[int, ValueError] = {}
+    ids: TokenIds = []
+    for i, text in enumerate(pairs.texts.texts):
+        try:
+            ids.append(tokenise(base, text))
+        except ValueError as error:
+            refused[i] = error
+    if not refused:
+        kept[base.fingerprint] = ids
+        return
+    bad = BadRows()
+    for row, sides in enumerate(pairs.index.tolist()):
+        for column, i in zip(("chosen", "rejected"), sides, strict=True):
+            if i in refused:
+                bad.add("preference set", row, RowError(str(refused[i]), column))
+                break
+    way = "load_preferences(..., base=base, on_bad_rows='drop') goes on without them"
+    bad.refuse(len(pairs), f"mend these rows, or {way}")
+    raise next(iter(refused.values()))  # of texts that no pair asks for
 
 
 _tokenised: WeakKeyDictionary[Texts, dict[str, TokenIds]] = WeakKeyDictionary()

@@ -54,6 +54,35 @@ class Base:
         """Token ids of a prompt, a text or a conversation, as the model means it: see `tokens.prompt_ids`."""
         return tokens.prompt_ids(self.tokenizer, prompt, self.chat)
 
+    def text_ids(self, prompt: Any, answer: str, ended: bool) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and of an answer to it as the model means them, see `tokens.text_ids`.
+
+        Raises
+        ------
+        ValueError : an empty prompt or answer; a text longer than the context, or with tokens that the model does not
+            know; an end token inside the answer; a conversation without a template.
+        """
+        before, own = tokens.text_ids(
+            self.tokenizer, prompt, answer, ended, self.chat, self.end_ids
+        )
+        for what, words, ids in (("prompt", prompt, before), ("response", answer, own)):
+            if not ids:
+                raise ValueError(
+                    f"{what} {words!r} has no tokens: every pair needs a prompt and two responses"
+                )
+            if max(ids) >= self.vocab_size:
+                token = self.tokenizer.convert_ids_to_tokens(max(ids))
+                raise ValueError(
+                    f"{what} {str(words)[:60]!r}: token {token!r} has number {max(ids)}, and {self.name} has "
+                    f"{self.vocab_size} rows: remove the token from the text, or resize the model's embeddings"
+                )
+        if len(before) + len(own) > self.context:
+            raise ValueError(
+                f"prompt of {len(before)} and response of {len(own)} tokens exceed the context of {self.name} "
+                f"({self.context} tokens); shorten the text. It begins: {str(prompt)[:60]!r}"
+            )
+        return before, own
+
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end a text, the tokenizer's own first: see `tokens.end_ids`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from .messages import Prompt, as_messages, check_turns, described, is_written
@@ -126,6 +127,22 @@ def check_comparison(prompt: Any, chosen: Any, rejected: Any) -> tuple[Prompt, s
             "remove the row, or keep the pair only where one answer was better"
         )
     return read
+
+
+def check_readable(
+    row: tuple[Prompt, str, str], ended: bool, readable: Callable[[Prompt, str, bool], object]
+) -> None:
+    """A prompt and two answers that a model can read, by its own account.
+
+    Raises
+    ------
+    RowError : what `readable` said of it.
+    """
+    for column, answer in (("chosen", row[1]), ("rejected", row[2])):
+        try:
+            readable(row[0], answer, ended)
+        except ValueError as error:
+            raise RowError(str(error), column) from error
 
 
 def check_kind(prompt: Prompt, first: Prompt) -> None:

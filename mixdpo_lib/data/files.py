@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict
 
@@ -25,7 +26,10 @@ _NOTES = (
 
 
 def load_preferences(
-    path: str | Path, columns: Sequence[str] = (), on_bad_rows: str = "raise"
+    path: str | Path,
+    columns: Sequence[str] = (),
+    on_bad_rows: str = "raise",
+    base: Any = None,
 ) -> DatasetDict:
     """Read preference sets: a file, a folder of files, a clone of a data set's repository, or a folder of `save_to_disk`.
 
@@ -40,6 +44,8 @@ def load_preferences(
     columns : further columns that must be there, without a missing value. In CSV files these, and `user`, stay text;
         a column that is not named and holds numbers alone becomes numbers.
     on_bad_rows : "raise", or "drop": go on without the bad rows, which are counted in a printed line.
+    base : a model (`load_base`); rows that it cannot read are bad rows too: longer than its context, a conversation
+        without a template, an end token inside an answer.
 
     Raises
     ------
@@ -58,7 +64,8 @@ def load_preferences(
         for file in files:
             given = read_table(file, columns)
             total += given.n
-            found, first = read_forms(given, f"{file} ({name})", bad, columns, first)
+            readable = None if base is None else base.text_ids
+            found, first = read_forms(given, f"{file} ({name})", bad, columns, first, readable)
             tables.append(found)
         read[name] = tables
     if on_bad_rows == "raise":

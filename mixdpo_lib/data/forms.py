@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ from .checks import (
     check_ended,
     check_kind,
     check_present,
+    check_readable,
     check_text,
 )
 from .messages import (
@@ -201,6 +202,7 @@ def read_forms(
     bad: BadRows,
     columns: Sequence[str] = (),
     first: Prompt | None = None,
+    readable: Callable[[Prompt, str, bool], object] | None = None,
 ) -> tuple[Table, Prompt | None]:
     """The rows of a table as prompt, chosen and rejected, without the bad ones, which are noted; and the first prompt.
 
@@ -208,6 +210,7 @@ def read_forms(
     ----------
     columns : further columns in which no value may be missing.
     first : the first prompt of the set, if the set began in another file.
+    readable : a model's tokens of prompt, answer and whether it ended; refuses by a ValueError what it cannot read.
 
     Raises
     ------
@@ -236,6 +239,8 @@ def read_forms(
                 ended.append(check_ended(word))
             first = one[0] if first is None else first
             check_kind(one[0], first)
+            if readable is not None:
+                check_readable(one, ended[-1] if "ended" in table.own else True, readable)
         except RowError as error:
             del ended[len(keep) :]
             bad.add(place, i, error)

@@ -83,7 +83,7 @@ class ContextGate(Gate):
     def from_prompts(
         cls,
         base: Base,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         n_experts: int,
         suffix: str = "",
         layer: int | None = None,

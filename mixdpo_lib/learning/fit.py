@@ -167,7 +167,7 @@ def _trainer(
     twice_a_pass = max(
         1,
         math.ceil(
-            len(set(train.rows["prompt"]) if config.batch_by == "prompt" else train) / per_step
+            len(set(train.prompts) if config.batch_by == "prompt" else train) / per_step
         )
         // 2,
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..data.pairs import Pairs
+from ..data.pairs import Pairs, Prompt
 from ..elbo import certified_gap, correct
 from ..policy.mixture import MixturePolicy
 from ..store import progress
@@ -29,8 +29,8 @@ def row_groups(data: Pairs, batch_by: str) -> list[list[int]]:
     """Rows that stay together in a batch: each alone, or all of a prompt."""
     if batch_by == "pair":
         return [[row] for row in range(len(data))]
-    groups: dict[str, list[int]] = {}
-    for row, prompt in enumerate(data.rows["prompt"]):
+    groups: dict[Prompt, list[int]] = {}
+    for row, prompt in enumerate(data.prompts):
         groups.setdefault(prompt, []).append(row)
     return list(groups.values())
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ..base.features import check_rows
 from ..data.pairs import Pairs, Texts, as_pairs
 from ..elbo import margins
 from ..experts.contract import Experts, chosen_texts
@@ -60,8 +61,16 @@ class MixtureModel(nn.Module):
     # ------------------------------------------------------------------------------------------------ likelihoods
 
     def prepare(self, data: Dataset | Pairs) -> Pairs:
-        """A preference set, checked, with its distinct texts."""
-        return as_pairs(data)
+        """A preference set, checked, with its distinct texts.
+
+        Raises
+        ------
+        ValueError : rows that are no comparisons, or that the base cannot read: all are counted, ten are named.
+        """
+        pairs = as_pairs(data)
+        if self.base is not None:
+            check_rows(self.base, pairs)
+        return pairs
 
     def constants(self, texts: Texts) -> Any:
         """What the experts compute once for these texts, kept while it stays the same (see `Experts.constants`)."""
@@ -146,7 +155,7 @@ class MixtureModel(nn.Module):
         inputs, place = distinct_rows(self.gate_inputs(data), len(data))
         return self.gate.log_w(inputs)[place]
 
-    def prompt_log_w(self, prompts: Sequence[str]) -> Float[Tensor, "prompts experts"]:
+    def prompt_log_w(self, prompts: Sequence[Any]) -> Float[Tensor, "prompts experts"]:
         """The gate's weights of each prompt, nats.
 
         Raises

@@ -1,5 +1,7 @@
 """Start, template, border and end of a text: what a model is trained on is what it means, and what TRL makes of it."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -325,7 +327,6 @@ def test_a_tokenizer_larger_than_its_model_is_refused_at_load(tmp_path, capsys):
 
 
 def rewritten(folder, name, change):
-    import json
 
     content = json.loads((folder / name).read_text())
     change(content)
@@ -374,3 +375,52 @@ def test_features_follow_the_tokens_that_were_made(tmp_path, monkeypatch):
         assert policy.logps("film", "was good") == pytest.approx(float(plain), abs=1e-4)
         seen.append(float(plain))
     assert seen[0] != seen[1]
+
+
+def test_rows_that_a_model_cannot_read_are_counted_and_may_be_dropped(tmp_path, capsys):
+    base = mx.load_base(save_base(tmp_path / "base"))
+    good = {"prompt": "The film", "chosen": " was good", "rejected": " was bad"}
+    long = {**good, "chosen": " very" * 300}
+    inside = {**good, "rejected": " was</s> bad"}
+    rows = Dataset.from_list([good, long, {**good, "prompt": "A story"}, inside])
+    rows.to_json(tmp_path / "train.jsonl")
+    said = (
+        r"2 of 4 rows cannot be used: row 1, column 'chosen': .* exceed the context .* \| row 3, "
+    )
+    with pytest.raises(ValueError, match=said + "column 'rejected': answer .* found the end token"):
+        mx.load_preferences(tmp_path / "train.jsonl", base=base)
+    policy = mx.MixturePolicy(mx.HeadExperts(base, 1, rank=2, active="all"), mx.LearnedWeights(1))
+    with pytest.raises(ValueError, match="preference set: " + said):
+        policy.predict(rows)
+    read = mx.load_preferences(tmp_path / "train.jsonl", base=base, on_bad_rows="drop")["train"]
+    assert read["prompt"][:] == ["The film", "A story"]
+    assert "dropped 2 of 4 rows" in capsys.readouterr().err
+    assert len(policy.predict(read)) == 2
+
+
+def test_conversations_are_fitted_served_and_continued(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
+    base = mx.load_base(save_base(tmp_path / "base", template=CHATML), chat=True)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Is it {word}?"}],
+            "chosen": "It is good." if i % 2 else "It is bad.",
+            "rejected": "It is bad." if i % 2 else "It is good.",
+            "user": f"user{i % 2}",
+        }
+        for i, word in enumerate(["slow", "slow", "long", "long", "dull", "dull"])
+    ]
+    data = Dataset.from_list(rows)
+    for gate in (
+        mx.LearnedWeights(2),
+        mx.ContextGate.from_prompts(base, data["prompt"][:], n_experts=2),
+    ):
+        policy = mx.MixturePolicy(mx.HeadExperts(base, 2, rank=2), gate)
+        latent = "unit" if not gate.reads else "pair"
+        config = mx.FitConfig(latent=latent, passes=2.0, min_steps=4, batch_size=2)
+        result = mx.fit(policy, data, config, folder=tmp_path / latent)
+        assert result.history["elbo"].notna().all() and len(policy.predict(data)) == len(data)
+        asked = [row["prompt"] for row in rows[:2]]
+        said = policy.generate(asked, max_new_tokens=4, seed=0)
+        assert len(said.text) == 2 and list(policy.say(asked, max_new_tokens=2).columns)
+        assert policy.logps(asked[0], "It is good.") < 0
