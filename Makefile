@@ -23,10 +23,10 @@ help:
 
 reproduce reproduce-all: export MIXDPO_STARTED := $(shell date +%s)
 reproduce: $(READY)
-	@.venv/bin/python -m mixdpo_lib.cli reproduce --profile "$$PROFILE" --cores "$$CORES"
+	@MIXDPO_PARENT=$$PPID exec .venv/bin/python -m mixdpo_lib.cli reproduce --profile "$$PROFILE" --cores "$$CORES"
 
 reproduce-all: $(READY)
-	@.venv/bin/python -m mixdpo_lib.cli reproduce --all --profile "$$PROFILE" --cores "$$CORES"
+	@MIXDPO_PARENT=$$PPID exec .venv/bin/python -m mixdpo_lib.cli reproduce --all --profile "$$PROFILE" --cores "$$CORES"
 
 test: $(READY)
 	@.venv/bin/python -m ruff check .

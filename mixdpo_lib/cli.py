@@ -15,7 +15,7 @@ except ModuleNotFoundError:
         "mixdpo: error: the command line needs more than the method alone: pip install 'mixdpo[study,runner]'"
     )
 
-from .runner import execute, parameters
+from .runner import ending, execute, parameters
 from .runner import reproduce as reproduction
 from .store import MixDPOError
 from .study.readme import with_results
@@ -116,11 +116,13 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in given  # anywhere in the line
     arguments = [argument for argument in given if argument != "--debug"] or ["--help"]
     try:
-        status = typer.main.get_command(app).main(
-            arguments, prog_name="mixdpo", standalone_mode=False
-        )
+        with ending.interruptible():
+            status = typer.main.get_command(app).main(
+                arguments, prog_name="mixdpo", standalone_mode=False
+            )
         if status == 130:
             print("mixdpo: error: interrupted", file=sys.stderr, flush=True)
+            status = ending.exit_code()
         sys.exit(status if isinstance(status, int) else 0)
     except Exception as error:
         if debug:

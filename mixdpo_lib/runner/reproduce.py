@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,8 @@ from typing import Any
 
 from .. import store
 from ..store import MixDPOError
-from .execute import replace_folder
+from . import ending
+from .evidence import RunInterrupted, replace_folder
 from .notebooks import listed_notebooks, theory_names
 from .parameters import profile_names, profile_values, resolve_parameters
 from .results import durations, load_values, verify_manifest
@@ -31,6 +31,11 @@ def reproduce(
     further studies. When notebooks ran, `runs/<profile>/timing.json` says how long it took (from
     MIXDPO_STARTED, seconds since 1970, if that is set: `make` counts the environment in) and the
     peak memory of the largest process.
+
+    Raises
+    ------
+    MixDPOError : a profile or a place that is refused before anything starts; a notebook that failed.
+    RunInterrupted : a signal; everything that was started has ended, and what is done is kept.
     """
     root = store.project_root()
     profile_values(profile, "")
@@ -68,7 +73,15 @@ def reproduce(
         *extra,
     ]
     with store.locked(root / "runs" / ".reproduce.lock", "make reproduce"):
-        code = subprocess.run(command, cwd=root).returncode
+        with store.writing_to(root / ".snakemake"):
+            (root / ".snakemake").mkdir(exist_ok=True)
+        try:
+            code = ending.run_to_end(command, root)
+        except ending.Interrupted:
+            raise RunInterrupted(
+                f"profile {profile}: interrupted; nothing runs any more, what is done is kept, evidence of "
+                f"what was not is in {root / 'runs' / 'failed'}; start again to go on"
+            ) from None
     if code:
         raise MixDPOError(
             f"profile {profile}: not finished (see the line above; what Snakemake says: mixdpo "
