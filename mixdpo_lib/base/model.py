@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -22,6 +23,7 @@ from ..store import MixDPOError
 from .packaged import fetch, packaged, quiet
 
 _BASE_VERSION = 1
+_SHARD = r"[A-Za-z0-9_][A-Za-z0-9_ .+-]{0,200}\.safetensors"
 
 
 @dataclass(frozen=True)
@@ -223,13 +225,18 @@ def _snapshot(name: str, revision: str | None) -> Path:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").is_file():
         raise MixDPOError(
             f"{folder}: no config.json; expected the folder of a saved model (`save_pretrained`)"
         )
+    if (folder / "adapter_config.json").exists():  # it names another model, which would be loaded
+        raise MixDPOError(
+            f"{folder}: found adapter_config.json: an adapter, which points to a model elsewhere; merge it "
+            "(`merge_and_unload`) and save the whole model, or remove that file"
+        )
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        if not (folder / "model.safetensors").exists():
+        if not (folder / "model.safetensors").is_file():
             others = sorted(p.name for p in folder.glob("*.bin")) or sorted(
                 p.name for p in folder.iterdir()
             )
@@ -238,14 +245,28 @@ def _weight_files(folder: Path) -> list[str]:
                 "with `save_pretrained` (pickled weights are not read)"
             )
         return ["model.safetensors"]
-    shards = sorted(set(store.read_json(index).get("weight_map", {}).values()))
-    missing = [shard for shard in shards if not (folder / shard).exists()]
+    content = store.read_json(index)
+    named = content.get("weight_map") if isinstance(content, dict) else content
+    if not isinstance(named, dict) or not all(isinstance(one, str) for one in named.values()):
+        raise MixDPOError(
+            f"{index}: found {str(named):.60}, expected a `weight_map` from names of tensors to names of "
+            "files in this folder; copy the folder again"
+        )
+    shards = sorted(set(named.values()))
+    outside = [shard for shard in shards if not re.fullmatch(_SHARD, shard)]
+    if outside:
+        raise MixDPOError(
+            f"{index}: found {outside[0]!r:.80} as the name of a weight file, expected a plain name such as "
+            "model-00001-of-00002.safetensors: weights lie in the folder itself"
+        )
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing or not shards:
         raise MixDPOError(
             f"{folder}: {len(missing)} of {len(shards)} weight files are missing ({', '.join(missing)}); "
             "expected every file that model.safetensors.index.json names; copy the folder again"
         )
-    return [index.name, *shards]
+    whole = [name for name in ("model.safetensors",) if (folder / name).exists()]  # read where both are
+    return [index.name, *sorted({*shards, *whole})]
 
 
 def _convert_gguf(name: str, folder: Path) -> None:

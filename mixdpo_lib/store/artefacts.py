@@ -85,7 +85,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MixDPOError(f"{path}: not found; expected a JSON file there") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MixDPOError(
             f"{path}: found no readable JSON ({error}); delete the file and make it again"
         ) from None
