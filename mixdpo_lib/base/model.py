@@ -203,19 +203,22 @@ def load_base(
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         if Path(name).is_absolute() or name.startswith((".", "~")):
             raise ValueError("no such folder")
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                ignore_patterns=["*/*"],
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+        with store.writing_to(Path(constants.HF_HUB_CACHE)):
+            return Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    ignore_patterns=["*/*"],
+                    allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+                )
             )
-        )
+    except MixDPOError:
+        raise
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MixDPOError(
@@ -265,7 +268,9 @@ def _weight_files(folder: Path) -> list[str]:
             f"{folder}: {len(missing)} of {len(shards)} weight files are missing ({', '.join(missing)}); "
             "expected every file that model.safetensors.index.json names; copy the folder again"
         )
-    whole = [name for name in ("model.safetensors",) if (folder / name).exists()]  # read where both are
+    whole = [
+        name for name in ("model.safetensors",) if (folder / name).exists()
+    ]  # read where both are
     return [index.name, *sorted({*shards, *whole})]
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from .. import store
@@ -29,9 +30,7 @@ class RunInterrupted(RunFailed):
         self.exit_code = ending.exit_code()
 
 
-def put_aside(
-    notebook: str, partial: str | Path, failed: str | Path, said: str = ""
-) -> Path | None:
+def put_aside(notebook: str, partial: str | Path, failed: str | Path, said: str) -> Path | None:
     """Move the folder of an unfinished run to `failed`; None: somebody else has done it.
 
     said : goes into its error.txt.
@@ -51,7 +50,7 @@ def put_aside(
             return None
         except OSError:  # another device
             shutil.move(partial, kept)
-        if said:
+        with suppress(OSError):  # on a full disk the notebook is kept at least
             (kept / "error.txt").write_text(said, encoding="utf-8")
     return kept
 

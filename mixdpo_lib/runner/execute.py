@@ -179,6 +179,7 @@ def _execute(
             "TOKENIZERS_PARALLELISM": "false",
         }
         with (
+            store.writing_to(folder),
             _environment(settings),
             _shown(log, path.stem) as cell,
             ending.first(lambda: ending.interrupt_kernel(str(folder))),

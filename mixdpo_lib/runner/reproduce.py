@@ -119,6 +119,11 @@ def update_reference(profile: str, rewrite: Callable[[str, Mapping[str, Any]], s
     `rewrite(README, values)`.
     """
     root = store.project_root()
+    with store.writing_to(root / "figures"):
+        return _update(profile, rewrite, root)
+
+
+def _update(profile: str, rewrite: Callable[[str, Mapping[str, Any]], str], root: Path) -> Path:
     target = root / "figures" / "reference"
     fresh = target.with_name(f".reference.part-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -201,23 +206,53 @@ def update_reference(profile: str, rewrite: Callable[[str, Mapping[str, Any]], s
     replace_folder(fresh, target)
     readme = root / "README.md"
     if readme.exists():
-        readme.write_text(rewrite(readme.read_text(encoding="utf-8"), values), encoding="utf-8")
+        text = rewrite(readme.read_text(encoding="utf-8"), values)
+        part = readme.with_name(f".README.md.part-{os.getpid()}")
+        with store.writing_to(root):
+            try:
+                part.write_text(text, encoding="utf-8")
+                os.replace(part, readme)
+            finally:
+                part.unlink(missing_ok=True)
     return target
 
 
 def clean(everything: bool = False) -> list[Path]:
-    """Remove results and computed files; with `everything` also what was downloaded."""
+    """Remove results and computed files; with `everything` also what was downloaded.
+
+    Of a cache outside the project only what was computed goes: other things may lie there. Of a
+    folder that is a link the content goes, the link stays.
+
+    Raises
+    ------
+    MixDPOError : a place that cannot be emptied, or is none.
+    """
     root = store.project_root()
-    gone = [
-        path
-        for path in (
-            root / "runs",
-            root / ".snakemake",
-            store.cache_folder(),
-            *([store.raw_folder()] if everything else []),
-        )
-        if path.exists()
-    ]
-    for path in gone:
-        shutil.rmtree(path)
+    gone = []
+    for path in (
+        root / "runs",
+        root / ".snakemake",
+        store.cache_folder(),
+        *([store.raw_folder()] if everything else []),
+    ):
+        with store.writing_to(path):
+            if not path.exists():
+                continue
+            if not path.is_dir():
+                raise MixDPOError(f"{path}: found a file, expected a folder; look what it is")
+            if not path.is_relative_to(root):
+                own = [part for part in path.iterdir() if _is_computed(part)]
+            else:
+                own = list(path.iterdir()) if path.is_symlink() else [path]
+            for part in own:
+                if part.is_dir() and not part.is_symlink():
+                    shutil.rmtree(part)
+                else:
+                    part.unlink()
+            gone.append(path)
     return gone
+
+
+def _is_computed(folder: Path) -> bool:
+    """Whether a folder of a cache holds entries, or what other libraries keep there."""
+    return folder.name in ("datasets", "checkpoints") or any(folder.glob("*/artefact.json"))
