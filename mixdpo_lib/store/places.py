@@ -107,12 +107,13 @@ def cache_folder() -> Path:
         return cache
     if checkout := _checkout():
         return checkout / "data" / "cache"
-    own = platformdirs.user_cache_path("mixdpo", appauthor=False)
-    if not own.is_absolute():
-        raise MixDPOError(
-            "no home folder to keep computed files in; name a folder that can be written in MIXDPO_CACHE"
-        )
-    return own
+    with suppress(RuntimeError):  # this user has no home folder
+        own = platformdirs.user_cache_path("mixdpo", appauthor=False)
+        if own.is_absolute():
+            return own
+    raise MixDPOError(
+        "no home folder to keep computed files in; name a folder that can be written in MIXDPO_CACHE"
+    )
 
 
 def cache_part(name: str) -> Path:
@@ -153,9 +154,9 @@ def writing_to(place: Path) -> Iterator[None]:
                 f"{place}: no space left on the device; nothing half-written was kept; "
                 f"free some space, or {_remedy(place)}, and start again"
             ) from error
-        if number in (*_REFUSED, *_ODD) and (
-            where.is_relative_to(place) or place.is_relative_to(where)
-        ):
+        above = place.is_relative_to(where)
+        refused = number in (*_REFUSED, *_ODD) or (number == errno.ENOENT and above)
+        if refused and (above or where.is_relative_to(place)):
             reason = os.strerror(number) + ("" if where == place else f": {where}")
             raise MixDPOError(f"{place}: cannot be written ({reason}); {_remedy(place)}") from error
         raise
@@ -164,9 +165,9 @@ def writing_to(place: Path) -> Iterator[None]:
 def _remedy(place: Path) -> str:
     for find, variable in (
         (cache_folder, "MIXDPO_CACHE"),
-        (_checkout, "MIXDPO_ROOT"),
         (lambda: _named("HF_HUB_CACHE"), "HF_HUB_CACHE"),
         (lambda: _named("HF_HOME"), "HF_HOME"),
+        (_checkout, "MIXDPO_ROOT"),
     ):
         with suppress(MixDPOError):
             folder = find()
