@@ -186,8 +186,8 @@ def _execute(
         ):
             try:
                 papermill.execute_notebook(
-                    str(path),
-                    str(folder / "notebook.ipynb"),
+                    _literal(path),
+                    _literal(folder / "notebook.ipynb"),
                     parameters=parameters,
                     kernel_name="mixdpo-runner",
                     engine_name=_engine(cell),
@@ -198,6 +198,11 @@ def _execute(
                 )
             finally:
                 ending.end_marked(*mark)
+
+
+def _literal(path: Path) -> str:
+    """A path for papermill, which would fill in names in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _of_interest(record: logging.LogRecord) -> bool:

@@ -157,7 +157,7 @@ def writing_to(place: Path) -> Iterator[None]:
         above = place.is_relative_to(where)
         refused = number in (*_REFUSED, *_ODD) or (number == errno.ENOENT and above)
         if refused and (above or where.is_relative_to(place)):
-            reason = os.strerror(number) + ("" if where == place else f": {where}")
+            reason = os.strerror(number or 0) + ("" if where == place else f": {where}")
             raise MixDPOError(f"{place}: cannot be written ({reason}); {_remedy(place)}") from error
         raise
 
