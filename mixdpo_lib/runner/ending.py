@@ -156,16 +156,23 @@ def guarded(name: str, value: str, **plan: Any) -> Iterator[None]:
     """While the block runs, a guard waits beside this process, and takes over if that is killed.
 
     plan : what the guard does, see `guard.watch`.
+
+    Raises
+    ------
+    MixDPOError : no process can be started.
     """
     plan |= {"name": name, "value": value}
-    guard = subprocess.Popen(
-        [sys.executable, "-m", "mixdpo_lib.runner.guard", json.dumps(plan)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # what is sent to a terminal's processes does not reach it
-        env={n: text for n, text in os.environ.items() if n not in (COMMAND, KERNEL)},
-    )
+    try:
+        guard = subprocess.Popen(
+            [sys.executable, "-m", "mixdpo_lib.runner.guard", json.dumps(plan)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # what is sent to a terminal's processes does not reach it
+            env={n: text for n, text in os.environ.items() if n not in (COMMAND, KERNEL)},
+        )
+    except OSError as error:
+        raise MixDPOError(f"{sys.executable}: could not be started ({error})") from error
     try:
         yield
     finally:

@@ -68,6 +68,12 @@ def reproduce(
         str(cores),
         "--rerun-incomplete",
         "--nolock",
+        "--shared-fs-usage",  # all but `source-cache`, which lies in the home folder: there may be none
+        "persistence",
+        "input-output",
+        "software-deployment",
+        "sources",
+        "storage-local-copies",
         "--quiet",
         "all",
         *extra,
