@@ -68,6 +68,8 @@ def reproduce(
         str(cores),
         "--rerun-incomplete",
         "--nolock",
+        "--scheduler",
+        "greedy",  # the other one calls a solver in a folder that may have any name
         "--shared-fs-usage",  # all but `source-cache`, which lies in the home folder: there may be none
         "persistence",
         "input-output",
