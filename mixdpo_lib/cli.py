@@ -10,15 +10,18 @@ from typing import Annotated
 
 try:
     import typer
+
+    from .runner import ending, execute, parameters
+    from .runner import reproduce as reproduction
+    from .store import MixDPOError
+    from .study.readme import with_results
 except ModuleNotFoundError:
     sys.exit(
         "mixdpo: error: the command line needs more than the method alone: pip install 'mixdpo[study,runner]'"
     )
-
-from .runner import ending, execute, parameters
-from .runner import reproduce as reproduction
-from .store import MixDPOError
-from .study.readme import with_results
+except KeyboardInterrupt:  # while all this is read, a second or so
+    print("mixdpo: error: interrupted", file=sys.stderr, flush=True)
+    sys.exit(130)
 
 app = typer.Typer(
     add_completion=False,
@@ -124,6 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
             print("mixdpo: error: interrupted", file=sys.stderr, flush=True)
             status = ending.exit_code()
         sys.exit(status if isinstance(status, int) else 0)
+    except KeyboardInterrupt:
+        print("mixdpo: error: interrupted", file=sys.stderr, flush=True)
+        sys.exit(ending.exit_code())
     except Exception as error:
         if debug:
             traceback.print_exc()
