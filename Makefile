@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help reproduce reproduce-all test lab clean
+.PHONY: help reproduce reproduce-all test lab audit clean
 
 PROFILE ?= default
 CORES ?= 2
@@ -19,14 +19,15 @@ help:
 	@echo "make reproduce-all                                     the same, ablations and further studies"
 	@echo "make test                                              environment, then lint, types and every test"
 	@echo "make lab                                               JupyterLab on the notebooks"
+	@echo "make audit                                             known weaknesses of the pinned packages; needs the network"
 	@echo "make clean                                             remove results and caches; keeps .venv and downloads"
 
 reproduce reproduce-all: export MIXDPO_STARTED := $(shell date +%s)
 reproduce: $(READY)
-	@.venv/bin/python -m mixdpo_lib.cli reproduce --profile "$$PROFILE" --cores "$$CORES"
+	@MIXDPO_PARENT=$$PPID exec .venv/bin/python -m mixdpo_lib.cli reproduce --profile "$$PROFILE" --cores "$$CORES"
 
 reproduce-all: $(READY)
-	@.venv/bin/python -m mixdpo_lib.cli reproduce --all --profile "$$PROFILE" --cores "$$CORES"
+	@MIXDPO_PARENT=$$PPID exec .venv/bin/python -m mixdpo_lib.cli reproduce --all --profile "$$PROFILE" --cores "$$CORES"
 
 test: $(READY)
 	@.venv/bin/python -m ruff check .
@@ -37,6 +38,21 @@ test: $(READY)
 
 lab: $(READY)
 	@.venv/bin/python -m jupyterlab --notebook-dir=notebooks
+
+# In an environment of its own, which goes when it is done: the project's stays what was tested.
+audit:
+	@place="$$(mktemp -d)"; trap 'rm -rf "$$place"' EXIT
+	"$$PYTHON" -m venv "$$place/tools"
+	"$$place/tools/bin/python" -m pip install -qq --disable-pip-version-check pip-audit || {
+	  echo "[make] error: no audit: pip-audit could not be installed (see above); it needs the network" >&2; exit 1; }
+	if "$$place/tools/bin/python" -m pip_audit -r constraints.txt --no-deps --disable-pip --progress-spinner off -f json -o "$$place/report"; then
+	  echo "[make] audit: no known weakness in the packages of constraints.txt"
+	elif test -s "$$place/report"; then
+	  "$$PYTHON" -c 'import json, sys; [print(one["name"], one["version"], w["id"], "mended in", ", ".join(w["fix_versions"]) or "no version yet") for one in json.load(open(sys.argv[1]))["dependencies"] for w in one.get("vulns", [])]' "$$place/report"
+	  echo "[make] error: audit: known weaknesses, see above; raise these pins and run make test" >&2; exit 1
+	else
+	  echo "[make] error: no audit: pip-audit got no answer (see above); it needs the network" >&2; exit 1
+	fi
 
 clean:
 	@rm -rf runs data/cache .snakemake .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist

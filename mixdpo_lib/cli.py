@@ -10,15 +10,18 @@ from typing import Annotated
 
 try:
     import typer
+
+    from .runner import ending, execute, parameters
+    from .runner import reproduce as reproduction
+    from .store import MixDPOError
+    from .study.readme import with_results
 except ModuleNotFoundError:
     sys.exit(
         "mixdpo: error: the command line needs more than the method alone: pip install 'mixdpo[study,runner]'"
     )
-
-from .runner import execute, parameters
-from .runner import reproduce as reproduction
-from .store import MixDPOError
-from .study.readme import with_results
+except KeyboardInterrupt:  # while all this is read, a second or so
+    print("mixdpo: error: interrupted", file=sys.stderr, flush=True)
+    sys.exit(130)
 
 app = typer.Typer(
     add_completion=False,
@@ -116,12 +119,17 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in given  # anywhere in the line
     arguments = [argument for argument in given if argument != "--debug"] or ["--help"]
     try:
-        status = typer.main.get_command(app).main(
-            arguments, prog_name="mixdpo", standalone_mode=False
-        )
+        with ending.interruptible():
+            status = typer.main.get_command(app).main(
+                arguments, prog_name="mixdpo", standalone_mode=False
+            )
         if status == 130:
             print("mixdpo: error: interrupted", file=sys.stderr, flush=True)
+            status = ending.exit_code()
         sys.exit(status if isinstance(status, int) else 0)
+    except KeyboardInterrupt:
+        print("mixdpo: error: interrupted", file=sys.stderr, flush=True)
+        sys.exit(ending.exit_code())
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -370,3 +370,57 @@ def test_make_shows_what_there_is_and_refuses_another_python_in_any_folder(tmp_p
         and "expected 3.11" in done.stderr
     )
     assert not (project / ".venv").exists()
+
+
+TOOLS = """#!/bin/sh
+# python -m venv PLACE: makes a python that knows pip and pip_audit by the name of this test
+mkdir -p "$3/bin"
+cat > "$3/bin/python" <<'END'
+#!/bin/sh
+case "$2" in
+pip) exit INSTALLS ;;
+pip_audit) for last; do :; done; if test -n 'REPORT'; then echo 'REPORT' > "$last"; fi; exit AUDITS ;;
+esac
+END
+chmod +x "$3/bin/python"
+"""
+FOUND = json.dumps(
+    {
+        "dependencies": [
+            {"name": "a", "version": "1", "vulns": [{"id": "X-1", "fix_versions": ["2"]}]},
+            {"name": "b", "version": "1", "vulns": []},
+        ]
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "installs, audits, report, status, said",
+    [
+        (0, 0, "{}", 0, "no known weakness"),
+        (1, 0, "", 2, "could not be installed .* needs the network"),
+        (0, 1, "", 2, "got no answer .* needs the network"),
+        (0, 1, FOUND, 2, "a 1 X-1 mended in 2\n.*known weaknesses, see above"),
+    ],
+)
+def test_make_audit_says_what_it_found_and_whether_it_could_ask(
+    tmp_path, installs, audits, report, status, said
+):
+    project, python = tmp_path / awkward("project"), tmp_path / awkward("python") / "python"
+    project.mkdir()
+    python.parent.mkdir()
+    shutil.copy(ROOT / "Makefile", project)
+    stub = TOOLS.replace("INSTALLS", str(installs)).replace("AUDITS", str(audits))
+    stub = stub.replace("REPORT", report)
+    python.write_text(
+        stub.replace(
+            "#!/bin/sh\n#", f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n#', 1
+        )
+    )
+    python.chmod(0o755)
+    (project / "tmp").mkdir()
+    command = ["make", "audit", f"PYTHON={str(python).replace('$', '$$')}"]
+    env = os.environ | {"TMPDIR": str(project / "tmp")}
+    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
+    assert done.returncode == status and re.search(said, done.stdout + done.stderr), done
+    assert list((project / "tmp").iterdir()) == []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..data.checks import BadRows, RowError
 from ..data.pairs import Pairs, Text, Texts, as_prompt
-from ..store import MixDPOError, cached, progress
+from ..store import MixDPOError, cached, large_array, progress
 from .model import Base
 
 VERSION = 2
@@ -151,12 +151,7 @@ def text_features(base: Base, texts: Texts, batch_size: int = 48) -> TextFeature
     def build(folder: Path) -> None:
         lengths = np.array([len(r) for _, r in ids], dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        hidden = np.lib.format.open_memmap(
-            folder / "hidden.npy",
-            mode="w+",
-            dtype=np.float32,
-            shape=(int(offsets[-1]), base.hidden_size),
-        )
+        hidden = large_array(folder / "hidden.npy", (int(offsets[-1]), base.hidden_size))
         pooled = np.zeros((len(ids), base.hidden_size), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda i: -sum(map(len, ids[i])))
         done = 0

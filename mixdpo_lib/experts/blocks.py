@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..base.features import TokenIds, ids_key, padded
 from ..base.model import Base
-from ..store import MixDPOError, cached, progress
+from ..store import MixDPOError, cached, large_array, progress
 
 VERSION = 3
 
@@ -127,10 +127,8 @@ def lower_states(base: Base, model: Any, block: int, ids: TokenIds) -> np.ndarra
     offsets = np.concatenate([[0], np.cumsum([len(a) + len(b) for a, b in ids])])
 
     def build(folder: Path) -> None:
-        shape = (int(offsets[-1]), int(base.model.config.get_text_config().hidden_size))
-        out = np.lib.format.open_memmap(
-            folder / "lower.npy", mode="w+", dtype=np.float32, shape=shape
-        )
+        width = int(base.model.config.get_text_config().hidden_size)  # of a block, not of the head
+        out = large_array(folder / "lower.npy", (int(offsets[-1]), width))
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i][0]) - len(ids[i][1]))
         for start in range(0, len(order), 48):
             rows = order[start : start + 48]

@@ -166,9 +166,7 @@ def _trainer(
     per_step = config.batch_size * config.accumulate
     twice_a_pass = max(
         1,
-        math.ceil(
-            len(set(train.prompts) if config.batch_by == "prompt" else train) / per_step
-        )
+        math.ceil(len(set(train.prompts) if config.batch_by == "prompt" else train) / per_step)
         // 2,
     )
     return MixDPOTrainer(policy, train, config, place, valid, save_steps=twice_a_pass)

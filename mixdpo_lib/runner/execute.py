@@ -6,13 +6,10 @@ import json
 import logging
 import os
 import shlex
-import shutil
-import signal
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,23 +17,15 @@ from typing import Any
 
 from .. import store
 from ..store import MixDPOError
+from . import ending
+from .evidence import RunFailed as RunFailed
+from .evidence import RunInterrupted as RunInterrupted
+from .evidence import keep_evidence, replace_folder, tidy
 from .notebooks import notebook_path
 from .parameters import COMMON, resolve_parameters
 from .results import verify_manifest
 
 _HEARTBEAT_S = 12.0
-
-
-class RunFailed(MixDPOError):
-    """A notebook did not finish; the message names the cause and the folder with the evidence."""
-
-    exit_code = 1
-
-
-class RunInterrupted(RunFailed):
-    """Somebody ended the run: Ctrl-C, a cluster, Snakemake."""
-
-    exit_code = 130
 
 
 def run_notebook(
@@ -59,6 +48,12 @@ def run_notebook(
         `runs/custom/` and never replaces the profile's.
     output : another folder for the result; it must be absent, empty or an earlier run.
     cell_timeout : seconds that one cell may take; default no limit.
+
+    Raises
+    ------
+    MixDPOError : parameters or a place that are refused before a kernel starts.
+    RunFailed, RunInterrupted : the cause, and the folder with the evidence. However the run ends, its
+        kernel and what that has started end too.
     """
     path = notebook_path(notebook)
     notebook = path.stem
@@ -67,24 +62,26 @@ def run_notebook(
     folder = runs / profile / notebook
     if output is not None:
         folder = Path(output).expanduser().resolve()
+        if folder.exists() and not folder.is_dir():
+            raise MixDPOError(f"{folder}: found a file, expected a folder or nothing; name another")
         if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
             raise MixDPOError(
                 f"{folder}: found a folder that is not an earlier run; name an empty or new one"
             )
     elif overrides:
         folder = runs / "custom" / f"{notebook}-{store.artefact_key('custom', 1, parameters)[:10]}"
-    with store.locked(folder.with_name(f".{folder.name}.lock"), notebook):
-        for left_over in folder.parent.glob(f".{folder.name}.part-*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+    with ending.interruptible(), store.locked(folder.with_name(f".{folder.name}.lock"), notebook):
+        tidy(notebook, folder, runs / "failed")
         partial = folder.with_name(f".{folder.name}.part-{os.getpid()}")
-        partial.mkdir(parents=True)
+        with store.writing_to(partial):
+            partial.mkdir(parents=True)
         began = time.monotonic()
         try:
             settings = {
                 "MIXDPO_PROFILE": profile,
                 "MIXDPO_COMMAND": _command(notebook, profile, overrides or {}),
             }
-            _execute(path, partial, parameters, settings, cell_timeout)
+            _execute(path, partial, parameters, settings, cell_timeout, runs / "failed")
             manifest = verify_manifest(partial)
             if (manifest["notebook"], manifest["parameters"]) != (
                 notebook,
@@ -95,7 +92,9 @@ def run_notebook(
                     f"expected {notebook} with {parameters}; see start_run(...) in the notebook"
                 )
         except BaseException as error:
-            raise _keep_evidence(notebook, partial, runs / "failed", error) from error
+            with ending.held(last=True):
+                failed = keep_evidence(notebook, partial, runs / "failed", error)
+            raise failed from error
         replace_folder(partial, folder)
     print(
         f"[mixdpo] {notebook}: finished in {time.monotonic() - began:.0f} s, results in {folder}",
@@ -127,10 +126,15 @@ def _execute(
     parameters: dict[str, Any],
     settings: Mapping[str, str],
     cell_timeout: int | None,
+    failed: Path,
 ) -> None:
     import papermill
 
-    with tempfile.TemporaryDirectory(prefix="mixdpo-") as scratch:
+    mark = (ending.KERNEL, str(folder))
+    with (
+        _scratch() as scratch,
+        ending.guarded(*mark, evidence=(path.stem, str(folder), str(failed)), scratch=scratch),
+    ):
         kernel = (
             Path(scratch) / "kernels" / "mixdpo-runner"
         )  # this very interpreter, whatever is registered
@@ -153,35 +157,70 @@ def _execute(
         logging.getLogger("papermill").setLevel(
             logging.ERROR
         )  # its guesses about parameters; ours are checked
+        logging.getLogger("asyncio").addFilter(_of_interest)
         log = Path(scratch) / "progress.log"
         log.touch()
+        (Path(scratch) / "tmp").mkdir()
         threads = os.environ.get(
             "OMP_NUM_THREADS", "2"
         )  # fixed: sums differ with the number of threads
         settings = {
             **settings,
-            "JUPYTER_PATH": scratch,
+            "JUPYTER_DATA_DIR": scratch,  # nothing of a notebook's run lies in the home folder
+            "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime",
             "IPYTHONDIR": f"{scratch}/ipython",
+            "TMPDIR": f"{scratch}/tmp",  # goes with the rest, however the kernel ends
             "PYTHONHASHSEED": "0",
-            "MIXDPO_RUN_FOLDER": str(folder),
+            ending.KERNEL: str(folder),
             "MIXDPO_PROGRESS": str(log),
             "OMP_NUM_THREADS": threads,
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
             "MIXDPO_ROOT": str(store.project_root()),
             "TOKENIZERS_PARALLELISM": "false",
         }
-        with _environment(settings), _shown(log, path.stem) as cell, _interruptible():
-            papermill.execute_notebook(
-                str(path),
-                str(folder / "notebook.ipynb"),
-                parameters=parameters,
-                kernel_name="mixdpo-runner",
-                engine_name=_engine(cell),
-                language="python",
-                progress_bar=False,
-                cwd=str(store.project_root()),
-                execution_timeout=cell_timeout,
-            )
+        with (
+            store.writing_to(folder),
+            _environment(settings),
+            _shown(log, path.stem) as cell,
+            ending.first(lambda: ending.interrupt_kernel(str(folder))),
+        ):
+            try:
+                papermill.execute_notebook(
+                    _literal(path),
+                    _literal(folder / "notebook.ipynb"),
+                    parameters=parameters,
+                    kernel_name="mixdpo-runner",
+                    engine_name=_engine(cell),
+                    language="python",
+                    progress_bar=False,
+                    cwd=str(store.project_root()),
+                    execution_timeout=cell_timeout,
+                )
+            finally:
+                ending.end_marked(*mark)
+
+
+def _literal(path: Path) -> str:
+    """A path for papermill, which would fill in names in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _of_interest(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's is not about a cell that was left because somebody ended the run."""
+    return "NotebookClient" not in record.getMessage()
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder for what a run needs beside its result."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="mixdpo-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise MixDPOError(
+            f"no place for temporary files ({error.strerror}); name a folder that can be written in TMPDIR"
+        ) from error
+    with folder as scratch:
+        yield scratch
 
 
 @contextmanager
@@ -196,23 +235,6 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """A polite end (SIGTERM, of a cluster or Snakemake) is an interruption like Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _engine(cell: list[str]) -> str:
@@ -273,43 +295,3 @@ def _shown(log: Path, notebook: str) -> Iterator[list[str]]:
     finally:
         done.set()
         thread.join()
-
-
-def _keep_evidence(notebook: str, partial: Path, failed: Path, error: BaseException) -> RunFailed:
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    (partial / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    failed.mkdir(parents=True, exist_ok=True)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    kept = failed / f"{notebook}-{stamp}"
-    while kept.exists():
-        kept = kept.with_name(kept.name + "a")
-    shutil.move(partial, kept)
-    if isinstance(error, PapermillExecutionError):
-        first = (str(error.evalue).strip().splitlines() or [""])[0]
-        cause = f"cell [{error.exec_count}] failed: {error.ename}: {first}"
-    elif isinstance(error, CellTimeoutError):
-        cause = "a cell took longer than allowed (--cell-timeout)"
-    elif isinstance(error, DeadKernelError):
-        cause = "the kernel died (often: out of memory, or killed)"
-    elif isinstance(error, KeyboardInterrupt):
-        cause = "interrupted"
-    else:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    message = f"{notebook}: {cause}; evidence in {kept}; earlier results are untouched"
-    return (RunInterrupted if isinstance(error, KeyboardInterrupt) else RunFailed)(message)
-
-
-def replace_folder(partial: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an earlier one, which comes back if that fails."""
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        os.replace(folder, old)
-    try:
-        os.replace(partial, folder)
-    except OSError:
-        if old.exists():
-            os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

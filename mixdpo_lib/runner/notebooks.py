@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .. import store
 from ..store import MixDPOError
+from .plain_yaml import read_groups
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,22 @@ def listed_notebooks() -> dict[str, Listed]:
     found: dict[str, Listed] = {}
     for study, lines in read_groups(path).items():
         for name, line in lines.items():
-            if not isinstance(line, dict) or set(line) - {"needs", "shares"} or name in found:
+            if not _is_line(line) or name in found:
                 raise MixDPOError(
                     f"{path}: {name}: found {line!r}, expected a notebook once, with "
                     "{needs: [...], shares: [...]} or a part of it"
                 )
             found[name] = Listed(study, tuple(line.get("needs", ())), tuple(line.get("shares", ())))
     return {name: found[name] for name in notebook_names() if name in found}
+
+
+def _is_line(line: Any) -> bool:
+    return (
+        isinstance(line, dict)
+        and not set(line) - {"needs", "shares"}
+        and all(isinstance(names, list) for names in line.values())
+        and all(isinstance(name, str) for names in line.values() for name in names)
+    )
 
 
 def notebook_hash(name: str) -> str:
@@ -83,27 +91,3 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """`; did you mean ...?`, or nothing when no name is near."""
     near = difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A file of names and what is said of them; anything else is one clear MixDPOError."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-        return content
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise MixDPOError(
-            f"{path}: found no mapping of names ({' '.join(str(error).split())})"
-        ) from None
-
-
-def read_groups(path: Path) -> dict[str, dict[str, Any]]:
-    """A file of named groups of names; a group may be empty."""
-    groups = {name: lines or {} for name, lines in read_yaml(path).items()}
-    for name, lines in groups.items():
-        if not isinstance(lines, dict):
-            raise MixDPOError(
-                f"{path}: {name}: found {lines!r}, expected names and what is said of them"
-            )
-    return groups

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import yaml
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from .. import store
 from ..store import MixDPOError
-from .notebooks import listed_notebooks, nearest, notebook_path, read_groups, read_yaml
+from .notebooks import listed_notebooks, nearest, notebook_path
+from .plain_yaml import read_groups, read_text, read_yaml
 
 COMMON, PROFILE = "common", "profile"  # of notebooks that share values, or that a profile changes
 _TYPES = {"int": int, "float": FiniteFloat, "str": str, "bool": bool, "list": list, "dict": dict}
@@ -129,11 +129,26 @@ def shared_parameters(notebook: str) -> dict[str, Parameter]:
     return {name: parameter for name, parameter in shared.items() if name not in own}
 
 
+def _type(node: ast.AST) -> Any:
+    """The type that an annotation names; nothing of it is executed."""
+    match node:
+        case ast.Name(id=name):
+            return _TYPES[name]
+        case ast.Constant(value=None):
+            return None
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _type(left) | _type(right)
+        case ast.Subscript(value=ast.Name(id="list"), slice=one):
+            return list[_type(one)]  # type: ignore[misc]
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, value])):
+            return dict[_type(key), _type(value)]  # type: ignore[misc]
+    raise ValueError(ast.dump(node))
+
+
 @cache
 def _adapter(kind: str) -> TypeAdapter:
     try:
-        # text of a cell that would be executed anyway
-        return TypeAdapter(eval(kind, {"__builtins__": {}}, _TYPES))
+        return TypeAdapter(_type(ast.parse(kind[:200], mode="eval").body))
     except Exception:
         raise MixDPOError(
             f"found the parameter type {kind!r}; expected {', '.join(_TYPES)}, list[...], "
@@ -163,6 +178,12 @@ def check_value(notebook: str, parameter: Parameter, value: Any) -> None:
         ) from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name twice")
+    return dict(pairs)
+
+
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     """`["n_experts=4", "seeds=[0, 1]"]` as values (JSON or YAML); `common.name` is a shared one.
 
@@ -177,14 +198,13 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals or not name.strip():
             raise MixDPOError(f"-p {pair}: found no name=value; write for example -p n_experts=4")
         try:
-            value = json.loads(text)
-        except ValueError:
+            value = json.loads(text, object_pairs_hook=_once)  # YAML reads 1e-3 as text
+        except (ValueError, RecursionError):
             try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError:
+                value = read_text(text)
+            except ValueError as error:
                 raise MixDPOError(
-                    f"-p {pair}: found {text!r}, expected a number, text, true/false, null or "
-                    "[a, list]"
+                    f"-p {' '.join(pair.split()):.200}: {error}; expected a number, text, true/false, null or [a, list]"
                 ) from None
         outer, _, inner = name.strip().partition(".")
         if outer == COMMON and inner:

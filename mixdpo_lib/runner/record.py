@@ -116,11 +116,14 @@ class Run:
             from ..figures import watermark
 
             watermark(figure, self.note)
-        (self.folder / "figures").mkdir(parents=True, exist_ok=True)
         undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-        with matplotlib.rc_context(
-            {"svg.hashsalt": "mixdpo", "pdf.fonttype": 42, "savefig.bbox": None}
-        ):
+        style: Any = {
+            "svg.hashsalt": "mixdpo",
+            "pdf.fonttype": 42,
+            "savefig.bbox": None,
+        }
+        with store.writing_to(self.folder), matplotlib.rc_context(style):
+            (self.folder / "figures").mkdir(parents=True, exist_ok=True)
             for end, metadata in undated.items():
                 figure.savefig(self.folder / f"figures/{name}.{end}", dpi=300, metadata=metadata)
         store.write_json_atomic(
@@ -258,7 +261,8 @@ def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
     folder = os.environ.get("MIXDPO_RUN_FOLDER") or (
         store.project_root() / "runs" / "interactive" / notebook / time.strftime("%Y%m%d-%H%M%S")
     )
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    with store.writing_to(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     if profile in NOTES:
         print(NOTES[profile])
     return Run(notebook, values, Path(folder), f"{notebook}-{key[:10]}", profile)
@@ -298,7 +302,10 @@ def _machine() -> dict[str, Any]:
 
 def _git() -> dict[str, Any]:
     """The project's commit, and whether tracked files differ from it; None outside a checkout."""
-    root = store.project_root()
+    try:
+        root = store.project_root()
+    except MixDPOError:
+        return {"commit": None, "dirty": None}
 
     def ask(*arguments: str) -> str | None:
         try:

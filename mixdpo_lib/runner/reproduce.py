@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,8 @@ from typing import Any
 
 from .. import store
 from ..store import MixDPOError
-from .execute import replace_folder
+from . import ending
+from .evidence import RunInterrupted, replace_folder
 from .notebooks import listed_notebooks, theory_names
 from .parameters import profile_names, profile_values, resolve_parameters
 from .results import durations, load_values, verify_manifest
@@ -31,6 +31,11 @@ def reproduce(
     further studies. When notebooks ran, `runs/<profile>/timing.json` says how long it took (from
     MIXDPO_STARTED, seconds since 1970, if that is set: `make` counts the environment in) and the
     peak memory of the largest process.
+
+    Raises
+    ------
+    MixDPOError : a profile or a place that is refused before anything starts; a notebook that failed.
+    RunInterrupted : a signal; everything that was started has ended, and what is done is kept.
     """
     root = store.project_root()
     profile_values(profile, "")
@@ -63,12 +68,28 @@ def reproduce(
         str(cores),
         "--rerun-incomplete",
         "--nolock",
+        "--scheduler",
+        "greedy",  # the other one calls a solver in a folder that may have any name
+        "--shared-fs-usage",  # all but `source-cache`, which lies in the home folder: there may be none
+        "persistence",
+        "input-output",
+        "software-deployment",
+        "sources",
+        "storage-local-copies",
         "--quiet",
         "all",
         *extra,
     ]
     with store.locked(root / "runs" / ".reproduce.lock", "make reproduce"):
-        code = subprocess.run(command, cwd=root).returncode
+        with store.writing_to(root / ".snakemake"):
+            (root / ".snakemake").mkdir(exist_ok=True)
+        try:
+            code = ending.run_to_end(command, root)
+        except ending.Interrupted:
+            raise RunInterrupted(
+                f"profile {profile}: interrupted; nothing runs any more, what is done is kept, evidence of "
+                f"what was not is in {root / 'runs' / 'failed'}; start again to go on"
+            ) from None
     if code:
         raise MixDPOError(
             f"profile {profile}: not finished (see the line above; what Snakemake says: mixdpo "
@@ -106,6 +127,11 @@ def update_reference(profile: str, rewrite: Callable[[str, Mapping[str, Any]], s
     `rewrite(README, values)`.
     """
     root = store.project_root()
+    with store.writing_to(root / "figures"):
+        return _update(profile, rewrite, root)
+
+
+def _update(profile: str, rewrite: Callable[[str, Mapping[str, Any]], str], root: Path) -> Path:
     target = root / "figures" / "reference"
     fresh = target.with_name(f".reference.part-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -188,23 +214,53 @@ def update_reference(profile: str, rewrite: Callable[[str, Mapping[str, Any]], s
     replace_folder(fresh, target)
     readme = root / "README.md"
     if readme.exists():
-        readme.write_text(rewrite(readme.read_text(encoding="utf-8"), values), encoding="utf-8")
+        text = rewrite(readme.read_text(encoding="utf-8"), values)
+        part = readme.with_name(f".README.md.part-{os.getpid()}")
+        with store.writing_to(root):
+            try:
+                part.write_text(text, encoding="utf-8")
+                os.replace(part, readme)
+            finally:
+                part.unlink(missing_ok=True)
     return target
 
 
 def clean(everything: bool = False) -> list[Path]:
-    """Remove results and computed files; with `everything` also what was downloaded."""
+    """Remove results and computed files; with `everything` also what was downloaded.
+
+    Of a cache outside the project only what was computed goes: other things may lie there. Of a
+    folder that is a link the content goes, the link stays.
+
+    Raises
+    ------
+    MixDPOError : a place that cannot be emptied, or is none.
+    """
     root = store.project_root()
-    gone = [
-        path
-        for path in (
-            root / "runs",
-            root / ".snakemake",
-            store.cache_folder(),
-            *([store.raw_folder()] if everything else []),
-        )
-        if path.exists()
-    ]
-    for path in gone:
-        shutil.rmtree(path)
+    gone = []
+    for path in (
+        root / "runs",
+        root / ".snakemake",
+        store.cache_folder(),
+        *([store.raw_folder()] if everything else []),
+    ):
+        with store.writing_to(path):
+            if not path.exists():
+                continue
+            if not path.is_dir():
+                raise MixDPOError(f"{path}: found a file, expected a folder; look what it is")
+            if not path.is_relative_to(root):
+                own = [part for part in path.iterdir() if _is_computed(part)]
+            else:
+                own = list(path.iterdir()) if path.is_symlink() else [path]
+            for part in own:
+                if part.is_dir() and not part.is_symlink():
+                    shutil.rmtree(part)
+                else:
+                    part.unlink()
+            gone.append(path)
     return gone
+
+
+def _is_computed(folder: Path) -> bool:
+    """Whether a folder of a cache holds entries, or what other libraries keep there."""
+    return folder.name in ("datasets", "checkpoints") or any(folder.glob("*/artefact.json"))

@@ -1,5 +1,6 @@
 """Where do things lie, under which key, whole or not at all, how far? Knows no model."""
 
+from .arrays import large_array
 from .artefacts import (
     artefact_key,
     cached,
@@ -32,6 +33,7 @@ __all__ = [
     "canonical_json",
     "hash_seed",
     "heartbeat",
+    "large_array",
     "locked",
     "note",
     "progress",

@@ -85,7 +85,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MixDPOError(f"{path}: not found; expected a JSON file there") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MixDPOError(
             f"{path}: found no readable JSON ({error}); delete the file and make it again"
         ) from None
@@ -177,7 +177,9 @@ def cached(
     """
     key = artefact_key(stage, version, parameters, inputs)
     folder = cache_folder() / stage / key
-    if not folder.exists():
+    with writing_to(folder.parent):
+        absent = not folder.exists()
+    if absent:
         with writing_to(folder.parent), locked(folder.with_name(f"{key}.lock"), f"{stage} {key}"):
             if not folder.exists():
                 _make(
@@ -232,6 +234,13 @@ def touched_artefacts() -> dict[str, str]:
 
 
 @contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".mixdpo-") as scratch:
+        yield Path(scratch)
+
+
+@contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """A folder beside `folder` to write into; it takes its place when everything is there, and is removed otherwise.
 
@@ -240,19 +249,26 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     MixDPOError : the place is taken by a file, or cannot be written (disk full, no permission).
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise MixDPOError(
-            f"{folder}: found a file, expected a folder or nothing; give another name"
-        )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            place = Path(scratch) / "whole"
+        if folder.exists() and not folder.is_dir():
+            raise MixDPOError(
+                f"{folder}: found a file, expected a folder or nothing; give another name"
+            )
+        with (
+            writing_to(folder),
+            _beside(folder) as scratch,
+        ):
+            place, before = scratch / "whole", scratch / "before"
             place.mkdir()
             yield place
-            if folder.exists():
-                folder.rename(Path(scratch) / "before")
-            place.rename(folder)
+            try:
+                if folder.exists():
+                    folder.rename(before)
+                place.rename(folder)
+            except BaseException:
+                if before.exists() and not folder.exists():
+                    before.rename(folder)
+                raise
     except OSError as error:
         raise MixDPOError(
             f"{folder}: not written ({error}); nothing was left there half-done"

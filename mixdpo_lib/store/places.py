@@ -7,7 +7,7 @@ import os
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
@@ -23,10 +23,34 @@ class MixDPOError(RuntimeError):
     """An error with a message for the person at the screen: place, found, expected, remedy."""
 
 
+_ODD = (errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.EINVAL, errno.ENODEV)
+
+
+def _named(variable: str) -> Path | None:
+    """The folder that a variable of the environment names, in full."""
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    try:
+        return Path(os.path.abspath(Path(text).expanduser()))
+    except (OSError, RuntimeError) as error:  # no home folder, no working directory
+        raise MixDPOError(
+            f"{variable}={text}: names no folder here ({error}); write it in full"
+        ) from None
+
+
 def _checkout() -> Path | None:
-    if os.environ.get("MIXDPO_ROOT"):
-        return Path(os.environ["MIXDPO_ROOT"]).expanduser().resolve()
-    here = Path.cwd().resolve()
+    if root := _named("MIXDPO_ROOT"):
+        if not os.path.isdir(root / "notebooks"):
+            raise MixDPOError(
+                f"{root}: found no checkout of mixdpo there (no folder `notebooks`), and MIXDPO_ROOT names "
+                "it; name the folder of one, or unset MIXDPO_ROOT"
+            )
+        return Path(os.path.realpath(root))
+    try:
+        here = Path.cwd().resolve()
+    except OSError:  # it was removed
+        here = Path(__file__).resolve()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
         try:
             if (
@@ -50,7 +74,8 @@ def project_root() -> Path:
 
     Raises
     ------
-    MixDPOError : none of these, as after `pip install`. The method needs no checkout.
+    MixDPOError : none of these, as after `pip install`, or MIXDPO_ROOT names another folder. The method
+        needs no checkout.
 
     >>> (project_root() / "pyproject.toml").exists()
     True
@@ -58,7 +83,7 @@ def project_root() -> Path:
     if folder := _checkout():
         return folder
     raise MixDPOError(
-        f"{Path.cwd()}: found no checkout of mixdpo here or above; notebooks, profiles, titles and "
+        f"{os.path.abspath('.')}: found no checkout of mixdpo here or above; notebooks, profiles, titles and "
         "results lie in one: work inside it, or name its folder in MIXDPO_ROOT"
     )
 
@@ -73,14 +98,21 @@ def cache_folder() -> Path:
     """Everything that can be computed again.
 
     MIXDPO_CACHE, else `data/cache/` of the checkout, else the user's own cache.
+
+    Raises
+    ------
+    MixDPOError : there is no home folder, or a variable names none; which variable helps.
     """
-    if os.environ.get("MIXDPO_CACHE"):
-        return Path(os.environ["MIXDPO_CACHE"]).expanduser()
-    checkout = _checkout()
-    return (
-        checkout / "data" / "cache"
-        if checkout
-        else platformdirs.user_cache_path("mixdpo", appauthor=False)
+    if cache := _named("MIXDPO_CACHE"):
+        return cache
+    if checkout := _checkout():
+        return checkout / "data" / "cache"
+    with suppress(RuntimeError):  # this user has no home folder
+        own = platformdirs.user_cache_path("mixdpo", appauthor=False)
+        if own.is_absolute():
+            return own
+    raise MixDPOError(
+        "no home folder to keep computed files in; name a folder that can be written in MIXDPO_CACHE"
     )
 
 
@@ -122,16 +154,27 @@ def writing_to(place: Path) -> Iterator[None]:
                 f"{place}: no space left on the device; nothing half-written was kept; "
                 f"free some space, or {_remedy(place)}, and start again"
             ) from error
-        if number in _REFUSED and (where.is_relative_to(place) or place.is_relative_to(where)):
-            reason = os.strerror(number) + ("" if where == place else f": {where}")
+        above = place.is_relative_to(where)
+        refused = number in (*_REFUSED, *_ODD) or (number == errno.ENOENT and above)
+        if refused and (above or where.is_relative_to(place)):
+            reason = os.strerror(number or 0) + ("" if where == place else f": {where}")
             raise MixDPOError(f"{place}: cannot be written ({reason}); {_remedy(place)}") from error
         raise
 
 
 def _remedy(place: Path) -> str:
-    for folder, variable in ((cache_folder(), "MIXDPO_CACHE"), (_checkout(), "MIXDPO_ROOT")):
-        if folder and place.is_relative_to(folder):
-            return f"name another folder in {variable}"
+    for find, variable in (
+        (cache_folder, "MIXDPO_CACHE"),
+        (lambda: _named("HF_HUB_CACHE"), "HF_HUB_CACHE"),
+        (lambda: _named("HF_HOME"), "HF_HOME"),
+        (_checkout, "MIXDPO_ROOT"),
+    ):
+        with suppress(MixDPOError):
+            folder = find()
+            if folder and place.is_relative_to(folder):
+                return f"name another folder in {variable}"
+    if "huggingface" in place.parts:
+        return "name another folder in HF_HOME"
     return "give another folder"
 
 
@@ -147,6 +190,10 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
             except Timeout:
                 waited = time.monotonic() - began
                 note(f"{what}: another process is making it, waiting for {waited:.0f} s")
+            except NotImplementedError:
+                raise MixDPOError(
+                    f"{path}: this file system cannot lock files; {_remedy(Path(path))}"
+                ) from None
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -46,7 +46,10 @@ def note(text: str) -> None:
     """
     line, log = f"[mixdpo] {text}", os.environ.get("MIXDPO_PROGRESS")
     if log:
-        with open(log, "a", encoding="utf-8") as file:
+        with (
+            suppress(OSError),
+            open(log, "a", encoding="utf-8") as file,
+        ):  # a full disk stops no work
             file.write(line + "\n")
     if not (log and _in_notebook()):
         stream = sys.stdout if _in_notebook() else sys.stderr

@@ -396,7 +396,7 @@ def test_an_interruption_keeps_evidence_and_the_earlier_run(write_notebook, proj
             break
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=180)[1]
-    assert process.returncode == 130
+    assert process.returncode == 128 + signal.SIGTERM
     assert said.splitlines()[-1].startswith("mixdpo: error: 04_mix: interrupted; evidence in ")
     assert "Traceback" not in said
     assert (earlier / "manifest.json").read_text() == "{}"

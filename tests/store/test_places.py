@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixdpo_lib import store
-from mixdpo_lib.base import packaged
+from mixdpo_lib.base import model, packaged
 from mixdpo_lib.store import MixDPOError, places
 
 
@@ -149,3 +149,139 @@ def test_what_goes_wrong_elsewhere_keeps_its_own_name(project, error):
     with pytest.raises(type(error)) as caught:
         store.cached("stage", 1, {}, build)
     assert caught.value is error
+
+
+# ------------------------------------------------------------------------------------------- places of any kind and name
+@pytest.mark.parametrize("name", ["plain folder", "no folder", "a file"])
+def test_a_root_that_is_no_checkout_is_refused(project, monkeypatch, name):
+    place = project / name
+    if name == "plain folder":
+        place.mkdir()
+    if name == "a file":
+        place.touch()
+    monkeypatch.setenv("MIXDPO_ROOT", str(place))
+    for call in (store.project_root, store.raw_folder, store.cache_folder):
+        with pytest.raises(MixDPOError, match=f"{name}: found no checkout .*MIXDPO_ROOT"):
+            call()
+    monkeypatch.setenv("MIXDPO_CACHE", str(project / "cache"))
+    assert store.cache_folder() == project / "cache"
+
+
+def test_without_a_home_folder_the_cache_has_to_be_named(elsewhere, monkeypatch):
+    def none(*_, **__):
+        raise RuntimeError("could not determine the home directory")
+
+    for unknown in (none, lambda *_, **__: Path("~/.cache/mixdpo")):
+        monkeypatch.setattr(places.platformdirs, "user_cache_path", unknown)
+        with pytest.raises(MixDPOError, match="no home folder .*MIXDPO_CACHE"):
+            store.cached("stage", 1, {}, touch)
+    monkeypatch.setenv("MIXDPO_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(MixDPOError, match="MIXDPO_CACHE=~nobody-of-this-name/cache: names no"):
+        store.cache_folder()
+    monkeypatch.setenv("MIXDPO_CACHE", "here")
+    assert store.cache_folder() == elsewhere / "work" / "here"  # wherever one goes from here
+
+
+def test_a_working_directory_that_is_gone(elsewhere, monkeypatch):
+    (elsewhere / "gone").mkdir()
+    monkeypatch.chdir(elsewhere / "gone")
+    (elsewhere / "gone").rmdir()
+    assert store.cache_folder().is_relative_to(elsewhere / "home")
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda place: place.touch(), "Not a directory"),
+        (lambda place: place.symlink_to("nowhere/at all"), "File exists|No such file"),
+        (lambda place: place.symlink_to(place), "Too many levels"),
+    ],
+    ids=["file", "dangling", "loop"],
+)
+def test_a_cache_of_another_kind(project, monkeypatch, make, said):
+    make(project / "odd")
+    monkeypatch.setenv("MIXDPO_CACHE", str(project / "odd"))
+    with pytest.raises(
+        MixDPOError, match=rf"odd/stage: cannot be written \(({said}).*MIXDPO_CACHE"
+    ):
+        store.cached("stage", 1, {}, touch)
+
+
+def test_a_name_that_is_too_long(project, monkeypatch):
+    monkeypatch.setenv("MIXDPO_CACHE", str(project / ("x" * 300)))
+    with pytest.raises(MixDPOError, match=r"cannot be written \(File name too long.*MIXDPO_CACHE"):
+        store.cached("stage", 1, {}, touch)
+    with pytest.raises(MixDPOError, match="not written|cannot be written"):
+        with store.whole_folder(project / ("x" * 300)):
+            pass
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "it's", '"q"', "[x]*?", "$HOME", "ü 漢字 ع", "{y}", "%s", "-p"]
+)
+def test_a_place_of_any_name(project, monkeypatch, name):
+    monkeypatch.setenv("MIXDPO_CACHE", str(project / name))
+    folder = store.cached("stage", 1, {}, touch)
+    assert folder.is_relative_to(project / name) and store.cached("stage", 1, {}, touch) == folder
+    with store.whole_folder(project / f"{name} saved") as place:
+        touch(place)
+    with store.whole_folder(project / f"{name} saved") as place:
+        (place / "b").touch()
+    assert [path.name for path in (project / f"{name} saved").iterdir()] == ["b"]
+    assert store.read_json(store.write_json_atomic(project / name / "x.json", [1])) == [1]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), KeyboardInterrupt()])
+def test_an_earlier_folder_comes_back_when_the_new_one_cannot_take_its_place(
+    project, monkeypatch, error
+):
+    with store.whole_folder(project / "saved") as place:
+        (place / "a").write_text("earlier")
+    real = Path.rename
+
+    def rename(path, target):
+        if path.name == "whole":
+            raise error
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises((MixDPOError, KeyboardInterrupt)), store.whole_folder(project / "saved"):
+        pass
+    assert (project / "saved" / "a").read_text() == "earlier"
+    assert [path.name for path in project.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE", None])
+def test_the_hubs_cache_has_its_own_variable(project, monkeypatch, variable):
+    hub = project / "huggingface" / "hub"
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(hub / "models"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, str(hub))
+    else:
+        monkeypatch.setenv("MIXDPO_ROOT", str(Path(__file__).parents[2]))
+    with pytest.raises(
+        MixDPOError, match=rf"hub: cannot be written \(Permission.*{variable or 'HF_HOME'}"
+    ):
+        model.load_base("someone/some-model")
+
+
+def test_a_file_system_without_locks(project, monkeypatch):
+    def acquire(*_, **__):
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr(places.FileLock, "acquire", acquire)
+    with pytest.raises(MixDPOError, match="cannot lock files; .*MIXDPO_CACHE"):
+        store.cached("stage", 1, {}, touch)
+
+
+def test_progress_goes_on_where_its_log_cannot_be_written(project, monkeypatch, capsys):
+    monkeypatch.setenv("MIXDPO_PROGRESS", str(project / "no folder" / "log"))
+    store.note("still here")
+    assert "still here" in capsys.readouterr().err

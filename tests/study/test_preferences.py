@@ -477,7 +477,7 @@ def test_texts_that_look_like_numbers_or_dates_stay_texts(tiny_base, monkeypatch
     monkeypatch.setattr(
         "mixdpo_lib.study.candidates.sample", lambda *_, **__: Decoded([[3]] * 4, [False] * 4)
     )
-    monkeypatch.setattr(tiny_base.tokenizer, "decode", lambda *_: next(texts))
+    monkeypatch.setattr("mixdpo_lib.study.candidates.answer_text", lambda *_: next(texts))
     table = sample_candidates(tiny_base, ["a film"], CandidateConfig(n_prompts=1, seed=77))
     assert table["response"].tolist() == ["12", "2020-01-01", "null", "true"]
 
