@@ -18,11 +18,13 @@ from ..data.pairs import Pairs
 from ..gates.m_step import EMResult, gate_em
 from ..policy.mixture import MixturePolicy
 from ..store import note
+from .checkpoints import RESTARTS, Checkpoints
 from .config import FitConfig
+from .identity import fit_identity, unlike
 from .learner import latent_inputs
-from .result import FitResult, summarise
+from .result import FitResult, ending, summarise
 from .starts import RANDOM_HEADS_SCALE
-from .trainer import MixDPOTrainer, Watch
+from .trainer import MixDPOTrainer, steps_a_pass
 
 
 def _perturb(policy: MixturePolicy, config: FitConfig, seed: int) -> None:
@@ -59,7 +61,12 @@ def _restarts(
         states.append(copy.deepcopy(trainer.learner.state_dict()))
     table = pd.DataFrame(rows)
     best = int(table["elbo"].fillna(-math.inf).idxmax())
-    return table.assign(kept=table.index == best), states[best]
+    table = table.assign(kept=table.index == best)
+    if math.isfinite(table["elbo"][best]):
+        return table, states[best]
+    policy.load_state_dict(start)  # none came to a number: the fit begins where they did
+    _perturb(policy, config, config.seed)
+    return table, None
 
 
 def _check_unit(data: Pairs, config: FitConfig) -> None:
@@ -89,8 +96,13 @@ def fit(
     train : preference set; with latent="unit" its unit column says which pairs share a latent.
     config : see `FitConfig`; its defaults where none is given.
     validation : pairs of the same units; the step at which their likelihood (by each unit's own training pairs) is
-        best is put back into the policy. Without them the last step stays.
-    folder : where checkpoints are written (twice a pass) and resumed from; none by default.
+        best is put back into the policy. Without them the last step stays, unless the fit diverged: then the best
+        finite one is put back.
+    folder : where checkpoints are written (twice a pass) and gone on from; none by default. It belongs to one fit: the
+        same data, policy (made anew, as at first) and configuration go on from the newest whole checkpoint, to the
+        same bits. More `passes` go on too, where `min_steps` stretches neither; the rate then falls to 0 over the new
+        number of passes from where it stands, so that the numbers are not those of a fit planned so long from the
+        start.
 
     Returns
     -------
@@ -99,7 +111,8 @@ def fit(
     Raises
     ------
     ValueError : bad rows, an absent unit column, an unknown option.
-    MixDPOError : less free memory than gradients, AdamW's two moments and two snapshots need (it is named).
+    MixDPOError : less free memory than gradients, AdamW's two moments and two snapshots need (it is named); a folder
+        that is a file, cannot be written, is full, or holds another fit (what differs is named).
     """
     config = config or FitConfig()
     size = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -108,24 +121,27 @@ def fit(
     train = policy.prepare(train)
     valid = None if validation is None else policy.prepare(validation)
     _check_unit(train, config)
+    checkpoints = None if folder is None else _checkpoints(folder, policy, train, valid, config)
+    newest = checkpoints and checkpoints.newest()
     policy.experts.start(train)
     _perturb(policy, config, config.seed)
-    resume = folder is not None and any(Path(folder).glob("checkpoint-*"))
-    first = config.change(start__restarts=1) if resume else config
+    first = config.change(start__restarts=1) if newest else config
     restarts, start = _restarts(policy, train, first, valid)
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(folder) if folder else Path(scratch)
-        trainer = _trainer(policy, train, config, place, valid, bool(folder))
+        place = checkpoints.part if checkpoints else Path(scratch)
+        trainer = MixDPOTrainer(policy, train, config, place, valid, checkpoints)
         if (
             start is not None
         ):  # the best restart goes on: its experts, gate, table, and where it was in the tempering
             trainer.learner.load_state_dict(start)
-        if folder and resume:
-            restarts = pd.read_csv(place / "restarts.csv")
-        elif folder and trainer.args.should_save:
-            restarts.to_csv(place / "restarts.csv", index=False)
-        watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
-        trainer.train(resume_from_checkpoint=resume or None)
+        if checkpoints:
+            if newest:
+                restarts = pd.read_csv(newest / RESTARTS, float_precision="round_trip")
+            checkpoints.restarts = restarts.to_csv(index=False)
+            if trainer.args.should_save:
+                checkpoints.begin()
+        trainer.go_on(newest)
+    watch = trainer.watch
     history = pd.DataFrame([row for row in trainer.state.log_history if "elbo" in row])
     leading = [
         "step",
@@ -135,14 +151,15 @@ def fit(
     history = history[leading + sorted(set(history) - set(leading))]
     result = FitResult(
         history=history,
-        stop_reason=watch.stop_reason or "max_iter",
+        stop_reason=ending(watch.stop_reason, history),
         best_step=watch.best_step(trainer.state),
         restarts=restarts,
         snapshots=watch.snapshots,
         losses=trainer.losses,
     )
     learner = trainer.learner
-    kept = None if valid is None else result.best_step
+    failed = result.stop_reason in ("diverged", "non_finite")
+    kept = None if valid is None and not failed else result.best_step
     log_q = learner.table.log_q(learner.log_w())
     result.summary = summarise(history, result.stop_reason, kept, log_q, learner.table.loglik)
     if kept is not None:
@@ -152,26 +169,17 @@ def fit(
     return result
 
 
-def _trainer(
+def _checkpoints(
+    folder: str | Path,
     policy: MixturePolicy,
     train: Pairs,
-    config: FitConfig,
-    place: Path,
     valid: Pairs | None,
-    keep: bool,
-) -> MixDPOTrainer:
-    """A trainer that writes a checkpoint twice a pass where it is asked to."""
-    if not keep:
-        return MixDPOTrainer(policy, train, config, place, valid)
-    per_step = config.batch_size * config.accumulate
-    twice_a_pass = max(
-        1,
-        math.ceil(
-            len(set(train.rows["prompt"]) if config.batch_by == "prompt" else train) / per_step
-        )
-        // 2,
-    )
-    return MixDPOTrainer(policy, train, config, place, valid, save_steps=twice_a_pass)
+    config: FitConfig,
+) -> Checkpoints:
+    """Those of this fit; the policy is as it is before its first step."""
+    pass_steps = steps_a_pass(train, config)
+    own = fit_identity(policy, train, valid, config)
+    return Checkpoints(Path(folder), own, lambda a, b: unlike(a, b, pass_steps))
 
 
 @torch.no_grad()
