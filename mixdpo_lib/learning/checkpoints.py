@@ -75,7 +75,8 @@ class Checkpoints:
         ------
         MixDPOError : the folder holds another fit; what differs is named.
         """
-        for path in (self.folder / FIT, *(one / WHOLE for one in self._all())):
+        paths = [self.folder / FIT, *(one / WHOLE for one in self._all())]
+        for path in paths:
             try:
                 found = check_shape(path, read_json(path), {"identity": dict}, _REMEDY)["identity"]
             except MixDPOError:
@@ -85,6 +86,10 @@ class Checkpoints:
                 raise MixDPOError(
                     f"{self.folder}: found another fit there: {'; '.join(differ)}; give the data, policy (made anew) "
                     "and configuration that were begun there, or another folder"
+                )
+            if path == paths[0] and found != self.identity:
+                note(
+                    f"{self.folder}: the fit there had fewer passes; it goes on, and its rate falls anew"
                 )
         for checkpoint in reversed(self._all()):
             reason = self._fault(checkpoint)

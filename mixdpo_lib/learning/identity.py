@@ -15,6 +15,7 @@ from ..store import canonical_json, differences
 from .config import FitConfig
 
 _NAMES = {
+    "fit": "configuration",
     "train": "training pairs",
     "validation": "validation pairs",
     "start": "what the policy holds before the fit",
@@ -22,22 +23,22 @@ _NAMES = {
 
 
 def state_hash(policy: MixturePolicy) -> str:
-    """sha256 of what a policy holds: a gate that was told the truth is not one that learns it."""
+    """32 digits of the sha256 of what a policy holds: a gate that was told the truth is not one that learns it."""
     digest = hashlib.sha256(str(policy.gate.learns).encode())
     for name, value in sorted(policy.state_dict().items()):
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(
             f"{name} {value.dtype} {tuple(value.shape)}".encode() + flat.numpy().tobytes()
         )
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
 
 
 def _hash(values: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(values, default=repr).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, default=repr).encode()).hexdigest()[:32]
 
 
 def _described(data: Pairs | None, columns: Sequence[str]) -> dict[str, Any] | None:
-    """How many pairs, and the sha256 of their texts and of the columns that are read."""
+    """How many pairs, and hashes of their texts and of the columns that are read."""
     if data is None:
         return None
     texts = data.texts.texts
@@ -102,6 +103,10 @@ def unlike(found: Mapping[str, Any], expected: Mapping[str, Any], pass_steps: in
     said = []
     for place, words in differ.items():
         part, _, inner = place.partition(".")
-        name = f"{_NAMES.get(part, part)}{', ' * bool(inner)}{inner}"
-        said.append(f"{inner if part == 'fit' else name}: {words}")
+        name = (
+            inner
+            if part == "fit" and inner
+            else ", ".join(filter(None, [_NAMES.get(part, part), inner]))
+        )
+        said.append(f"{name}: {words}")
     return said

@@ -104,6 +104,8 @@ def remove_folder(folder: Path) -> None:
 
     It is renamed to a hidden `.gone-...` beside it first; what an earlier, killed removal left is removed too.
     """
+    if not folder.parent.is_dir():
+        return
     with writing_to(folder.parent):
         if folder.exists():
             os.replace(folder, folder.with_name(f".gone-{folder.name}-{uuid.uuid4().hex[:8]}"))

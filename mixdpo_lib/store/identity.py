@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from .files import shown
@@ -40,15 +40,15 @@ def _or_none(values: Mapping[str, Any], name: str) -> str:
     return shown(values[name]) if name in values else "nothing"
 
 
-def check_options(what: str, make: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Refuse options whose simple types (numbers, text, truth values) are not those that `make` takes.
+def check_options(what: str, make: type, options: Mapping[str, Any]) -> None:
+    """Refuse options whose simple types (numbers, text, truth values) are not those that the class `make` takes.
 
     Raises
     ------
     ValueError : what it is for, the option, found and expected.
     """
     try:
-        hints = typing.get_type_hints(make)
+        hints = typing.get_type_hints(make.__init__)  # type: ignore[misc]
         parameters = inspect.signature(make).parameters
     except (TypeError, NameError, ValueError):  # of somebody else, without readable types
         return
