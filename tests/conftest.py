@@ -5,9 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
-THREADS = (
-    2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1
-)  # two workers: a core for each
+# two workers: a core for each; more threads than cores slow each other down many times
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+THREADS = min(int(os.environ.get("OMP_NUM_THREADS") or 2), 2 // WORKERS or 1)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the kernels that notebooks run in
 for name in ("ROOT", "RUN_FOLDER", "PROGRESS", "STARTED", "PROFILE", "COMMAND"):
     os.environ.pop(f"MIXDPO_{name}", None)

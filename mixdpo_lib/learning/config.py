@@ -140,9 +140,10 @@ class FitConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
         if self.min_steps < 0:
             raise ValueError(f"min_steps={self.min_steps}: expected 0 or more")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 1e30:
             raise ValueError(
-                f"learning_rate={self.learning_rate}: expected above 0, or None for the family's own"
+                f"learning_rate={self.learning_rate}: expected above 0, or None for the family's own; at most 1e30: "
+                "float32 ends soon after"
             )
         for name, kind in (
             ("start", Start),

@@ -22,7 +22,7 @@ from .checkpoints import RESTARTS, Checkpoints
 from .config import FitConfig
 from .identity import fit_identity, unlike
 from .learner import latent_inputs
-from .result import FitResult, ending, summarise
+from .result import FAILED, FitResult, ending, summarise
 from .starts import RANDOM_HEADS_SCALE
 from .trainer import MixDPOTrainer, steps_a_pass
 
@@ -41,7 +41,7 @@ def _restarts(
             {"restart": [0], "seed": [config.seed], "elbo": [float("nan")], "kept": [True]}
         ), None
     start = copy.deepcopy(policy.state_dict())
-    rows, states = [], []
+    rows, states, failed = [], [], []
     for i in range(config.start.restarts):
         policy.load_state_dict(start)
         seed = config.seed + 1000 * i
@@ -58,13 +58,15 @@ def _restarts(
             trainer = MixDPOTrainer(policy, train, short, Path(scratch), validation)
             trainer.train()
             rows.append({"restart": i, "seed": seed, "elbo": trainer.measure()["elbo"]})
+            seen = pd.DataFrame([row for row in trainer.state.log_history if "elbo" in row])
+            failed.append(ending(trainer.watch.stop_reason, seen) in FAILED)
         states.append(copy.deepcopy(trainer.learner.state_dict()))
     table = pd.DataFrame(rows)
-    best = int(table["elbo"].fillna(-math.inf).idxmax())
-    table = table.assign(kept=table.index == best)
-    if math.isfinite(table["elbo"][best]):
-        return table, states[best]
-    policy.load_state_dict(start)  # none came to a number: the fit begins where they did
+    score = table["elbo"].fillna(-math.inf).mask(pd.Series(failed), -math.inf)
+    table = table.assign(kept=table.index == int(score.idxmax()))
+    if not all(failed):
+        return table, states[int(score.idxmax())]
+    policy.load_state_dict(start)  # all failed: the fit begins where they did
     _perturb(policy, config, config.seed)
     return table, None
 
@@ -158,8 +160,8 @@ def fit(
         losses=trainer.losses,
     )
     learner = trainer.learner
-    failed = result.stop_reason in ("diverged", "non_finite")
-    kept = None if valid is None and not failed else result.best_step
+    back = valid is not None or result.stop_reason in FAILED
+    kept = result.best_step if back else None
     log_q = learner.table.log_q(learner.log_w())
     result.summary = summarise(history, result.stop_reason, kept, log_q, learner.table.loglik)
     if kept is not None:

@@ -17,6 +17,7 @@ EQUAL = 0.02  # mean difference of sigma(D) below which two experts are called e
 PARTED = (
     0.5  # how far the latents' weights must stand, on average, between equal (0) and certain (1)
 )
+FAILED = ("diverged", "non_finite")  # endings after which the best finite step is put back
 FELL = 1.0  # nats per pair that the bound may end below its start: more is worse than e times as unlikely a pair
 LEARNED = 0.02  # nats per pair that the bound must have risen: a fiftieth of a nat decides one pair in fifty
 
@@ -151,11 +152,11 @@ def summarise(
     """
     first, last = history.iloc[0], history.iloc[-1]
     said = [
-        f"{int(last['step'])} steps; bound {first['elbo']:.3f} to {_short(last['elbo'])} nats per pair"
+        f"{int(last['step'])} steps; bound {_short(first['elbo'])} to {_short(last['elbo'])} nats per pair"
     ]
     if stop_reason != "max_iter":
         said.append(f"ended early: {stop_reason}")
-    if stop_reason in ("diverged", "non_finite"):
+    if stop_reason in FAILED:
         what = "the fit diverged" if stop_reason == "diverged" else "numbers that are none came up"
         at = history[history["step"] == kept_step].iloc[0]
         said.append(

@@ -22,8 +22,10 @@ _FULL = {
 }
 _TEXTS = {  # of libraries that wrap the system's error in classes of their own
     **{os.strerror(number): said for number, said in _FULL.items()},
-    "PytorchStreamWriter failed writing": _FULL[errno.ENOSPC],
-    "inline_container.cc": _FULL[errno.ENOSPC],
+    **dict.fromkeys(  # torch's writer does not say which
+        ("PytorchStreamWriter failed writing", "inline_container.cc", "basic_ios::clear"),
+        "no space left on the device, or a limit of file size was reached",
+    ),
 }
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
