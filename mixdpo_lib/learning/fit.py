@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerState
 
 from ..base.model import need_memory
 from ..data.pairs import Pairs
 from ..gates.m_step import EMResult, gate_em
 from ..policy.mixture import MixturePolicy
-from ..store import note
+from ..store import MixDPOError, note
 from .checkpoints import RESTARTS, Checkpoints
 from .config import FitConfig
 from .identity import fit_identity, unlike
@@ -124,7 +126,7 @@ def fit(
     valid = None if validation is None else policy.prepare(validation)
     _check_unit(train, config)
     checkpoints = None if folder is None else _checkpoints(folder, policy, train, valid, config)
-    newest = checkpoints and checkpoints.newest()
+    newest = None if checkpoints is None else checkpoints.newest()
     policy.experts.start(train)
     _perturb(policy, config, config.seed)
     first = config.change(start__restarts=1) if newest else config
@@ -142,7 +144,7 @@ def fit(
             checkpoints.restarts = restarts.to_csv(index=False)
             if trainer.args.should_save:
                 checkpoints.begin()
-        trainer.go_on(newest)
+        _train(trainer, newest)
     watch = trainer.watch
     history = pd.DataFrame([row for row in trainer.state.log_history if "elbo" in row])
     leading = [
@@ -182,6 +184,33 @@ def _checkpoints(
     pass_steps = steps_a_pass(train, config)
     own = fit_identity(policy, train, valid, config)
     return Checkpoints(Path(folder), own, lambda a, b: unlike(a, b, pass_steps))
+
+
+def _train(trainer: MixDPOTrainer, checkpoint: Path | None) -> None:
+    """To the end: from the start, or from a whole checkpoint; a finished fit is read and nothing else.
+
+    Raises
+    ------
+    MixDPOError : the checkpoint was written by a version of transformers or torch that this one does not read.
+    """
+    if checkpoint is None:
+        trainer.train()
+        return
+    unread = (
+        f"{checkpoint}: whole, but this version of transformers or torch does not read it; go on with those that wrote "
+        "it, or give another folder"
+    )
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (TypeError, ValueError) as error:
+        raise MixDPOError(f"{unread} ({error})") from error
+    if trainer.watch.recall(state) or state.global_step >= trainer.args.max_steps:
+        trainer.take_state(checkpoint, state)
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    except pickle.UnpicklingError as error:  # torch loads numbers and nothing else
+        raise MixDPOError(f"{unread} ({error})") from error
 
 
 @torch.no_grad()

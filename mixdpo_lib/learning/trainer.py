@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..data.pairs import Pairs
 from ..elbo import certified_gap, correct
 from ..policy.mixture import MixturePolicy
-from ..store import MixDPOError, progress, writing_to
+from ..store import progress, writing_to
 from .checkpoints import Checkpoints
 from .config import FitConfig, Monitor
 from .learner import Learner
@@ -209,32 +208,10 @@ class MixDPOTrainer(Trainer):
         self.losses.append(float(self.accelerator.reduce(total.clone(), "mean")))
         return total
 
-    def go_on(self, checkpoint: Path | None) -> None:
-        """Train to the end: from the start, or from a whole checkpoint; a finished fit is read and nothing else.
-
-        Raises
-        ------
-        MixDPOError : the checkpoint was written by a version of transformers or torch that this one does not read.
-        """
-        if checkpoint is None:
-            self.train()
-            return
-        unread = (
-            f"{checkpoint}: whole, but this version of transformers or torch does not read it; go on with those that "
-            "wrote it, or give another folder"
-        )
-        try:
-            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        except (TypeError, ValueError) as error:
-            raise MixDPOError(f"{unread} ({error})") from error
-        if self.watch.recall(state) or state.global_step >= self.args.max_steps:
-            self._load_from_checkpoint(str(checkpoint))
-            self.state = state
-            return
-        try:
-            self.train(resume_from_checkpoint=str(checkpoint))
-        except pickle.UnpicklingError as error:  # torch loads numbers and nothing else
-            raise MixDPOError(f"{unread} ({error})") from error
+    def take_state(self, checkpoint: Path, state: TrainerState) -> None:
+        """Be where a fit ended, without a step."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Written aside, sealed, and put in place in one step."""

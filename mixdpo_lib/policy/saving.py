@@ -14,7 +14,7 @@ from torch import Tensor
 from ..base.model import Base, load_base
 from ..experts import Experts, make_experts
 from ..gates import Gate, make_gate
-from ..store import MixDPOError, check_shape, read_json, sha256_of, whole_folder, writing_to
+from ..store import MixDPOError, Shape, check_shape, read_json, sha256_of, whole_folder, writing_to
 
 if TYPE_CHECKING:
     from .mixture import MixturePolicy
@@ -143,7 +143,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: format {config['format']!r}, expected {FORMAT} (or 1): it was written by another version, or is "
             "no mixture"
         )
-    shape = {
+    shape: Shape = {
         "base": (str, _NONE),
         "base_fingerprint": (str, _NONE),
         "chat": bool,
@@ -164,14 +164,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    try:
+        state = load_file(path)
+    except Exception as error:
+        raise MixDPOError(f"{path}: not readable ({error}); {_REMEDY}") from error
     if sha256 is not None and (found := sha256_of(path)) != sha256:
         raise MixDPOError(
             f"{path}: found sha256 {found[:16]}, expected {sha256[:16]} (config.json); {_REMEDY}"
         )
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise MixDPOError(f"{path}: not readable ({error}); {_REMEDY}") from error
+    return state
 
 
 def _load_tensors(experts: Experts, gate: Gate, state: Mapping[str, Tensor]) -> None:

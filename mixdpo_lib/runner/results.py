@@ -16,7 +16,7 @@ from .notebooks import nearest
 
 _AGAIN = "run the notebook again"
 _NONE = type(None)
-_VALUE = {
+_VALUE: store.Shape = {
     "value": float,
     "unit": str,
     "interval": (list, _NONE),
@@ -132,7 +132,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     ------
     MixDPOError : a missing or unreadable file, a key that is absent or of another type, no list of files.
     """
-    shape = {"outputs": dict, "seconds": float, "seconds_by_profile": dict, "left_out": list}
+    shape: store.Shape = {
+        "outputs": dict,
+        "seconds": float,
+        "seconds_by_profile": dict,
+        "left_out": list,
+    }
     manifest = store.check_shape(
         path, store.read_json(path), shape, _AGAIN, ("seconds_by_profile", "left_out")
     )

@@ -9,6 +9,7 @@ from .artefacts import (
     whole_folder,
 )
 from .files import (
+    Shape,
     canonical_json,
     check_file_list,
     check_shape,
@@ -42,6 +43,7 @@ __all__ = [
     "check_shape",
     "check_file_list",
     "MixDPOError",
+    "Shape",
     "artefact_key",
     "cache_folder",
     "cache_part",

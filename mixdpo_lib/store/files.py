@@ -24,6 +24,7 @@ _WORDS = {
     dict: "an object",
     type(None): "null",
 }
+Shape = Mapping[str, type | tuple[type, ...]]  # the types that the keys of an object of JSON have
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -154,7 +155,7 @@ def shown(value: Any) -> str:
 def check_shape(
     place: str | Path,
     value: Any,
-    shape: Mapping[str, type | tuple[type, ...]],
+    shape: Shape,
     remedy: str,
     optional: Sequence[str] = (),
 ) -> dict[str, Any]:
