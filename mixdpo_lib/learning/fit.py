@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ..policy.mixture import MixturePolicy
 from ..store import MixDPOError, note
 from .checkpoints import RESTARTS, Checkpoints
 from .config import FitConfig
-from .identity import fit_identity, unlike
+from .identity import fit_identity, remembered, unlike, was_left
 from .learner import latent_inputs
 from .result import FAILED, FitResult, ending, summarise
 from .starts import RANDOM_HEADS_SCALE
@@ -127,11 +126,16 @@ def fit(
     _check_unit(train, config)
     checkpoints = None if folder is None else _checkpoints(folder, policy, train, valid, config)
     newest = None if checkpoints is None else checkpoints.newest()
-    policy.experts.start(train)
-    _perturb(policy, config, config.seed)
-    first = config.change(start__restarts=1) if newest else config
-    restarts, start = _restarts(policy, train, first, valid)
-    with tempfile.TemporaryDirectory() as scratch:
+    if checkpoints and newest is None and was_left(policy, checkpoints.identity):
+        raise MixDPOError(
+            f"{folder}: no whole checkpoint there, and the policy is as an interrupted fit left it; make the policy anew"
+        )
+    own = None if checkpoints is None else checkpoints.identity
+    with remembered(policy, own), tempfile.TemporaryDirectory() as scratch:
+        policy.experts.start(train)
+        _perturb(policy, config, config.seed)
+        first = config.change(start__restarts=1) if newest else config
+        restarts, start = _restarts(policy, train, first, valid)
         place = checkpoints.part if checkpoints else Path(scratch)
         trainer = MixDPOTrainer(policy, train, config, place, valid, checkpoints)
         if (
@@ -209,8 +213,10 @@ def _train(trainer: MixDPOTrainer, checkpoint: Path | None) -> None:
         return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint))
-    except pickle.UnpicklingError as error:  # torch loads numbers and nothing else
-        raise MixDPOError(f"{unread} ({error})") from error
+    except Exception as error:
+        if "Weights only load failed" in str(error):  # torch loads numbers and nothing else
+            raise MixDPOError(f"{unread} ({error})") from error
+        raise
 
 
 @torch.no_grad()

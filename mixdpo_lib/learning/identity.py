@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -33,6 +35,31 @@ def state_hash(policy: MixturePolicy) -> str:
     return digest.hexdigest()[:32]
 
 
+_left: WeakKeyDictionary[MixturePolicy, tuple[str, str]] = WeakKeyDictionary()
+
+
+@contextmanager
+def remembered(policy: MixturePolicy, identity: Mapping[str, Any] | None) -> Iterator[None]:
+    """If the block is interrupted, a policy counts as it started, as long as nobody moves it. None: of no folder."""
+    try:
+        yield
+    except BaseException:
+        if identity is not None:
+            _left[policy] = (state_hash(policy), identity["start"])
+        raise
+
+
+def was_left(policy: MixturePolicy, identity: Mapping[str, Any]) -> bool:
+    """Whether a policy stands where an interrupted fit left it, and not where that fit started."""
+    return identity["start"] != state_hash(policy)
+
+
+def _start(policy: MixturePolicy) -> str:
+    now = state_hash(policy)
+    left, start = _left.get(policy, ("", ""))
+    return start if left == now else now
+
+
 def _hash(values: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(values, default=repr).encode()).hexdigest()[:32]
 
@@ -58,7 +85,8 @@ def fit_identity(
 
     Parameters
     ----------
-    policy : before its first step, and before `experts.start`, whose numbers follow from data and base.
+    policy : before its first step, and before `experts.start`, whose numbers follow from data and base. One whose fit
+        was interrupted in this process counts as it was then.
 
     Raises
     ------
@@ -74,7 +102,7 @@ def fit_identity(
         "base": policy.base and policy.base.fingerprint,
         "experts": policy.experts.describe(),
         "gate": policy.gate.describe(),
-        "start": state_hash(policy),
+        "start": _start(policy),
         "beta": policy.beta,
         "fit": config.identity(policy.n_experts, reads)
         | {

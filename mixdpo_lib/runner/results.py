@@ -87,7 +87,7 @@ def _values(path: Path) -> dict[str, dict[str, Any]]:
             f"{path}: found {store.shown(values)}, expected an object with a value a key; {_AGAIN}"
         )
     for name, value in values.items():
-        store.check_shape(f"{path}: {name}", value, _VALUE, _AGAIN)
+        store.check_shape(f"{path}: {name}", value, _VALUE, _AGAIN, ("unit", "n", "seeds"))
     return values
 
 
@@ -96,16 +96,16 @@ def values_table(values: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     rows = []
     for name, v in sorted(values.items()):
         low, high = v["interval"] or (None, None)
-        count = len(v["seeds"]) if isinstance(v["seeds"], list) else v["seeds"]
+        seeds = v.get("seeds")
         rows.append(
             {
                 "name": name,
                 "value": v["value"],
                 "low": low,
                 "high": high,
-                "unit": v["unit"],
-                "n": v["n"],
-                "seeds": count,
+                "unit": v.get("unit"),
+                "n": v.get("n"),
+                "seeds": len(seeds) if isinstance(seeds, list) else seeds,
             }
         )
     return pd.DataFrame(rows, columns=["name", "value", "low", "high", "unit", "n", "seeds"])

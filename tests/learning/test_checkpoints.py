@@ -15,6 +15,7 @@ from mixdpo_lib.experts.heads import HeadExperts
 from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
 from mixdpo_lib.learning import checkpoints as checkpoints_file
 from mixdpo_lib.learning.fit import fit
+from mixdpo_lib.learning.trainer import MixDPOTrainer
 from mixdpo_lib.policy.mixture import MixturePolicy
 from mixdpo_lib.store import MixDPOError, files
 
@@ -115,6 +116,36 @@ def test_another_policy_is_refused(tiny_base, folder, message, make):
 def test_a_policy_that_was_fitted_already_starts_elsewhere(tiny_base, folder, whole):
     with pytest.raises(MixDPOError, match="what the policy holds before the fit: .*made anew"):
         run(tiny_base, folder, own=whole[0])
+
+
+def test_a_fit_that_was_interrupted_goes_on_with_the_same_policy(
+    tiny_base, tmp_path, whole, monkeypatch
+):
+    def stop(after):
+        seen = []
+
+        def step(self, *arguments, **options):
+            seen.append(1)
+            if len(seen) > after:
+                raise KeyboardInterrupt
+            return real(self, *arguments, **options)
+
+        return step
+
+    own, real = policy(tiny_base), MixDPOTrainer.training_step
+    for after in (2, 1, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(MixDPOTrainer, "training_step", stop(after))
+            with pytest.raises(KeyboardInterrupt):
+                run(tiny_base, tmp_path, own=own)
+    _, result = run(tiny_base, tmp_path, own=own)
+    assert len(result.losses) == 2 and same(own, whole[0])
+    early = policy(tiny_base)
+    monkeypatch.setattr(MixDPOTrainer, "training_step", stop(0))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_base, tmp_path / "early", own=early)
+    with pytest.raises(MixDPOError, match="no whole checkpoint there.*make the policy anew"):
+        run(tiny_base, tmp_path / "early", own=early)
 
 
 def test_columns_that_nobody_reads_make_no_other_fit(tiny_base, folder):
