@@ -14,7 +14,7 @@ from torch import Tensor
 from ..base.model import Base, load_base
 from ..experts import Experts, make_experts
 from ..gates import Gate, make_gate
-from ..store import MixDPOError, Shape, check_shape, read_json, sha256_of, whole_folder, writing_to
+from ..store import MixDPOError, Shape, check_shape, read_json, sha256_of, whole_folder
 
 if TYPE_CHECKING:
     from .mixture import MixturePolicy
@@ -51,7 +51,7 @@ def save(
     }
     state = {k: v.detach().cpu().contiguous().clone() for k, v in policy.state_dict().items()}
     check_numbers(f"{folder}: not written", policy.experts, policy.gate)
-    with whole_folder(folder) as place, writing_to(Path(folder)):
+    with whole_folder(folder) as place:
         save_file(state, place / "mixture.safetensors")
         config["tensors_sha256"] = sha256_of(place / "mixture.safetensors")
         (place / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -206,7 +206,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
             place = Path(scratch) / "whole"
             place.mkdir()
-            yield place
+            with writing_to(folder):
+                yield place
             if folder.exists():
                 folder.rename(Path(scratch) / "before")
             place.rename(folder)

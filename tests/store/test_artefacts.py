@@ -249,6 +249,11 @@ def test_a_place_that_takes_no_more(tmp_path, error, said):
     with pytest.raises(MixDPOError, match=f"{said}.*nothing half-written was kept"):
         with store.writing_to(tmp_path):
             raise error
+    with pytest.raises(MixDPOError, match=f"whole: {said}"):  # and so for all that is written whole
+        with store.whole_folder(tmp_path / "whole") as place:
+            (place / "half").touch()
+            raise error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_removed_in_one_step(tmp_path):
