@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..base.model import Base
 from ..data.pairs import Pairs, Texts
 from ..elbo import check_n_experts
-from ..store import MixDPOError, whole_folder
+from ..store import MixDPOError, check_options, whole_folder
 
 
 def check_chosen(chosen: Tensor, rows: int, n_experts: int) -> None:
@@ -252,6 +252,7 @@ def make_experts(description: Mapping[str, Any], find_base: Callable[..., Base])
     Raises
     ------
     MixDPOError : a family of this name was not defined; its module has to be imported first.
+    ValueError : an option of another type than the family takes.
     """
     options = dict(description)
     family = str(options.pop("family", None))
@@ -260,4 +261,5 @@ def make_experts(description: Mapping[str, Any], find_base: Callable[..., Base])
             f"family={family!r}: no family of experts of this name is known; found {sorted(FAMILIES)}; import the "
             "module that defines it before loading"
         )
+    check_options(family, FAMILIES[family], options)
     return FAMILIES[family].from_options(options, find_base)

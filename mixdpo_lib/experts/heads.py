@@ -104,7 +104,7 @@ class HeadExperts(Experts):
 
     def fit_state(self, state: Mapping[str, Tensor]) -> None:
         """The saved active tokens, on which the size of a buffer depends."""
-        self.activate(state["active_ids"])
+        self.activate(saved_tokens(state["active_ids"], self._head.weight.shape[0]))
 
     def constants_key(self) -> str:
         """Of the active tokens."""
@@ -233,6 +233,21 @@ class HeadExperts(Experts):
         """Expert k as a plain model; a head that was tied to the embeddings is untied."""
         down, up = self.head_correction(k)
         return replace_head(copy.deepcopy(self._base.model), up @ down)
+
+
+def saved_tokens(ids: Tensor, size: int) -> Int[Tensor, "tokens"]:
+    """Active tokens as they were saved: whole numbers from 0 to `size` - 1, rising.
+
+    Raises
+    ------
+    ValueError : others.
+    """
+    whole = ids.dtype == torch.long and ids.dim() == 1
+    if not whole or bool((ids[1:] <= ids[:-1]).any()) or bool(((ids < 0) | (ids >= size)).any()):
+        raise ValueError(
+            f"experts.active_ids: expected rising tokens from 0 to {size - 1} (int64), found others ({ids.dtype})"
+        )
+    return ids
 
 
 def reading_directions(

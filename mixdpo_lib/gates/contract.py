@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..base.model import Base
 from ..elbo import check_n_experts, log_responsibilities
-from ..store import MixDPOError
+from ..store import MixDPOError, check_options
 from .m_step import gate_m_step
 
 GATES: dict[str, type[Gate]] = {}  # every gate that was defined, by the name of its class
@@ -144,6 +144,7 @@ def make_gate(description: Mapping[str, Any]) -> Gate:
     Raises
     ------
     MixDPOError : a gate of this name was not defined; its module has to be imported first.
+    ValueError : an option of another type than the gate takes.
     """
     options = dict(description)
     kind = str(options.pop("gate", None))
@@ -152,4 +153,5 @@ def make_gate(description: Mapping[str, Any]) -> Gate:
             f"gate={kind!r}: no gate of this name is known; found {sorted(GATES)}; import the module that defines it "
             "before loading"
         )
+    check_options(kind, GATES[kind], options)
     return GATES[kind].from_options(options)

@@ -18,9 +18,11 @@ STOP_REASONS = (
     "bound_decreased",
     "no_improvement",
     "non_finite",
+    "diverged",
     "dead_expert",
     "interrupted",
 )
+DIVERGED = 10.0  # nats a pair below the first bound: an answer wrong with odds of e^10, where ignorance costs .69
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,23 @@ class Monitor:
     best: float = -math.inf
     best_step: int = -1
     scores: list[float] = field(default_factory=list)
+    first_bound: float | None = None
 
-    def step(self, score: float, usage: list[float] | None = None) -> str | None:
-        """Take the next score; returns a stop reason, or None to go on."""
+    def step(
+        self, score: float, usage: list[float] | None = None, bound: float | None = None
+    ) -> str | None:
+        """Take the next score; returns a stop reason, or None to go on.
+
+        bound : of the training pairs, nats per pair; the score, by default. More than `DIVERGED` below the first one
+            ends the fit.
+        """
         self.scores.append(score)
-        if not math.isfinite(score):
+        bound = score if bound is None else bound
+        if not (math.isfinite(score) and math.isfinite(bound)):
             return "non_finite"
+        self.first_bound = bound if self.first_bound is None else self.first_bound
+        if bound < self.first_bound - DIVERGED:
+            return "diverged"
         if usage and min(usage) < self.min_usage:
             return "dead_expert"
         if score > self.best:
@@ -127,9 +140,10 @@ class FitConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
         if self.min_steps < 0:
             raise ValueError(f"min_steps={self.min_steps}: expected 0 or more")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 1e30:
             raise ValueError(
-                f"learning_rate={self.learning_rate}: expected above 0, or None for the family's own"
+                f"learning_rate={self.learning_rate}: expected above 0, or None for the family's own; at most 1e30: "
+                "float32 ends soon after"
             )
         for name, kind in (
             ("start", Start),
@@ -191,7 +205,8 @@ class FitConfig:
             unused |= {"routing"}
         if self.latent == "pair":
             unused |= {"unit"}
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in unused}
+        used = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in unused}
+        return used | {"batch_size": self.batch_size * self.accumulate}  # of a step
 
 
 def _plain(value: Any) -> Any:

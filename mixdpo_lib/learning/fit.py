@@ -12,17 +12,20 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerState
 
 from ..base.model import need_memory
 from ..data.pairs import Pairs
 from ..gates.m_step import EMResult, gate_em
 from ..policy.mixture import MixturePolicy
-from ..store import note
+from ..store import MixDPOError, note
+from .checkpoints import RESTARTS, Checkpoints
 from .config import FitConfig
+from .identity import fit_identity, remembered, unlike, was_left
 from .learner import latent_inputs
-from .result import FitResult, summarise
+from .result import FAILED, FitResult, ending, summarise
 from .starts import RANDOM_HEADS_SCALE
-from .trainer import MixDPOTrainer, Watch
+from .trainer import MixDPOTrainer, steps_a_pass
 
 
 def _perturb(policy: MixturePolicy, config: FitConfig, seed: int) -> None:
@@ -39,7 +42,7 @@ def _restarts(
             {"restart": [0], "seed": [config.seed], "elbo": [float("nan")], "kept": [True]}
         ), None
     start = copy.deepcopy(policy.state_dict())
-    rows, states = [], []
+    rows, states, failed = [], [], []
     for i in range(config.start.restarts):
         policy.load_state_dict(start)
         seed = config.seed + 1000 * i
@@ -56,10 +59,17 @@ def _restarts(
             trainer = MixDPOTrainer(policy, train, short, Path(scratch), validation)
             trainer.train()
             rows.append({"restart": i, "seed": seed, "elbo": trainer.measure()["elbo"]})
+            seen = pd.DataFrame([row for row in trainer.state.log_history if "elbo" in row])
+            failed.append(ending(trainer.watch.stop_reason, seen) in FAILED)
         states.append(copy.deepcopy(trainer.learner.state_dict()))
     table = pd.DataFrame(rows)
-    best = int(table["elbo"].fillna(-math.inf).idxmax())
-    return table.assign(kept=table.index == best), states[best]
+    score = table["elbo"].fillna(-math.inf).mask(pd.Series(failed), -math.inf)
+    table = table.assign(kept=table.index == int(score.idxmax()))
+    if not all(failed):
+        return table, states[int(score.idxmax())]
+    policy.load_state_dict(start)  # all failed: the fit begins where they did
+    _perturb(policy, config, config.seed)
+    return table, None
 
 
 def _check_unit(data: Pairs, config: FitConfig) -> None:
@@ -89,8 +99,13 @@ def fit(
     train : preference set; with latent="unit" its unit column says which pairs share a latent.
     config : see `FitConfig`; its defaults where none is given.
     validation : pairs of the same units; the step at which their likelihood (by each unit's own training pairs) is
-        best is put back into the policy. Without them the last step stays.
-    folder : where checkpoints are written (twice a pass) and resumed from; none by default.
+        best is put back into the policy. Without them the last step stays, unless the fit diverged: then the best
+        finite one is put back.
+    folder : where checkpoints are written (twice a pass) and gone on from; none by default. It belongs to one fit: the
+        same data, policy (made anew, as at first) and configuration go on from the newest whole checkpoint, to the
+        same bits. More `passes` go on too, where `min_steps` stretches neither; the rate then falls to 0 over the new
+        number of passes from where it stands, so that the numbers are not those of a fit planned so long from the
+        start.
 
     Returns
     -------
@@ -99,7 +114,8 @@ def fit(
     Raises
     ------
     ValueError : bad rows, an absent unit column, an unknown option.
-    MixDPOError : less free memory than gradients, AdamW's two moments and two snapshots need (it is named).
+    MixDPOError : less free memory than gradients, AdamW's two moments and two snapshots need (it is named); a folder
+        that is a file, cannot be written, is full, or holds another fit (what differs is named).
     """
     config = config or FitConfig()
     size = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -108,24 +124,32 @@ def fit(
     train = policy.prepare(train)
     valid = None if validation is None else policy.prepare(validation)
     _check_unit(train, config)
-    policy.experts.start(train)
-    _perturb(policy, config, config.seed)
-    resume = folder is not None and any(Path(folder).glob("checkpoint-*"))
-    first = config.change(start__restarts=1) if resume else config
-    restarts, start = _restarts(policy, train, first, valid)
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(folder) if folder else Path(scratch)
-        trainer = _trainer(policy, train, config, place, valid, bool(folder))
+    checkpoints = None if folder is None else _checkpoints(folder, policy, train, valid, config)
+    newest = None if checkpoints is None else checkpoints.newest()
+    if checkpoints and newest is None and was_left(policy, checkpoints.identity):
+        raise MixDPOError(
+            f"{folder}: no whole checkpoint there, and the policy is as an interrupted fit left it; make the policy anew"
+        )
+    own = None if checkpoints is None else checkpoints.identity
+    with remembered(policy, own), tempfile.TemporaryDirectory() as scratch:
+        policy.experts.start(train)
+        _perturb(policy, config, config.seed)
+        first = config.change(start__restarts=1) if newest else config
+        restarts, start = _restarts(policy, train, first, valid)
+        place = checkpoints.part if checkpoints else Path(scratch)
+        trainer = MixDPOTrainer(policy, train, config, place, valid, checkpoints)
         if (
             start is not None
         ):  # the best restart goes on: its experts, gate, table, and where it was in the tempering
             trainer.learner.load_state_dict(start)
-        if folder and resume:
-            restarts = pd.read_csv(place / "restarts.csv")
-        elif folder and trainer.args.should_save:
-            restarts.to_csv(place / "restarts.csv", index=False)
-        watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
-        trainer.train(resume_from_checkpoint=resume or None)
+        if checkpoints:
+            if newest:
+                restarts = pd.read_csv(newest / RESTARTS, float_precision="round_trip")
+            checkpoints.restarts = restarts.to_csv(index=False)
+            if trainer.args.should_save:
+                checkpoints.begin()
+        _train(trainer, newest)
+    watch = trainer.watch
     history = pd.DataFrame([row for row in trainer.state.log_history if "elbo" in row])
     leading = [
         "step",
@@ -135,14 +159,15 @@ def fit(
     history = history[leading + sorted(set(history) - set(leading))]
     result = FitResult(
         history=history,
-        stop_reason=watch.stop_reason or "max_iter",
+        stop_reason=ending(watch.stop_reason, history),
         best_step=watch.best_step(trainer.state),
         restarts=restarts,
         snapshots=watch.snapshots,
         losses=trainer.losses,
     )
     learner = trainer.learner
-    kept = None if valid is None else result.best_step
+    back = valid is not None or result.stop_reason in FAILED
+    kept = result.best_step if back else None
     log_q = learner.table.log_q(learner.log_w())
     result.summary = summarise(history, result.stop_reason, kept, log_q, learner.table.loglik)
     if kept is not None:
@@ -152,24 +177,46 @@ def fit(
     return result
 
 
-def _trainer(
+def _checkpoints(
+    folder: str | Path,
     policy: MixturePolicy,
     train: Pairs,
-    config: FitConfig,
-    place: Path,
     valid: Pairs | None,
-    keep: bool,
-) -> MixDPOTrainer:
-    """A trainer that writes a checkpoint twice a pass where it is asked to."""
-    if not keep:
-        return MixDPOTrainer(policy, train, config, place, valid)
-    per_step = config.batch_size * config.accumulate
-    twice_a_pass = max(
-        1,
-        math.ceil(len(set(train.prompts) if config.batch_by == "prompt" else train) / per_step)
-        // 2,
+    config: FitConfig,
+) -> Checkpoints:
+    """Those of this fit; the policy is as it is before its first step."""
+    pass_steps = steps_a_pass(train, config)
+    own = fit_identity(policy, train, valid, config)
+    return Checkpoints(Path(folder), own, lambda a, b: unlike(a, b, pass_steps))
+
+
+def _train(trainer: MixDPOTrainer, checkpoint: Path | None) -> None:
+    """To the end: from the start, or from a whole checkpoint; a finished fit is read and nothing else.
+
+    Raises
+    ------
+    MixDPOError : the checkpoint was written by a version of transformers or torch that this one does not read.
+    """
+    if checkpoint is None:
+        trainer.train()
+        return
+    unread = (
+        f"{checkpoint}: whole, but this version of transformers or torch does not read it; go on with those that wrote "
+        "it, or give another folder"
     )
-    return MixDPOTrainer(policy, train, config, place, valid, save_steps=twice_a_pass)
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (TypeError, ValueError) as error:
+        raise MixDPOError(f"{unread} ({error})") from error
+    if trainer.watch.recall(state) or state.global_step >= trainer.args.max_steps:
+        trainer.take_state(checkpoint, state)
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    except Exception as error:
+        if "Weights only load failed" in str(error):  # torch loads numbers and nothing else
+            raise MixDPOError(f"{unread} ({error})") from error
+        raise
 
 
 @torch.no_grad()

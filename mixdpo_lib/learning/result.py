@@ -17,6 +17,8 @@ EQUAL = 0.02  # mean difference of sigma(D) below which two experts are called e
 PARTED = (
     0.5  # how far the latents' weights must stand, on average, between equal (0) and certain (1)
 )
+FAILED = ("diverged", "non_finite")  # endings after which the best finite step is put back
+FELL = 1.0  # nats per pair that the bound may end below its start: more is worse than e times as unlikely a pair
 LEARNED = 0.02  # nats per pair that the bound must have risen: a fiftieth of a nat decides one pair in fifty
 
 
@@ -120,6 +122,20 @@ def equal_experts(
     ]
 
 
+def _short(value: float) -> str:
+    return f"{value:.3f}" if not abs(value) > 1e4 else f"{value:.3g}"
+
+
+def ending(stop_reason: str | None, history: pd.DataFrame) -> str:
+    """Why a fit ended: the reason that was found, "diverged" where the bound fell by more than `FELL`, or "max_iter".
+
+    >>> ending(None, pd.DataFrame({"elbo": [-0.7, -9.0]}))
+    'diverged'
+    """
+    fell = history["elbo"].iloc[0] - history["elbo"].iloc[-1]
+    return stop_reason or ("diverged" if fell > FELL else "max_iter")
+
+
 def summarise(
     history: pd.DataFrame,
     stop_reason: str,
@@ -136,10 +152,18 @@ def summarise(
     """
     first, last = history.iloc[0], history.iloc[-1]
     said = [
-        f"{int(last['step'])} steps; bound {first['elbo']:.3f} to {last['elbo']:.3f} nats per pair"
+        f"{int(last['step'])} steps; bound {_short(first['elbo'])} to {_short(last['elbo'])} nats per pair"
     ]
     if stop_reason != "max_iter":
         said.append(f"ended early: {stop_reason}")
+    if stop_reason in FAILED:
+        what = "the fit diverged" if stop_reason == "diverged" else "numbers that are none came up"
+        at = history[history["step"] == kept_step].iloc[0]
+        said.append(
+            f"WARNING: {what}: step {kept_step}, the best finite one (bound {at['elbo']:.3f}), was put back; lower "
+            "learning_rate"
+        )
+        return "; ".join(said) + "."
     if kept_step is not None:
         at = history[history["step"] == kept_step].iloc[0]
         said.append(
@@ -147,7 +171,9 @@ def summarise(
         )
     n_experts = log_q.shape[1]
     turned = last["elbo"] - first["elbo"] < LEARNED
-    if turned:
+    if last["elbo"] - first["elbo"] < -LEARNED:
+        said.append("WARNING: the bound fell: lower learning_rate")
+    elif turned:
         said.append("almost nothing was learned: raise passes, min_steps or learning_rate")
     elif n_experts > 1:
         sure, dead = certainty(log_q), dead_experts(log_q)

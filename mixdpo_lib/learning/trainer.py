@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 from ..data.pairs import Pairs, Prompt
 from ..elbo import certified_gap, correct
 from ..policy.mixture import MixturePolicy
-from ..store import progress
+from ..store import progress, writing_to
+from .checkpoints import Checkpoints
 from .config import FitConfig, Monitor
 from .learner import Learner
 
@@ -33,6 +35,12 @@ def row_groups(data: Pairs, batch_by: str) -> list[list[int]]:
     for row, prompt in enumerate(data.prompts):
         groups.setdefault(prompt, []).append(row)
     return list(groups.values())
+
+
+def steps_a_pass(data: Pairs, config: FitConfig) -> int:
+    """Steps in which every group of the training pairs is seen once."""
+    n_groups = len(row_groups(data, config.batch_by))
+    return math.ceil(n_groups / (config.batch_size * config.accumulate))
 
 
 def _arguments(
@@ -63,10 +71,16 @@ def _arguments(
     )
 
 
+def snapshot_name(step: int) -> str:
+    """The file of the parameters of an evaluated step."""
+    return f"snapshot-{step}.safetensors"
+
+
 class MixDPOTrainer(Trainer):
     """Stochastic variational EM on `transformers.Trainer`: batches of pairs, E-step from the table, M-step by gradient.
 
-    Checkpoints hold the experts, the gate and the table (safetensors), not the frozen base, and resume exactly.
+    Checkpoints hold the experts, the gate and the table (safetensors), not the frozen base, and resume exactly. They
+    are written twice a pass where `checkpoints` are given; `folder` is for what transformers writes besides.
     """
 
     def __init__(
@@ -76,14 +90,15 @@ class MixDPOTrainer(Trainer):
         config: FitConfig,
         folder: Path,
         validation: Pairs | None = None,
-        save_steps: int | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
+        self.checkpoints = checkpoints
         self.policy, self.data, self.config, self.folder = policy, data, config, folder
         self.unit, self.names = (
             (torch.arange(len(data)), []) if config.latent == "pair" else data.units(config.unit)
         )
         self.groups = row_groups(data, config.batch_by)
-        self.pass_steps = math.ceil(len(self.groups) / (config.batch_size * config.accumulate))
+        self.pass_steps = steps_a_pass(data, config)
         planned = max(1, round(config.passes * self.pass_steps))
         max_steps = max(planned, config.min_steps)
         self.steps_per_pass = self.pass_steps if max_steps == planned else max_steps / config.passes
@@ -93,6 +108,7 @@ class MixDPOTrainer(Trainer):
         # an expert owns about 1/K of the pairs, and so 1/K of the gradient; AdamW makes up for that by itself
         rate = base_rate * (policy.n_experts if config.optimizer == "sgd" else 1)
         cpu = policy.base is None or policy.base.model.device.type == "cpu"
+        save_steps = max(1, self.pass_steps // 2) if checkpoints else None
         arguments = _arguments(config, folder, rate, max_steps, save_steps, cpu)
         learner = Learner(policy, data, self.unit, config, self.steps_per_pass)
         groups = [*policy.experts.parameter_groups(rate), *learner.inference.parameter_groups()]
@@ -108,12 +124,13 @@ class MixDPOTrainer(Trainer):
                 "expected one of each, or inference=Exact()"
             )
         self._describe, self._constants = learner.inference.describe, policy.constants(data.texts)
+        self.watch = Watch(self)
         super().__init__(
             model=learner,
             args=arguments,
             train_dataset=self.groups,
             data_collator=self._collate,
-            callbacks=[Watch(self)],
+            callbacks=[self.watch],
             optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)
@@ -191,6 +208,23 @@ class MixDPOTrainer(Trainer):
         self.losses.append(float(self.accelerator.reduce(total.clone(), "mean")))
         return total
 
+    def take_state(self, checkpoint: Path, state: TrainerState) -> None:
+        """Be where a fit ended, without a step."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written aside, sealed, and put in place in one step."""
+        if self.checkpoints is None:
+            return
+        with self.checkpoints.writing():
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                names = [snapshot_name(step) for step in self.watch.needed(self.state)]
+                self.checkpoints.put_in_place(self.state.global_step, names)
+        self.accelerator.wait_for_everyone()
+
     @property
     def learner(self) -> Learner:
         """What is trained, without what accelerate puts around it."""
@@ -212,6 +246,8 @@ class MixDPOTrainer(Trainer):
             table.fill(policy.loglik(self.data, rewards))
         log_w = learner.log_w()
         row: dict[str, Any] = table.terms(log_w, 1.0)
+        if not all(bool(p.isfinite().all()) for p in policy.parameters() if p.requires_grad):
+            row["elbo"] = math.nan  # of no policy, whatever the table has last seen
         if config.routing.top_s is not None:  # of the table: the mean over its rows, nats a latent
             unit = table.unit if config.latent == "unit" else None
             gap = certified_gap(table.loglik, log_w, config.routing.top_s, unit, validate=False)
@@ -258,8 +294,8 @@ class Watch(TrainerCallback):
         self.snapshots[step] = {
             k: v.detach().clone() for k, v in trainer.policy.state_dict().items()
         }
-        if trainer.args.save_strategy != "no" and trainer.args.should_save:
-            save_file(self.snapshots[step], trainer.folder / f"snapshot-{step}.safetensors")
+        if trainer.checkpoints and trainer.args.should_save:
+            self._write(trainer.checkpoints.folder / snapshot_name(step), self.snapshots[step])
         self.judge(row)
         if trainer.config.keep == "best":
             for old in set(self.snapshots) - {
@@ -273,23 +309,43 @@ class Watch(TrainerCallback):
         rows = [row for row in state.log_history if "elbo" in row]
         return int(rows[max(self.monitor.best_step, 0)]["step"])
 
+    @staticmethod
+    def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+        partial = path.with_name(f".{path.name}.part")
+        with writing_to(path.parent):
+            try:
+                save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+
     def judge(self, row: dict[str, Any]) -> None:
         """Let the monitor see one row of the history."""
         usage = [value for name, value in row.items() if name.startswith("usage_")]
-        self.stop_reason = self.monitor.step(row.get("validation_loglik", row["elbo"]), usage)
+        score = row.get("validation_loglik", row["elbo"])
+        self.stop_reason = self.monitor.step(score, usage, row["elbo"])
+
+    def needed(self, state: TrainerState) -> list[int]:
+        """Steps whose snapshots a checkpoint needs: all evaluated ones with keep="all", else the best and the last."""
+        every = [int(row["step"]) for row in state.log_history if "elbo" in row]
+        if self.trainer.config.keep == "all":
+            return sorted(set(every))
+        return sorted({every[-1], self.best_step(state)})
+
+    def recall(self, state: TrainerState) -> str | None:
+        """What a checkpoint knows of earlier evaluations; returns the reason for which the fit has ended, if any."""
+        stop = self.trainer.config.stop
+        self.monitor = Monitor(stop.patience, stop.min_usage)
+        for row in state.log_history:
+            if "elbo" in row:
+                self.judge(row)
+        folder = self.trainer.checkpoints.folder if self.trainer.checkpoints else Path()
+        self.snapshots = {s: load_file(folder / snapshot_name(s)) for s in self.needed(state)}
+        return self.stop_reason
 
     def on_train_begin(self, args, state: TrainerState, control, **kwargs):  # type: ignore[override]
-        """The first evaluation, or what a checkpoint knows of earlier ones."""
-        for row in state.log_history:
-            self.judge(row)
-        if state.log_history:
-            every = {int(row["step"]) for row in state.log_history if "elbo" in row}
-            kept = {int(state.log_history[-1]["step"]), self.best_step(state)}
-            for step in every if self.trainer.config.keep == "all" else kept:
-                self.snapshots[step] = load_file(
-                    self.trainer.folder / f"snapshot-{step}.safetensors"
-                )
-        else:
+        """The first evaluation, unless a checkpoint knows of earlier ones."""
+        if not state.log_history:
             self.look(state)
         control.should_training_stop = bool(self.stop_reason)
 
@@ -304,3 +360,4 @@ class Watch(TrainerCallback):
             if self.stop_reason:
                 progress(stage, state.global_step, state.global_step, self.stop_reason)
                 control.should_training_stop = True
+                control.should_save = trainer.checkpoints is not None

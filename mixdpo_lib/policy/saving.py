@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,15 @@ from torch import Tensor
 from ..base.model import Base, load_base
 from ..experts import Experts, make_experts
 from ..gates import Gate, make_gate
-from ..store import MixDPOError, read_json, whole_folder
+from ..store import MixDPOError, Shape, check_shape, read_json, sha256_of, whole_folder
 
 if TYPE_CHECKING:
     from .mixture import MixturePolicy
 
 FORMAT = 2
+_NONE = type(None)
+_REMEDY = "copy the folder again"
+_WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
 
 
 def save(
@@ -32,7 +36,7 @@ def save(
 
     Raises
     ------
-    MixDPOError : the folder cannot be written; nothing half-done is left.
+    MixDPOError : the folder cannot be written, or the policy holds numbers that are none; nothing half-done is left.
     """
     base = policy.base
     config = {
@@ -45,9 +49,11 @@ def save(
         "gate": policy.gate.describe(),
         "beta": policy.beta,
     }
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in policy.state_dict().items()}
+    check_numbers(f"{folder}: not written", policy.experts, policy.gate)
     with whole_folder(folder) as place:
-        state = {k: v.detach().cpu().contiguous().clone() for k, v in policy.state_dict().items()}
         save_file(state, place / "mixture.safetensors")
+        config["tensors_sha256"] = sha256_of(place / "mixture.safetensors")
         (place / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (place / "README.md").write_text(model_card(config, provenance or {}))
 
@@ -63,8 +69,8 @@ def load(
 
     Raises
     ------
-    MixDPOError : a file is missing or damaged, its tensors are not those of config.json, or a gate or family whose
-        module was not imported.
+    MixDPOError : a file is missing or damaged (key or tensor, found and expected are named), the tensors are not those
+        of config.json, or a gate or family whose module was not imported.
     ValueError : another base than the one that the mixture was trained on.
     """
     folder = Path(folder)
@@ -73,46 +79,148 @@ def load(
             raise MixDPOError(
                 f"{folder / name}: not found; expected a folder written by MixturePolicy.save_pretrained"
             )
-    config: dict[str, Any] = read_json(folder / "config.json")
-    if config.get("format") not in (1, FORMAT):
-        raise MixDPOError(
-            f"{folder}/config.json: format {config.get('format')!r}, expected {FORMAT} (or 1): it was written by "
-            "another version, or is no mixture"
-        )
-    try:
-        state = load_file(folder / "mixture.safetensors")
-    except Exception as error:
-        raise MixDPOError(
-            f"{folder}/mixture.safetensors: not readable ({error}); copy the folder again"
-        ) from error
-    if config["format"] == 1:
-        config, state = _from_format_1(folder, config, state)
-    given = list(bases or [])
+    config = read_config(folder / "config.json")
+    state = _read_tensors(folder / "mixture.safetensors", config.get("tensors_sha256"))
+    given, refused = list(bases or []), []
 
     def find_base(name: str | None = None, wanted: str | None = None) -> Base:
-        if name is None:
-            one = base if base is not None else load_base(config["base"], chat=config["chat"])
-        else:
-            one = given.pop(0) if given else load_base(name)
-        check_base(folder, one, wanted or config["base_fingerprint"])
+        try:
+            if name is None:
+                one = base if base is not None else load_base(config["base"], chat=config["chat"])
+            else:
+                one = given.pop(0) if given else load_base(name)
+            check_base(folder, one, wanted or config["base_fingerprint"])
+        except Exception as error:  # of the base, and not of what config.json says of the mixture
+            refused.append(error)
+            raise
         return one
 
-    experts = make_experts(config["experts"], find_base)
-    gate = make_gate(config["gate"])
-    own = {
-        part: {n.removeprefix(f"{part}."): v for n, v in state.items() if n.startswith(f"{part}.")}
-        for part in ("experts", "gate")
-    }
+    place = folder / "config.json"
     try:
-        experts.fit_state(own["experts"])
-        experts.load_state_dict(own["experts"])
-        gate.load_state_dict(own["gate"])
-    except (RuntimeError, KeyError) as error:
-        said = str(error).splitlines()[-1].strip()
+        if config["format"] == 1:
+            config, state = _from_format_1(folder, config, state)
+        experts = make_experts(config["experts"], find_base)
+        gate = make_gate(config["gate"])
+    except MixDPOError as error:
+        if error in refused or str(folder) in str(error):
+            raise
+        raise MixDPOError(f"{place}: {error}") from error
+    except _WRONG as error:
+        if error in refused:
+            raise
+        raise MixDPOError(f"{place}: {_said(error)}; {_REMEDY}") from error
+    for part, found in (("experts", experts.n_experts), ("gate", gate.n_experts)):
+        if found != config["n_experts"]:
+            raise MixDPOError(
+                f"{place}: {part}: found {found} of them, expected n_experts = {config['n_experts']}; {_REMEDY}"
+            )
+    try:
+        _load_tensors(experts, gate, state)
+    except _WRONG as error:
         raise MixDPOError(
-            f"{folder}/mixture.safetensors: not the tensors of config.json ({said}); copy the folder again"
+            f"{folder}/mixture.safetensors: not the tensors of config.json ({_said(error)}); {_REMEDY}"
         ) from error
+    check_numbers(f"{folder}/mixture.safetensors", experts, gate)
     return experts, gate, config["beta"]
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in a line."""
+    said = (str(error).strip().splitlines() or [""])[-1].strip()
+    return f"{said}: no such key" if isinstance(error, KeyError) else said or type(error).__name__
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a saved mixture, of the right shape.
+
+    Raises
+    ------
+    MixDPOError : another format, a key that is absent, of another type or out of range.
+    """
+    config = check_shape(path, read_json(path), {"format": (int, float, str, bool, _NONE)}, _REMEDY)
+    if config["format"] not in (1, FORMAT) or isinstance(config["format"], bool):
+        raise MixDPOError(
+            f"{path}: format {config['format']!r}, expected {FORMAT} (or 1): it was written by another version, or is "
+            "no mixture"
+        )
+    shape: Shape = {
+        "base": (str, _NONE),
+        "base_fingerprint": (str, _NONE),
+        "chat": bool,
+        "n_experts": int,
+        "experts": dict,
+        "gate": dict,
+        "beta": float,
+        "tensors_sha256": str,
+    }
+    check_shape(path, config, shape, _REMEDY, optional=("tensors_sha256",))
+    check_shape(f"{path}: experts", config["experts"], {"family": str}, _REMEDY)
+    check_shape(f"{path}: gate", config["gate"], {"gate": str}, _REMEDY)
+    if config["n_experts"] < 1:
+        raise MixDPOError(f"{path}: n_experts: found {config['n_experts']}, expected 1 or more")
+    if not 0 < config["beta"] < math.inf:
+        raise MixDPOError(f"{path}: beta: found {config['beta']}, expected above 0; {_REMEDY}")
+    return config
+
+
+def _read_tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    try:
+        state = load_file(path)
+    except Exception as error:
+        raise MixDPOError(f"{path}: not readable ({error}); {_REMEDY}") from error
+    if sha256 is not None and (found := sha256_of(path)) != sha256:
+        raise MixDPOError(
+            f"{path}: found sha256 {found[:16]}, expected {sha256[:16]} (config.json); {_REMEDY}"
+        )
+    return state
+
+
+def _load_tensors(experts: Experts, gate: Gate, state: Mapping[str, Tensor]) -> None:
+    """Put the saved tensors into experts and gate, each of them and nothing else.
+
+    Raises
+    ------
+    ValueError, RuntimeError, KeyError : a tensor too many, too few, of another shape or kind of number.
+    """
+    parts = {"experts": experts, "gate": gate}
+    if strange := [name for name in state if name.split(".")[0] not in parts]:
+        raise ValueError(f"{strange[0]}: belongs neither to experts nor to a gate")
+    for part, module in parts.items():
+        own = {n.removeprefix(f"{part}."): v for n, v in state.items() if n.startswith(f"{part}.")}
+        if isinstance(module, Experts):
+            module.fit_state(own)
+        for name, value in module.state_dict().items():
+            if name in own and own[name].is_floating_point() != value.is_floating_point():
+                raise ValueError(f"{part}.{name}: found {own[name].dtype}, expected {value.dtype}")
+        module.load_state_dict(own)
+
+
+def check_numbers(place: str, experts: Experts, gate: Gate) -> None:
+    """Refuse parameters that are not finite, and buffers with NaN or infinity; -inf may stand for log 0 in a gate.
+
+    Raises
+    ------
+    MixDPOError : the tensor is named.
+    """
+    for part, module in (("experts", experts), ("gate", gate)):
+        learned = dict(module.named_parameters())
+        for name, value in module.state_dict().items():
+            if not value.is_floating_point():
+                continue
+            wrong = ~value.isfinite()
+            if part == "gate" and name not in learned:
+                wrong &= value != -math.inf
+            if wrong.any():
+                raise MixDPOError(
+                    f"{place}: {part}.{name}: found {int(wrong.sum())} numbers that are NaN or infinite, expected "
+                    "none; a fit that diverged leaves them: fit again with a lower learning_rate, or copy the folder "
+                    "again"
+                )
+    if not gate.reads and not bool((gate.log_w().detach().logsumexp(-1).abs() < 1e-3).all()):
+        total = gate.log_w().detach().exp().sum(-1).tolist()
+        raise MixDPOError(
+            f"{place}: gate: found weights that sum to {total}, expected 1; {_REMEDY}"
+        )
 
 
 def _from_format_1(

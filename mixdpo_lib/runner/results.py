@@ -14,6 +14,16 @@ from .. import store
 from ..store import MixDPOError
 from .notebooks import nearest
 
+_AGAIN = "run the notebook again"
+_NONE = type(None)
+_VALUE: store.Shape = {
+    "value": float,
+    "unit": str,
+    "interval": (list, _NONE),
+    "n": (int, _NONE),
+    "seeds": (list, int, _NONE),
+}
+
 
 def results_folder(where: str | Path, notebook: str) -> Path:
     """Folder of a notebook's results; `where`: a profile, "reference", or a folder of such."""
@@ -41,16 +51,44 @@ def load_table(where: str | Path, notebook: str, name: str) -> pd.DataFrame:
 
 
 def load_values(where: str | Path, notebook: str | None = None) -> dict[str, dict[str, Any]]:
-    """Quoted numbers of one finished run, or with `notebook=None` of the whole reference."""
-    if notebook is None:
-        path = results_folder(where, "values.json")
-        return store.read_json(path) if path.exists() else {}
-    folder = results_folder(where, notebook)
-    return (
-        store.read_json(folder / "values.json")
-        if "values.json" in _outputs(folder, where, notebook)
-        else {}
-    )
+    """Quoted numbers of one finished run, checked against its manifest; with `notebook=None` of the whole reference.
+
+    Raises
+    ------
+    MixDPOError : values.json is not the one that the manifest names, or of the wrong shape; of the whole reference:
+        it says something else than the verified values of a notebook.
+    """
+    if notebook is not None:
+        folder = results_folder(where, notebook)
+        outputs = _outputs(folder, where, notebook)
+        if "values.json" not in outputs:
+            return {}
+        verify_output(folder, "values.json", outputs["values.json"])
+        return _values(folder / "values.json")
+    path = results_folder(where, "values.json")
+    if not path.exists():
+        return {}
+    values = _values(path)
+    for manifest in sorted(path.parent.glob("*/manifest.json")):
+        for name, own in load_values(where, manifest.parent.name).items():
+            if values.get(name) != own:
+                found = store.shown(values[name]["value"]) if name in values else "no such value"
+                raise MixDPOError(
+                    f"{path}: {name}: found {found}, expected {store.shown(own['value'])} with all that stands beside "
+                    f"it, as {manifest.parent.name}/values.json has it; restore the file, or collect the results again"
+                )
+    return values
+
+
+def _values(path: Path) -> dict[str, dict[str, Any]]:
+    values = store.read_json(path)
+    if not isinstance(values, dict):
+        raise MixDPOError(
+            f"{path}: found {store.shown(values)}, expected an object with a value a key; {_AGAIN}"
+        )
+    for name, value in values.items():
+        store.check_shape(f"{path}: {name}", value, _VALUE, _AGAIN, ("unit", "n", "seeds"))
+    return values
 
 
 def values_table(values: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -58,16 +96,16 @@ def values_table(values: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     rows = []
     for name, v in sorted(values.items()):
         low, high = v["interval"] or (None, None)
-        count = len(v["seeds"]) if isinstance(v["seeds"], list) else v["seeds"]
+        seeds = v.get("seeds")
         rows.append(
             {
                 "name": name,
                 "value": v["value"],
                 "low": low,
                 "high": high,
-                "unit": v["unit"],
-                "n": v["n"],
-                "seeds": count,
+                "unit": v.get("unit"),
+                "n": v.get("n"),
+                "seeds": len(seeds) if isinstance(seeds, list) else seeds,
             }
         )
     return pd.DataFrame(rows, columns=["name", "value", "low", "high", "unit", "n", "seeds"])
@@ -79,12 +117,34 @@ def _outputs(folder: Path, where: str | Path, notebook: str) -> dict[str, Any]:
             f"{folder}: no finished run of {notebook}; make it by `mixdpo run {notebook} --profile "
             f"{where}` or `make reproduce`"
         )
-    manifest = store.read_json(folder / "manifest.json")
+    manifest = read_manifest(folder / "manifest.json")
     return {
         n: entry
         for n, entry in manifest["outputs"].items()
         if n not in manifest.get("left_out", ())
     }
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest of the right shape.
+
+    Raises
+    ------
+    MixDPOError : a missing or unreadable file, a key that is absent or of another type, no list of files.
+    """
+    shape: store.Shape = {
+        "outputs": dict,
+        "seconds": float,
+        "seconds_by_profile": dict,
+        "left_out": list,
+    }
+    manifest = store.check_shape(
+        path, store.read_json(path), shape, _AGAIN, ("seconds_by_profile", "left_out")
+    )
+    store.check_file_list(f"{path}: outputs", manifest["outputs"], _AGAIN)
+    for profile, seconds in manifest.get("seconds_by_profile", {}).items():
+        store.check_shape(path, {profile: seconds}, {profile: float}, _AGAIN)
+    return manifest
 
 
 class Sentence(str):
@@ -130,9 +190,9 @@ def durations(notebook: str) -> dict[str, float]:
     path = results_folder("reference", notebook) / "manifest.json"
     if not path.exists():
         return {}
-    manifest = store.read_json(path)
+    manifest = read_manifest(path)
     return manifest.get("seconds_by_profile") or {
-        manifest.get("profile", "default"): manifest["seconds"]
+        str(manifest.get("profile", "default")): manifest["seconds"]
     }
 
 
@@ -164,7 +224,7 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
         raise MixDPOError(
             f"{folder}: no manifest.json: the notebook did not reach its last cell, `run.finish()`"
         )
-    manifest = store.read_json(path)
+    manifest = read_manifest(path)
     for name, expected in manifest["outputs"].items():
         if name not in manifest.get("left_out", ()):
             verify_output(folder, name, expected)

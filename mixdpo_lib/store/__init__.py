@@ -4,15 +4,25 @@ from .arrays import large_array
 from .artefacts import (
     artefact_key,
     cached,
-    canonical_json,
     hash_seed,
-    read_json,
-    sha256_of,
     touched_artefacts,
     verify_artefact,
     whole_folder,
+)
+from .files import (
+    Shape,
+    canonical_json,
+    check_file_list,
+    check_shape,
+    file_hashes,
+    read_json,
+    remove_folder,
+    sha256_of,
+    shown,
+    sync,
     write_json_atomic,
 )
+from .identity import check_options, differences
 from .places import (
     MixDPOError,
     cache_folder,
@@ -25,7 +35,16 @@ from .places import (
 from .reporting import heartbeat, note, progress
 
 __all__ = [
+    "sync",
+    "shown",
+    "remove_folder",
+    "file_hashes",
+    "differences",
+    "check_options",
+    "check_shape",
+    "check_file_list",
     "MixDPOError",
+    "Shape",
     "artefact_key",
     "cache_folder",
     "cache_part",

@@ -1,56 +1,33 @@
-"""Under which key does an artefact lie, whole or not at all? Atomic files, verified cache entries."""
+"""Under which key does an artefact lie, whole or not at all? Verified cache entries."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .files import (
+    canonical_json,
+    check_file_list,
+    check_shape,
+    file_hashes,
+    read_json,
+    sha256_of,
+    sync,
+    unlisted,
+    write_json_atomic,
+)
 from .places import MixDPOError, cache_folder, locked, writing_to
 
 _RECORD = "artefact.json"
 _verified: set[tuple[str, int, int, str]] = set()
 _touched: dict[str, str] = {}
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # numpy scalars
-        return value.item()
-    raise TypeError(
-        f"found a {type(value).__name__} ({value!r:.60}); expected numbers, text, lists or mappings"
-    )
-
-
-def canonical_json(value: Any) -> str:
-    """Text that is equal for equal content, whatever the order of keys.
-
-    >>> canonical_json({"b": (1, 2), "a": 0.5})
-    '{"a":0.5,"b":[1,2]}'
-    """
-    return json.dumps(
-        value,
-        sort_keys=True,
-        separators=(",", ":"),
-        ensure_ascii=False,
-        allow_nan=False,
-        default=_plain,
-    )
-
-
-def sha256_of(path: str | Path) -> str:
-    """sha256 of a file's bytes, 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def artefact_key(
@@ -64,14 +41,13 @@ def artefact_key(
     False
     """
     try:
-        text = canonical_json(
-            {
-                "stage": stage,
-                "version": version,
-                "parameters": dict(parameters),
-                "inputs": list(inputs),
-            }
-        )
+        named = {
+            "stage": stage,
+            "version": version,
+            "parameters": dict(parameters),
+            "inputs": list(inputs),
+        }
+        text = canonical_json(json.loads(canonical_json(named)))  # as its record will give it back
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"stage {stage!r}: its parameters cannot name an artefact: {error}"
@@ -79,63 +55,51 @@ def artefact_key(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_json(path: str | Path) -> Any:
-    """Content of a JSON file; a missing or damaged file is one clear MixDPOError."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MixDPOError(f"{path}: not found; expected a JSON file there") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise MixDPOError(
-            f"{path}: found no readable JSON ({error}); delete the file and make it again"
-        ) from None
-
-
-def write_json_atomic(path: str | Path, value: Any) -> Path:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    path = Path(path)
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=_plain) + "\n"
-    with writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    return path
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _damaged(folder: Path, name: str, found: str, expected: str) -> MixDPOError:
     return MixDPOError(
-        f"{folder}: damaged cache entry: {name}: found {found}, expected {expected}; "
-        "delete this folder, it will be made again"
+        f"{folder}: damaged cache entry: {name}: found {found}, expected {expected}; {_REMEDY}"
     )
 
 
-def verify_artefact(folder: str | Path) -> dict[str, Any]:
-    """Record of a cache entry, after its files were checked (size always, sha256 once per process and file)."""
-    folder = Path(folder)
+_SHAPE = {"stage": str, "version": int, "parameters": dict, "inputs": list, "files": dict}
+_REMEDY = "delete this folder, it will be made again"
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The record of a cache entry, of the right shape and under the key that it gives."""
+    path = folder / _RECORD
+    if not path.exists():
+        raise _damaged(folder, _RECORD, "no such file", "the record of a finished entry")
     try:
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        files = dict(record["files"])
-    except FileNotFoundError:
-        raise _damaged(folder, _RECORD, "no such file", "the record of a finished entry") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(
-            folder, _RECORD, f"unreadable content ({error})", "the record of a finished entry"
-        ) from None
+        content = read_json(path)
+    except MixDPOError as error:
+        raise _damaged(folder, _RECORD, f"unreadable content ({error})", "JSON") from None
+    try:
+        record = check_shape(_RECORD, content, _SHAPE, _REMEDY)
+        check_file_list(_RECORD, record["files"], _REMEDY)
+        key = artefact_key(*(record[name] for name in ("stage", "version", "parameters", "inputs")))
+    except (MixDPOError, ValueError) as error:
+        said = str(error).removesuffix(f"; {_REMEDY}")
+        raise MixDPOError(f"{folder}: damaged cache entry: {said}; {_REMEDY}") from None
+    if key != folder.name:
+        raise _damaged(folder, _RECORD, f"what has the key {key}", folder.name)
+    return record
+
+
+def verify_artefact(folder: str | Path) -> dict[str, Any]:
+    """Record of a cache entry, after it was checked: its shape, its key, and that its files are those it lists.
+
+    The size of each file is compared always, the sha256 once per process and file.
+
+    Raises
+    ------
+    MixDPOError : the entry is damaged; folder, file, found, expected, remedy.
+    """
+    folder = Path(folder)
+    record = _record(folder)
+    files = record["files"]
+    if extra := unlisted(folder, files, _RECORD):
+        raise _damaged(folder, extra[0], "a file that the record does not list", "none")
     for name, expected in files.items():
         try:
             status = (folder / name).stat()
@@ -206,20 +170,13 @@ def _make(folder: Path, build: Callable[[Path], Any], record: dict[str, Any]) ->
     partial.mkdir(parents=True)
     try:
         build(partial)
-        made = sorted(path for path in partial.rglob("*") if path.is_file())
-        record["files"] = {
-            path.relative_to(partial).as_posix(): {
-                "sha256": sha256_of(path),
-                "bytes": path.stat().st_size,
-            }
-            for path in made
-        }
+        record["files"] = file_hashes(partial)
         write_json_atomic(partial / _RECORD, record)
-        for path in made:
-            _sync(path)
-        _sync(partial)
+        for name in record["files"]:
+            sync(partial / name)
+        sync(partial)
         os.replace(partial, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

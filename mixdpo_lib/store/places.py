@@ -15,7 +15,18 @@ from filelock import FileLock, Timeout
 
 from .reporting import HEARTBEAT_S, note
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "a file is larger than may be written there",
+}
+_TEXTS = {  # of libraries that wrap the system's error in classes of their own
+    **{os.strerror(number): said for number, said in _FULL.items()},
+    **dict.fromkeys(  # torch's writer does not say which
+        ("PytorchStreamWriter failed writing", "inline_container.cc", "basic_ios::clear"),
+        "no space left on the device, or a limit of file size was reached",
+    ),
+}
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
@@ -133,7 +144,7 @@ def cache_part(name: str) -> Path:
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """While the block writes to `place`: a full disk, or no permission, is one clear error.
+    """While the block writes to `place`: a full disk, a quota, or no permission, is one clear error.
 
     Raises
     ------
@@ -149,9 +160,12 @@ def writing_to(place: Path) -> Iterator[None]:
             getattr(error, "errno", None),
             Path(getattr(error, "filename", None) or os.devnull),
         )
-        if number in _FULL or "No space left on device" in str(error):
+        full = _FULL.get(number or 0) or next(
+            (said for text, said in _TEXTS.items() if text in str(error)), None
+        )
+        if full:
             raise MixDPOError(
-                f"{place}: no space left on the device; nothing half-written was kept; "
+                f"{place}: {full}; nothing half-written was kept; "
                 f"free some space, or {_remedy(place)}, and start again"
             ) from error
         above = place.is_relative_to(where)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -24,13 +22,21 @@ from ..data.pairs import Pairs, Text, Texts
 from ..evaluation import align
 from ..learning.config import FitConfig
 from ..learning.fit import fit
+from ..learning.identity import fit_identity
 from ..learning.result import FitResult
 from ..policy.mixture import MixturePolicy
-from ..store import artefact_key, cache_folder, cached, read_json, write_json_atomic
+from ..store import (
+    artefact_key,
+    cache_folder,
+    cached,
+    read_json,
+    remove_folder,
+    write_json_atomic,
+)
 from .judges.contract import REWARDS
 from .judges.panel import Judges, judges, score_texts
 
-VERSION = 5
+VERSION = 6
 FIT_NAMES = {  # flat names of choices that stand in a part of FitConfig
     "start_temperature": "start__temperature",
     "tempering_passes": "start__tempering_passes",
@@ -102,43 +108,19 @@ class Fitted:
         return pd.concat([head, table], axis=1)
 
 
-def _state_hash(policy: MixturePolicy) -> str:
-    """sha256 of what a policy holds before it is fitted: a gate that was told the truth is not one that learns it."""
-    digest = hashlib.sha256(str(policy.gate.learns).encode())
-    for name, value in sorted(policy.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def kept_fit(
     policy: MixturePolicy, train: Pairs, validation: Pairs, config: FitConfig, texts: Texts
 ) -> tuple[FitResult, Tensor, float]:
     """Fit `policy` in place, or read the fit from the cache: result, rewards (texts, K), seconds of the fit.
 
-    The policy is left at its best validation step. All that the fit depends on is its identity: pairs, texts, base,
-    experts and gate as they start, beta, and what of the configuration is used.
+    The policy is left at its best validation step. All that the fit depends on is its identity, see
+    `identity.fit_identity`; the checkpoints of a fit that was killed are gone on from, and removed once it is kept.
     """
-    policy.experts.start(train)
-    parameters = {
-        "base": policy.base.fingerprint,
-        "experts": policy.experts.describe(),
-        "gate": policy.gate.describe(),
-        "start": _state_hash(policy),
-        "beta": policy.beta,
-        "fit": config.identity(policy.n_experts, bool(policy.gate.reads)),
-        "rate": config.learning_rate or policy.experts.rates[config.optimizer],
-        "pairs": artefact_key(
-            "pairs",
-            VERSION,
-            {"train": train.rows.to_dict(), "validation": validation.rows.to_dict()},
-        ),
-    }
+    parameters = fit_identity(policy, train, validation, config)
     inputs = [texts.key]
+    checkpoints = cache_folder() / "checkpoints" / artefact_key("fit", VERSION, parameters, inputs)
 
     def build(folder: Path) -> None:
-        checkpoints = (
-            cache_folder() / "checkpoints" / artefact_key("fit", VERSION, parameters, inputs)
-        )
         began = time.monotonic()
         result = fit(policy, train, config, validation=validation, folder=checkpoints)
         facts = {
@@ -157,9 +139,10 @@ def kept_fit(
             folder / "snapshots.safetensors",
         )
         save_file({"rewards": policy.text_rewards(texts)}, folder / "rewards.safetensors")
-        shutil.rmtree(checkpoints, ignore_errors=True)
 
     folder = cached("fit", VERSION, parameters, build, inputs=inputs)
+    remove_folder(checkpoints)  # the fit is in place: nobody needs them any more
+    policy.experts.start(train)
     facts = read_json(folder / "result.json")
     snapshots: dict[int, dict[str, Tensor]] = {}
     for name, value in load_file(folder / "snapshots.safetensors").items():

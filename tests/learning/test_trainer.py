@@ -682,7 +682,8 @@ def test_a_fit_has_at_most_twenty_choices_and_its_key_holds_only_what_is_used():
         and many["start"]["kind"] == "random_responsibilities"
     )
     assert "routing" not in config.identity(3, reads=False)
-    assert config.change(keep="all", accumulate=2).identity(3, True) == many
+    assert config.change(keep="all", accumulate=2, batch_size=8).identity(3, True) == many
+    assert config.change(accumulate=2).identity(3, True) != many  # a step of twice as many pairs
     assert config.change(inference=Relaxed()).identity(3, False) != config.identity(3, False)
 
 

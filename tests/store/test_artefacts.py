@@ -190,3 +190,77 @@ def test_read_json_has_one_clear_error(tmp_path, content):
         path.write_text(content)
     with pytest.raises(MixDPOError, match="a.json"):
         store.read_json(path)
+
+
+# ---------------------------------------------------------------------------------------------- records are checked
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "expected an object with"),
+        ("3", "expected an object with"),
+        ('{"files": {}}', "stage: found no such key"),
+        ({"files": [[1, 2]]}, r"files: found \[\[1, 2\]\], expected an object"),
+        ({"files": {}}, r"part/a.txt: found a file that the record does not list"),
+        ({"files": {"part/a.txt": {}}}, "sha256: found no such key"),
+        ({"files": {"part/a.txt": 1}}, "expected an object with sha256, bytes"),
+        ({"files": {"part/a.txt": {"sha256": "x", "bytes": 5}}}, "expected 64 hex digits"),
+        ({"files": {"../a.txt": {"sha256": "0" * 64, "bytes": 5}}}, "a path inside the folder"),
+        ({"files": {"part/a.txt": {"sha256": "0" * 64, "bytes": "5"}}}, "bytes: found .5."),
+        ({"stage": "another"}, "found what has the key"),
+        ({"version": 2}, "found what has the key"),
+        ({"parameters": {"x": 2}}, "found what has the key"),
+        ({"inputs": ["other"]}, "found what has the key"),
+        ({"inputs": None}, "inputs: found null, expected a list"),
+    ],
+)
+def test_a_record_of_another_shape_or_key_is_refused(project, content, message):
+    folder = store.cached("stage", 1, {"x": 1}, build_text("hello"))
+    path = folder / "artefact.json"
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        store.write_json_atomic(path, store.read_json(path) | content)
+    with pytest.raises(MixDPOError, match=message) as caught:
+        store.cached("stage", 1, {"x": 1}, build_text("hello"))
+    assert str(folder) in str(caught.value) and "delete this folder" in str(caught.value)
+
+
+def test_a_record_gives_its_key_back_whatever_the_parameters(project):
+    parameters = {"by number": {10: 1, 2: 0.1}, "none": None, "array": np.float64(0.25), "t": (1,)}
+    folder = store.cached("stage", 1, parameters, build_text("hello"))
+    assert store.verify_artefact(folder)["stage"] == "stage"
+    (folder / ".hidden").touch()  # of a file browser
+    store.verify_artefact(folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EFBIG, "File too large"), "a file is larger than may be written"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the quota of the disk is used up"),
+        (RuntimeError("Error while serializing: I/O error: File too large"), "a file is larger"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), "no space"),
+        (RuntimeError("basic_ios::clear: iostream error"), "no space left on the device"),
+    ],
+)
+def test_a_place_that_takes_no_more(tmp_path, error, said):
+    with pytest.raises(MixDPOError, match=f"{said}.*nothing half-written was kept"):
+        with store.writing_to(tmp_path):
+            raise error
+    with pytest.raises(MixDPOError, match=f"whole: {said}"):  # and so for all that is written whole
+        with store.whole_folder(tmp_path / "whole") as place:
+            (place / "half").touch()
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_removed_in_one_step(tmp_path):
+    for name in (".gone-a-1", "a", "ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    store.remove_folder(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["ab"]
+    store.remove_folder(tmp_path / "a")
+    store.remove_folder(tmp_path / "nowhere" / "a")

@@ -1,0 +1,105 @@
+"""A fit that diverges has its own ending, says so, and leaves the best finite step."""
+
+import math
+
+import pytest
+import torch
+from tiny import plain_fit, preference_rows
+
+from mixdpo_lib.experts.heads import HeadExperts
+from mixdpo_lib.gates.weights import LearnedWeights
+from mixdpo_lib.learning.config import DIVERGED, STOP_REASONS, FitConfig, Monitor
+from mixdpo_lib.learning.fit import fit
+from mixdpo_lib.policy.mixture import MixturePolicy
+
+CONFIG = plain_fit(batch_size=6, passes=3.0, learning_rate=0.02)
+ROWS = preference_rows(18)
+
+
+def run(base, config, n_experts=2, **options):
+    policy = MixturePolicy(HeadExperts(base, n_experts, rank=2), LearnedWeights(n_experts), 0.3)
+    return policy, fit(policy, ROWS, config, **options)
+
+
+def finite(policy):
+    return all(bool(p.isfinite().all()) for p in policy.parameters())
+
+
+def test_a_monitor_knows_a_bound_that_fell():
+    watch = Monitor(patience=0)
+    assert watch.step(-0.7) is None and watch.step(-0.7 - DIVERGED + 0.1) is None
+    assert watch.step(-0.7 - DIVERGED - 0.1) == "diverged"
+    judged = Monitor(patience=0)  # the validation pairs say nothing yet, the training pairs do
+    assert judged.step(-0.7, bound=-0.7) is None and judged.step(-0.8, bound=-99.0) == "diverged"
+    assert judged.step(-0.8, bound=math.nan) == "non_finite"
+    assert {"diverged", "non_finite"} <= set(STOP_REASONS)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"learning_rate": 1e30},
+        {"learning_rate": 100.0, "optimizer": "sgd"},
+        {"learning_rate": 1e4, "evaluate_training": False},
+        {"learning_rate": 1e30, "start__restarts": 2},
+    ],
+)
+@pytest.mark.parametrize("validation", [None, ROWS], ids=["alone", "validated"])
+def test_a_diverged_fit(tiny_base, tmp_path, choices, validation):
+    config = CONFIG.change(**choices)
+    policy, result = run(tiny_base, config, validation=validation, folder=tmp_path)
+    assert result.stop_reason == "diverged"
+    assert f"WARNING: the fit diverged: step {result.best_step}, the best finite" in result.summary
+    assert "lower learning_rate" in result.summary and "raise passes" not in result.summary
+    assert finite(policy) and bool(policy.predict(ROWS).isfinite().all())
+    best = result.history.set_index("step")["elbo"]
+    assert best[result.best_step] >= best.iloc[0] - 1e-6
+    kept = result.snapshots[result.best_step]["experts.up"]
+    assert torch.equal(policy.experts.up, kept)
+    again, read = run(tiny_base, config, validation=validation, folder=tmp_path)
+    assert read.losses == [] and read.stop_reason == "diverged" and read.summary == result.summary
+    assert torch.equal(again.experts.up, policy.experts.up)
+
+
+def test_parameters_that_are_no_numbers_end_a_fit_that_does_not_look_at_them(
+    tiny_base, monkeypatch
+):
+    """The table still has what was seen before the parameters broke."""
+    from mixdpo_lib.learning.trainer import MixDPOTrainer
+
+    step = MixDPOTrainer.training_step
+
+    def spoil(self, *args, **more):
+        loss = step(self, *args, **more)
+        if self.state.global_step == 2:
+            self.policy.experts.up.data[0, 0, 0] = math.nan
+            self.policy.experts.up.grad = None
+        return loss
+
+    monkeypatch.setattr(MixDPOTrainer, "training_step", spoil)
+    config = CONFIG.change(evaluate_training=False, evaluations_per_pass=3)
+    policy, result = run(tiny_base, config)
+    assert result.stop_reason == "non_finite" and result.history["step"].tolist() == [0, 1, 2, 3]
+    assert finite(policy) and "WARNING: numbers that are none came up: step" in result.summary
+
+
+def test_a_bound_that_fell_a_little_is_no_reason_to_raise_the_rate(tiny_base, monkeypatch):
+    from mixdpo_lib.learning.trainer import MixDPOTrainer
+
+    measure = MixDPOTrainer.measure
+
+    def worse(self):
+        row = measure(self)
+        return row | {"elbo": row["elbo"] - 0.1 * self.state.global_step}
+
+    monkeypatch.setattr(MixDPOTrainer, "measure", worse)
+    _, result = run(tiny_base, CONFIG.change(passes=1.0))
+    assert result.stop_reason == "max_iter"
+    assert "WARNING: the bound fell: lower learning_rate" in result.summary
+    _, result = run(tiny_base, CONFIG.change(passes=5.0))
+    assert result.stop_reason == "diverged"  # by more than a nat in the end
+
+
+def test_a_rate_beyond_float32_is_refused():
+    with pytest.raises(ValueError, match="learning_rate=1e\\+31: expected above 0.*at most 1e30"):
+        FitConfig(learning_rate=1e31)

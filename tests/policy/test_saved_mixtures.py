@@ -1,0 +1,146 @@
+"""A saved mixture is checked before it is believed: shape of config.json, hash, kinds and finiteness of its tensors."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import preference_rows
+
+from mixdpo_lib.data.pairs import Pairs
+from mixdpo_lib.experts.heads import HeadExperts
+from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
+from mixdpo_lib.policy.mixture import MixturePolicy
+from mixdpo_lib.store import MixDPOError, sha256_of
+
+
+def policy(base, gate=None):
+    experts = HeadExperts(base, 2, rank=2)
+    experts.start(Pairs.of(preference_rows(8)))
+    return MixturePolicy(experts, gate or LearnedWeights(2), 0.3)
+
+
+@pytest.fixture
+def folder(tiny_base, tmp_path):
+    policy(tiny_base).save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def change(folder, *keys, value=None, gone=False):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    place = config
+    for key in keys[:-1]:
+        place = place[key]
+    if gone:
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = value
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"text"', "{}", '{"format": 2', ""])
+def test_a_config_of_another_shape(tiny_base, folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(MixDPOError, match=r"config\.json: .*(found|format)"):
+        MixturePolicy.from_pretrained(folder, tiny_base)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("beta",), None, "beta: found null, expected a number"),
+        (("beta",), -1, "beta: found -1, expected above 0"),
+        (("beta",), math.nan, "beta: found nan, expected above 0"),
+        (("n_experts",), "2", 'n_experts: found "2", expected a whole number'),
+        (("n_experts",), 3, "found 2 of them, expected n_experts = 3"),
+        (("chat",), "no", 'chat: found "no", expected true or false'),
+        (("experts",), [], r"experts: found \[\], expected an object"),
+        (("gate",), "LearnedWeights", 'gate: found "LearnedWeights", expected an object'),
+        (("experts", "family"), 3, "experts: family: found 3, expected text"),
+        (("experts", "family"), "Nobody", "config.json: family='Nobody': no family"),
+        (("experts", "family"), "IndependentExperts", "'bases': no such key"),
+        (("experts", "rank"), "4", 'HeadExperts: rank: found "4", expected int'),
+        (("experts", "rank"), True, "HeadExperts: rank: found true, expected int"),
+        (("experts", "rank"), 0, "rank=0"),
+        (("experts", "min_count"), "a", "min_count: found .a., expected int"),
+        (("experts", "strange"), 1, "unexpected keyword argument 'strange'"),
+        (("gate", "gate"), "Nobody", "config.json: gate='Nobody': no gate"),
+        (("gate", "gate"), "UserGate", "'columns': no such key"),
+        (("gate", "alpha"), "x", 'alpha: found "x", expected float or int'),
+        (("gate", "alpha"), 0.5, "alpha=0.5"),
+        (("format",), 3, "format 3, expected 2"),
+        (("format",), True, "format True, expected 2"),
+        (("tensors_sha256",), "00", r"mixture\.safetensors: found sha256"),
+    ],
+)
+def test_a_key_of_another_type_or_range(tiny_base, folder, keys, value, message):
+    change(folder, *keys, value=value)
+    with pytest.raises(MixDPOError, match=message):
+        MixturePolicy.from_pretrained(folder, tiny_base)
+
+
+@pytest.mark.parametrize("keys", [("beta",), ("experts", "family"), ("gate", "n_experts")])
+def test_a_key_that_is_gone(tiny_base, folder, keys):
+    change(folder, *keys, gone=True)
+    with pytest.raises(MixDPOError, match=rf"config\.json: .*{keys[-1]}"):
+        MixturePolicy.from_pretrained(folder, tiny_base)
+
+
+def test_tensors_have_a_hash_which_older_mixtures_lack(tiny_base, folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tensors_sha256"] == sha256_of(folder / "mixture.safetensors")
+    change(folder, "tensors_sha256", gone=True)
+    MixturePolicy.from_pretrained(folder, tiny_base)
+    content = bytearray((folder / "mixture.safetensors").read_bytes())
+    content[-1] ^= 1
+    change(folder, "tensors_sha256", value=config["tensors_sha256"])
+    (folder / "mixture.safetensors").write_bytes(bytes(content))
+    with pytest.raises(MixDPOError, match=r"found sha256 .*, expected .*copy the folder again"):
+        MixturePolicy.from_pretrained(folder, tiny_base)
+
+
+def put(name, index, value):
+    def spoil(state):
+        state[name].view(-1)[index] = value
+
+    return spoil
+
+
+SPOILT = {
+    "experts.down: found 1 numbers that are NaN": put("experts.down", 0, math.nan),
+    "experts.up: found 1 numbers": put("experts.up", 3, -math.inf),
+    "gate.log_weights: found 1 numbers": put("gate.log_weights", 0, math.inf),
+    "gate: found weights that sum to": put("gate.log_weights", 0, 3.0),
+    "experts.active_ids: expected rising tokens": put("experts.active_ids", -1, 10**6),
+    "'active_ids': no such key": lambda s: s.pop("experts.active_ids"),
+    "experts.up: found torch.int64": lambda s: s.update({"experts.up": s["experts.up"].long()}),
+    "size mismatch for up": lambda s: s.update({"experts.up": s["experts.up"][:, :3].clone()}),
+    "other.x: belongs neither": lambda s: s.update({"other.x": torch.ones(1)}),
+}
+
+
+@pytest.mark.parametrize("message", SPOILT)
+def test_tensors_that_cannot_be_right(tiny_base, folder, message):
+    state = load_file(folder / "mixture.safetensors")
+    SPOILT[message](state)
+    save_file(state, folder / "mixture.safetensors")
+    change(folder, "tensors_sha256", gone=True)
+    with pytest.raises(MixDPOError, match=message):
+        MixturePolicy.from_pretrained(folder, tiny_base)
+
+
+def test_an_expert_that_is_left_out_may_be_saved(tiny_base, tmp_path):
+    policy(tiny_base, FixedWeights([0.0, 1.0])).save_pretrained(tmp_path / "m")
+    again = MixturePolicy.from_pretrained(tmp_path / "m", tiny_base)
+    assert again.gate.log_w()[0].tolist() == [-math.inf, 0.0]
+
+
+def test_numbers_that_are_none_are_not_saved(tiny_base, tmp_path):
+    broken = policy(tiny_base)
+    with torch.no_grad():
+        broken.experts.up[0, 0, 0] = math.nan
+    with pytest.raises(MixDPOError, match=r"m: not written: experts\.up: found 1 numbers"):
+        broken.save_pretrained(tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
