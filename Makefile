@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help reproduce reproduce-all test lab audit clean
+.PHONY: help reproduce reproduce-all test test-faults lab audit clean
 
 PROFILE ?= default
 CORES ?= 2
@@ -18,6 +18,7 @@ help:
 	@echo "make reproduce [PROFILE=smoke|default|full] [CORES=2]   environment, data, model, the main study, figures"
 	@echo "make reproduce-all                                     the same, ablations and further studies"
 	@echo "make test                                              environment, then lint, types and every test"
+	@echo "make test-faults                                       200 kills, full disks, 480 damaged files, 2,400 changed texts"
 	@echo "make lab                                               JupyterLab on the notebooks"
 	@echo "make audit                                             known weaknesses of the pinned packages; needs the network"
 	@echo "make clean                                             remove results and caches; keeps .venv and downloads"
@@ -35,6 +36,9 @@ test: $(READY)
 	.venv/bin/python -m mypy
 	.venv/bin/python -c 'from importlinter.cli import lint_imports_command as main; main()' --no-logo --no-cache
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-faults: $(READY)
+	@OMP_NUM_THREADS=1 .venv/bin/python tests/faults/harness.py --long
 
 lab: $(READY)
 	@.venv/bin/python -m jupyterlab --notebook-dir=notebooks

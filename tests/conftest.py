@@ -11,6 +11,8 @@ THREADS = min(int(os.environ.get("OMP_NUM_THREADS") or 2), 2 // WORKERS or 1)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the kernels that notebooks run in
 for name in ("ROOT", "RUN_FOLDER", "PROGRESS", "STARTED", "PROFILE", "COMMAND"):
     os.environ.pop(f"MIXDPO_{name}", None)
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of the make that runs the tests
+    os.environ.pop(name, None)
 
 from pathlib import Path  # noqa: E402
 

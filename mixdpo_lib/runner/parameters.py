@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
@@ -36,19 +37,39 @@ class Parameter:
     help: str
 
 
+def _tagged(book: Any, path: Path) -> list[str]:
+    """Sources of the cells tagged `parameters` of what a notebook's file holds.
+
+    Raises
+    ------
+    MixDPOError : the file is no notebook.
+    """
+    try:
+        return [
+            "".join(cell["source"])
+            for cell in book["cells"]
+            if "parameters" in cell.get("metadata", {}).get("tags", [])
+        ]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise MixDPOError(
+            f"{path}: found no notebook ({type(error).__name__}: {error}), expected cells with source and metadata; open "
+            "and save it in JupyterLab, or take the project's own"
+        ) from None
+
+
 def notebook_parameters(name: str) -> dict[str, Parameter]:
     """The parameters of a notebook, read from its source without a kernel."""
     path = notebook_path(name)
-    cells = [
-        cell
-        for cell in store.read_json(path).get("cells", [])
-        if "parameters" in cell.get("metadata", {}).get("tags", [])
-    ]
-    if len(cells) != 1:
-        raise MixDPOError(f"{path}: found {len(cells)} cells tagged `parameters`, expected 1")
-    source = "".join(cells[0]["source"])
+    sources = _tagged(store.read_json(path), path)
+    if len(sources) != 1:
+        raise MixDPOError(f"{path}: found {len(sources)} cells tagged `parameters`, expected 1")
+    source = sources[0]
     lines, parameters = source.splitlines(), {}
-    for node in ast.parse(source).body:
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise MixDPOError(f"{path}: parameters cell: no Python ({error})") from None
+    for node in body:
         line = lines[node.lineno - 1]
         try:
             if not (

@@ -21,7 +21,7 @@ from ..store import MixDPOError
 _LABELS = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1, "false": 0, "true": 1}
 _FILES = (".csv", ".jsonl", ".parquet")
 _WHITE = re.compile(r"\s+")
-_REVIEWS_VERSION = 1
+_REVIEWS_VERSION = 2  # 1: files of `map` lay in it
 
 
 def clean(text: str) -> str:
@@ -64,7 +64,9 @@ def load_reviews(
             lambda path: _unpack_reviews(name, path),
             inputs=[entry["sha256"]],
         )
-        return datasets.load_from_disk(str(folder))
+        return datasets.load_from_disk(
+            str(folder), keep_in_memory=True
+        )  # `map` writes beside files
     rows = _rows(name, split)
     return _tidy(rows, name, text_column, label_column)
 

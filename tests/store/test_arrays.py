@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,7 +68,10 @@ def test_a_file_that_may_not_grow_is_an_error_and_no_death(project, tiny_folder)
         "except Exception as error:\n    print(type(error).__name__, getattr(error, 'errno', ''), error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True
+        [sys.executable, "-c", code, str(tiny_folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert done.returncode == 0, (done.returncode, done.stderr)
     assert "File too large" in done.stdout or "larger than may be written" in done.stdout
