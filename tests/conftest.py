@@ -14,7 +14,15 @@ for name in ("ROOT", "RUN_FOLDER", "PROGRESS", "STARTED", "PROFILE", "COMMAND"):
 for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of the make that runs the tests
     os.environ.pop(name, None)
 
+import signal  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from pathlib import Path  # noqa: E402
+
+with suppress(
+    ValueError
+):  # a shell that starts tests behind itself makes them deaf to Ctrl-C, and what they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import hypothesis  # noqa: E402
 import nbformat  # noqa: E402
@@ -31,7 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_collection_modifyitems(items):
     """The notebooks, which take longest, come first: the other worker does the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    first = ["test_notebooks.py", "test_theory_notebooks.py", "test_faults.py"]
+    items.sort(key=lambda item: (*first, item.path.name).index(item.path.name))
 
 
 @pytest.fixture(autouse=True)

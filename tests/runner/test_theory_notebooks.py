@@ -1,0 +1,80 @@
+"""The theory notebooks, executed by the runner with small parameters; assertions on what they teach."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mixdpo_lib.runner import execute, notebooks
+
+SMALL = {
+    "1_from_bradley_terry_to_mixtures": {"n_tables": 2, "max_experts": 3},
+    "2_em_and_the_bound": {"n_restarts": 2},
+    "3_gumbel_softmax": {"n_draws": 1000},
+    "4_who_answered": {
+        "seeds": [0],
+        "pairs_per_user": [1, 16],
+        "reward_scales": [2.0],
+        "max_experts": 4,
+    },
+}
+
+
+def test_the_list_of_theory_notebooks_is_whole():
+    assert set(notebooks.theory_names()) == set(SMALL)
+
+
+@pytest.fixture(scope="module")
+def theory():
+    return {
+        name: execute.run_notebook(name, values, profile="smoke") for name, values in SMALL.items()
+    }
+
+
+def test_a_cycle_needs_three_experts(theory):
+    cycle = pd.read_csv(
+        theory["1_from_bradley_terry_to_mixtures"] / "tables" / "cycle.csv"
+    ).set_index("K")
+    pairs = ["p(a > b)", "p(b > c)", "p(c > a)"]
+    assert np.allclose(cycle.loc[1, pairs].astype(float), 0.5, atol=0.02)
+    assert np.allclose(cycle.loc[3, pairs].astype(float), 2 / 3, atol=0.03)
+    assert cycle["NLL (nats per pair)"].is_monotonic_decreasing
+    objectives = pd.read_csv(
+        theory["1_from_bradley_terry_to_mixtures"] / "tables" / "objectives.csv"
+    )
+    equal, own = objectives["one shared objective"]
+    assert equal > own  # trap 9: one mixture reward makes all experts equal
+
+
+def test_the_bound_stays_below_and_touches(theory):
+    steps = pd.read_csv(theory["2_em_and_the_bound"] / "tables" / "steps.csv")
+    wide = steps.pivot(index="step", columns="quantity", values="nats per pair")
+    gap = wide["log-likelihood"] - wide["bound"]
+    assert (gap > -1e-12).all() and gap[wide.index % 1 == 0.5].max() < 1e-12 and gap[1.0] > 1e-4
+    symmetry = pd.read_csv(theory["2_em_and_the_bound"] / "tables" / "symmetry.csv").set_index(
+        "symmetry_breaking"
+    )
+    assert symmetry.loc["none", "experts 0 and 1 differ by"] == 0
+    assert symmetry.loc["random_responsibilities", "NMI"] > 0.8
+
+
+def test_the_relaxed_objective_is_no_bound(theory):
+    value = pd.read_csv(theory["3_gumbel_softmax"] / "tables" / "value.csv").set_index(
+        "gumbel_temperature"
+    )
+    assert value.loc[5.0, "relaxed objective"] > value.loc[5.0, "log-likelihood"]
+    assert value.loc[1.0, "relaxed objective"] == pytest.approx(-0.816, abs=0.005)
+    assert value.loc[0.05, "relaxed objective"] == pytest.approx(
+        value.loc[0.05, "bound at this q"], abs=0.01
+    )
+
+
+def test_latents_of_users_are_found_and_k_is_chosen(theory):
+    table = pd.read_csv(theory["4_who_answered"] / "tables" / "recovery.csv")
+    nmi = table.set_index(["pairs per user", "inference"])["nmi"]
+    assert (
+        nmi[16, "latent per unit"] > nmi[16, "Bayes rule"] - 0.1 and nmi[1, "latent per unit"] < 0.2
+    )
+    held_out = pd.read_csv(theory["4_who_answered"] / "tables" / "held_out.csv").set_index("K")[
+        "nats per user"
+    ]
+    assert held_out[3] > held_out[1] + 1 and held_out[3] > held_out[2]
