@@ -28,10 +28,15 @@ def convert_gguf(file: Path, folder: Path) -> None:
         raise MixDPOError(
             "the package gguf is missing; it reads the packaged weights: pip install gguf"
         )
-    options: dict[str, Any] = {"gguf_file": file.name}
-    AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(folder)
-    quantised = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
-    config = AutoConfig.from_pretrained(file.parent, **options)
+    place, name = file.parent, file.name
+    AutoTokenizer.from_pretrained(place, gguf_file=name, trust_remote_code=False).save_pretrained(
+        folder
+    )
+    loader: Any = AutoModelForCausalLM
+    quantised = loader.from_pretrained(
+        place, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+    )
+    config = AutoConfig.from_pretrained(place, gguf_file=name, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain: Any = type(quantised)(config)
