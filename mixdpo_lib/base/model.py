@@ -233,11 +233,21 @@ def load_base(
         ) from error
     check_model(model, folder)
     base = Base(label, model, tokenizer, str(folder), "", chat)
-    _check_vocabulary(folder, base)
+    try:
+        _check_vocabulary(folder, base)
+        acts = tokens.acts(tokenizer, chat, base.end_ids)
+    except MixDPOError:
+        raise
+    except Exception as error:  # of a tokenizer that was read and cannot be used
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MixDPOError(
+            f"{folder}: its tokenizer (or the end tokens of its generation configuration) cannot be used "
+            f"({type(error).__name__}: {said}); expected the files of the model as they were saved; copy the folder again"
+        ) from error
     parts = {
         "weights": [hashes.get(n) or store.sha256_of(folder / n) for n in weights],
         "config": _numbers(store.read_json(folder / "config.json")),
-        "tokenizer": tokens.acts(tokenizer, chat, base.end_ids),
+        "tokenizer": acts,
         "dtype": dtype,
     }
     return replace(

@@ -233,9 +233,14 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
 
 def verify_output(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
     """Refuse a file of a run that is absent or is not the one that its manifest names."""
-    found = store.sha256_of(folder / name) if (folder / name).exists() else "no such file"
+    try:
+        found = store.sha256_of(folder / name)
+    except FileNotFoundError:
+        found = "no such file"
+    except OSError as error:  # a folder, no permission
+        found = error.strerror or "no file"
     if found != expected["sha256"]:
         raise MixDPOError(
-            f"{folder}: {name}: found {found[:16]}, expected sha256 {expected['sha256'][:16]} "
+            f"{folder}: {name}: found {found[:40]}, expected sha256 {expected['sha256'][:16]} "
             "(manifest.json); the file was changed after the run: run the notebook again"
         )

@@ -159,13 +159,19 @@ READ = {  # what is damaged, and who reads it; of a model's own files the finger
     "cache/lower": "lower blocks",
     "cache/candidates": "sampling",
     "cache/fit": "a kept fit",
-    "data/raw": "fetching",
+    "data/raw": "fetching anew",
     "fit": "fitting",
     "mixture": "serving",
     "runs": "reading",
     "base": "loading",
 }
-JOBS = {**work.KILLED, "serving": work.serving, "reading": work.reading, "loading": work.loading}
+JOBS = {
+    **work.KILLED,
+    "fetching anew": work.fetching_anew,
+    "serving": work.serving,
+    "reading": work.reading,
+    "loading": work.loading,
+}
 
 
 def damages(table, place, rng, n):

