@@ -33,8 +33,9 @@ reproduce-all: $(READY)
 test: $(READY)
 	@.venv/bin/python -m ruff check .
 	@.venv/bin/python -m ruff format --check .
-	.venv/bin/python -m mypy
+	.venv/bin/python -m mypy & types=$$!
 	.venv/bin/python -c 'from importlinter.cli import lint_imports_command as main; main()' --no-logo --no-cache
+	wait $$types
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(READY)

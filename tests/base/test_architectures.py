@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import VOCABULARY, save_tiny_base
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 import mixdpo_lib as mx
 from mixdpo_lib.base import architecture
@@ -60,7 +60,7 @@ def save(folder, kind, sizes):
 
 
 def plain_logps(model, base, prompt, answer):
-    before = base.tokenizer(prompt)["input_ids"]
+    before = base.prompt_ids(prompt)  # compared with the tokenizer's and TRL's in test_tokens.py
     own = [*base.tokenizer(answer)["input_ids"], base.eos_token_id]
     with torch.no_grad():
         log_p = model(torch.tensor([before + own])).logits.float().log_softmax(-1)
@@ -97,6 +97,26 @@ def test_log_probabilities_and_texts_are_those_of_transformers(tmp_path, monkeyp
             assert policy.logps(prompt, answer) == pytest.approx(wanted, abs=1e-4)
         said = policy.generate(prompts, greedy=True, max_new_tokens=5).text
         assert [prompt + text for prompt, text in zip(prompts, said, strict=True)] == texts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probabilities_with_a_template_are_those_of_transformers(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
+    folder = save(tmp_path / "base", kind, KINDS[kind])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}you {{ m['content'] }} {% if m['role'] == 'assistant' %}</s>"
+        "{% else %}and {% endif %}{% endfor %}{% if add_generation_prompt %}i {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    base = mx.load_base(folder, chat=True)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    policy = mx.MixturePolicy(mx.HeadExperts(base, 1, rank=2, active="all"), mx.LearnedWeights(1))
+    for prompt, answer in TEXTS:
+        words = base.tokenizer.convert_ids_to_tokens(base.prompt_ids(prompt))
+        assert words == ["you", *prompt.split(), "and", "i"]
+        wanted = plain_logps(model, base, prompt, answer)
+        assert policy.logps(prompt, answer) == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_state_without_adapters_says_so(tmp_path):

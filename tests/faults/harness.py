@@ -34,7 +34,7 @@ import work  # noqa: E402
 import mixdpo_lib as mx  # noqa: E402
 
 COLUMNS = ("tries", "recovered", "clear", "foreign", "wrong", "hangs", "left over")
-SHORT = {"kills": 16, "full": 7, "damaged": 40, "mutations": 150, "notebooks": 0, "reproduces": 0}
+SHORT = {"kills": 12, "full": 7, "damaged": 33, "mutations": 126, "notebooks": 0, "reproduces": 0}
 LONG = {
     "kills": 184,
     "full": 60,
