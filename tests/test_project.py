@@ -174,3 +174,19 @@ def test_titles_are_enough_distinct_and_of_one_domain_each():
         titles[domain] = [row["title"].casefold() for row in rows]
         assert len(set(titles[domain])) == len(rows) >= 150
     assert not set(titles["films"]) & set(titles["books"])
+
+
+def test_the_page_on_reliability_names_tests_that_there_are():
+    """A promise whose test was renamed or removed would stand there alone."""
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = page.split("## Kinds of faults")[1].split("\n## ")[0].splitlines()
+    named = [row.split("|")[3] for row in rows if row.startswith("| ")][1:]
+    assert len(named) >= 18
+    for cell in named:
+        words = re.findall(r"`([^`]+)`", cell)
+        assert words and all(w.endswith(".py") for w in words[:1])
+        for word in words:
+            if word.endswith(".py"):
+                source = (ROOT / "tests" / word).read_text(encoding="utf-8")
+            else:
+                assert re.search(rf"def test_\w*{word}\w*\(", source), (word, cell)
