@@ -28,8 +28,15 @@ def save_tiny_base(folder, seed=0, context=48, vocabulary=VOCABULARY, splits=Non
     tokenizer.pre_tokenizer = splits or pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(folder)
+    return save_tiny_llama(
+        folder, len(vocabulary), seed, context, eos_token_id=1, bos_token_id=None
+    )
+
+
+def save_tiny_llama(folder, vocab_size, seed=0, context=48, generation=None, **options):
+    """Write a tiny random Llama of so many tokens, its head tied to the embeddings."""
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -38,11 +45,12 @@ def save_tiny_base(folder, seed=0, context=48, vocabulary=VOCABULARY, splits=Non
         max_position_embeddings=context,
         tie_word_embeddings=True,
         initializer_range=0.25,
-        eos_token_id=1,
-        bos_token_id=None,
+        **options,
     )
     torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.generation_config = generation or model.generation_config
+    model.save_pretrained(folder)
     return folder
 
 

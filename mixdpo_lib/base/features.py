@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..data.checks import BadRows, RowError
-from ..data.pairs import Pairs, Text, Texts, as_prompt
+from ..data.messages import as_prompt
+from ..data.pairs import Pairs, Text, Texts
 from ..store import MixDPOError, cached, large_array, progress
 from .model import Base
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Base:
             )
         return before, own
 
-    @property
+    @cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end a text, the tokenizer's own first: see `tokens.end_ids`."""
         generation = getattr(self.model, "generation_config", None)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ..data.pairs import Messages, Prompt, as_prompt
+from ..data.messages import Messages, Prompt, as_prompt
 
 _MARK = "mixdpoanswer"  # stands where an answer goes, to see what a template writes around one
 _PROBE = (
@@ -182,9 +182,9 @@ def _answer_ids(
 
 def _without_end(tokenizer: Any, answer: str, ended: bool, ends: Sequence[int]) -> tuple[str, bool]:
     """The answer without an end token at its end, and whether it ended."""
-    for end in dict.fromkeys(_text(tokenizer, [i]) for i in ends):
-        while end.strip() and answer.rstrip().endswith(end):
-            answer, ended = answer.rstrip().removesuffix(end), True
+    written = [text for i in ends if (text := _text(tokenizer, [i])).strip()]
+    while end := next((one for one in written if answer.rstrip().endswith(one)), ""):
+        answer, ended = answer.rstrip().removesuffix(end), True
     inside = [i for i in _ids(tokenizer, answer) if i in ends] if answer else []
     if inside:
         raise ValueError(

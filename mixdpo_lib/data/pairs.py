@@ -25,18 +25,7 @@ from .checks import (
     check_present,
     unit_name,
 )
-from .messages import Messages, Prompt, as_prompt
-
-__all__ = [
-    "Messages",
-    "Pairs",
-    "Prompt",
-    "Text",
-    "Texts",
-    "as_pairs",
-    "as_prompt",
-    "check_preferences",
-]
+from .messages import Prompt, as_prompt
 
 
 class Text(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..base.features import encode_prompts
 from ..base.model import Base
-from ..data.pairs import Prompt, as_prompt
+from ..data.messages import Prompt, as_prompt
 from .contract import Gate
 from .inputs import column, given, log_normal, positive, standardise, zero_linear
 

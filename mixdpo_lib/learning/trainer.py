@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..data.pairs import Pairs, Prompt
+from ..data.messages import Prompt
+from ..data.pairs import Pairs
 from ..elbo import certified_gap, correct
 from ..policy.mixture import MixturePolicy
 from ..store import progress, writing_to

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..base.tokens import answer_text
-from ..data.pairs import as_prompt
+from ..data.messages import as_prompt
 from ..elbo import keep_top_s
 from ..store import progress
 from .next_token import MixtureNextToken, NextToken

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..base.model import Base
-from ..data.pairs import Pairs, Text, Texts, as_prompt
+from ..data.messages import as_prompt
+from ..data.pairs import Pairs, Text, Texts
 from ..elbo import keep_top_s, log_responsibilities, predictive_probability
 from . import generating, saving
 from .causal_lm import MixtureForCausalLM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,15 @@ from torch import Tensor
 from ..base.model import Base, load_base
 from ..experts import Experts, make_experts
 from ..gates import Gate, make_gate
-from ..store import MixDPOError, Shape, check_shape, read_json, sha256_of, whole_folder
+from ..store import (
+    MixDPOError,
+    Shape,
+    canonical_json,
+    check_shape,
+    read_json,
+    sha256_of,
+    whole_folder,
+)
 
 if TYPE_CHECKING:
     from .mixture import MixturePolicy
@@ -54,6 +63,7 @@ def save(
     with whole_folder(folder) as place:
         save_file(state, place / "mixture.safetensors")
         config["tensors_sha256"] = sha256_of(place / "mixture.safetensors")
+        config["config_sha256"] = _config_hash(config)
         (place / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (place / "README.md").write_text(model_card(config, provenance or {}))
 
@@ -124,6 +134,15 @@ def load(
     return experts, gate, config["beta"]
 
 
+def _config_hash(config: Mapping[str, Any]) -> str:
+    """sha256 of all that config.json says beside this hash; nothing where it holds numbers that are none."""
+    rest = {name: value for name, value in config.items() if name != "config_sha256"}
+    try:
+        return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+    except ValueError:
+        return "none"
+
+
 def _said(error: Exception) -> str:
     """What an error says, in a line."""
     said = (str(error).strip().splitlines() or [""])[-1].strip()
@@ -135,7 +154,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises
     ------
-    MixDPOError : another format, a key that is absent, of another type or out of range.
+    MixDPOError : another format, a key that is absent, of another type or out of range; not what was written.
     """
     config = check_shape(path, read_json(path), {"format": (int, float, str, bool, _NONE)}, _REMEDY)
     if config["format"] not in (1, FORMAT) or isinstance(config["format"], bool):
@@ -152,14 +171,21 @@ def read_config(path: Path) -> dict[str, Any]:
         "gate": dict,
         "beta": float,
         "tensors_sha256": str,
+        "config_sha256": str,
     }
-    check_shape(path, config, shape, _REMEDY, optional=("tensors_sha256",))
+    hashes = ("tensors_sha256", "config_sha256")  # older mixtures have none
+    check_shape(path, config, shape, _REMEDY, optional=hashes)
     check_shape(f"{path}: experts", config["experts"], {"family": str}, _REMEDY)
     check_shape(f"{path}: gate", config["gate"], {"gate": str}, _REMEDY)
     if config["n_experts"] < 1:
         raise MixDPOError(f"{path}: n_experts: found {config['n_experts']}, expected 1 or more")
     if not 0 < config["beta"] < math.inf:
         raise MixDPOError(f"{path}: beta: found {config['beta']}, expected above 0; {_REMEDY}")
+    if config.get("config_sha256", "") not in ("", _config_hash(config)):
+        raise MixDPOError(
+            f"{path}: found another content than was written (config_sha256); {_REMEDY}, or remove that key if the "
+            "change is meant"
+        )
     return config
 
 

@@ -62,6 +62,10 @@ def load_values(where: str | Path, notebook: str | None = None) -> dict[str, dic
         folder = results_folder(where, notebook)
         outputs = _outputs(folder, where, notebook)
         if "values.json" not in outputs:
+            if (folder / "values.json").exists():
+                raise MixDPOError(
+                    f"{folder}: values.json: found a file that manifest.json does not list; {_AGAIN}"
+                )
             return {}
         verify_output(folder, "values.json", outputs["values.json"])
         return _values(folder / "values.json")

@@ -21,6 +21,7 @@ from ..store import MixDPOError
 _LABELS = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1, "false": 0, "true": 1}
 _FILES = (".csv", ".jsonl", ".parquet")
 _WHITE = re.compile(r"\s+")
+_HALF = re.compile("[\ud800-\udfff]")  # half of a character: no text
 _REVIEWS_VERSION = 2  # 1: files of `map` lay in it
 
 
@@ -140,6 +141,13 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             f"{path}: not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}); save the file "
             "as UTF-8"
         ) from error
+    except MixDPOError:
+        raise
+    except Exception as error:  # of csv, json or pyarrow
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MixDPOError(
+            f"{path}: not readable as {path.suffix} ({said}); expected reviews, one a row"
+        ) from error
 
 
 def _parsed_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -182,10 +190,10 @@ def _tidy(
                     "name the right one by text_column=... or label_column=..."
                 )
         text, label = row[text_column], row[label_column]
-        if not isinstance(text, str) or not clean(text):
+        if not isinstance(text, str) or not clean(text) or _HALF.search(text):
             raise MixDPOError(
                 f"{place}: row {number + 1}: column {text_column!r}: found {text!r:.60}, expected text "
-                "that is not empty; correct or remove this row"
+                "that is not empty and whole; correct or remove this row"
             )
         value = _LABELS.get(str(label).strip().lower())
         if value is None:

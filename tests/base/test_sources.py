@@ -207,6 +207,7 @@ def test_other_column_names_and_labels(project):
         ("text,label\nfine,2\n", r"a.csv: row 1: column 'label': found '2', expected 0 or 1"),
         ("text,label\nfine\n", r"a.csv: row 1: column 'label': found None"),
         ("text,label\n", r"a.csv: found no rows"),
+        ("text,label\n" + "x" * 200_000 + ",1\n", r"a.csv: not readable as .csv .field larger"),
     ],
 )
 def test_bad_rows_name_file_row_and_column(project, content, expected):
@@ -222,12 +223,21 @@ def test_bad_rows_name_file_row_and_column(project, content, expected):
         ('{"text": "a", "label": null}', "column 'label'"),
         ("{", "line 2: found no JSON"),
         ("[1]", "line 2: found '.1.', expected a JSON object"),
+        ("[" * 100_000, "a.jsonl: not readable as .jsonl .maximum recursion"),
+        ('{"text": "half \\ud800", "label": 1}', "row 2: column 'text': found 'half"),
     ],
 )
 def test_bad_lines_of_jsonl(project, line, expected):
     (project / "a.jsonl").write_text('{"text": "fine", "label": 1}\n' + line + "\n")
     with pytest.raises(MixDPOError, match=expected):
         reviews_file.load_reviews(project / "a.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"PAR1", b"", b"x" * 99])
+def test_a_damaged_parquet_file(project, content):
+    (project / "a.parquet").write_bytes(content)
+    with pytest.raises(MixDPOError, match="a.parquet: not readable as .parquet"):
+        reviews_file.load_reviews(project / "a.parquet")
 
 
 def test_reviews_that_are_not_there(project):

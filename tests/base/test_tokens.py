@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from tiny import VOCABULARY, WORDS, save_tiny_base
+from tiny import VOCABULARY, WORDS, save_tiny_base, save_tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 from trl import DPOConfig, DPOTrainer
 
@@ -85,22 +85,8 @@ def save_base(folder, made=None, template=None, start=False, ends=None):
     if template is not None:
         fast.chat_template = template
     fast.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        eos_token_id=2,
-        bos_token_id=1,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    if ends is not None:
-        model.generation_config = GenerationConfig(eos_token_id=ends)
-    model.save_pretrained(folder)
-    return folder
+    generation = None if ends is None else GenerationConfig(eos_token_id=ends)
+    return save_tiny_llama(folder, len(fast), 0, 256, generation, eos_token_id=2, bos_token_id=1)
 
 
 def words(base, ids):
@@ -242,6 +228,7 @@ def test_the_end_of_an_answer_stands_once_and_is_no_text(tmp_path):
         " was good<|im_end|>",
         " was good</s>\n",
         " was good</s></s>",
+        " was good</s><|im_end|>",
     ):
         assert tokenise(base, Text("The film", published, True)) == plain
         assert tokenise(base, Text("The film", published, False)) == plain  # it did end

@@ -43,6 +43,7 @@ PIECES = [
     b"null",
     b"1e999",
     b"NaN",
+    b": &a",
     b"\\ud800",
     b"\xef\xbb\xbf",
     b"[" * 2000,

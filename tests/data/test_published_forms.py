@@ -12,7 +12,8 @@ from mutations import said
 
 from mixdpo_lib.data.files import load_preferences
 from mixdpo_lib.data.forms import explicit_prompts, split_texts
-from mixdpo_lib.data.pairs import Pairs, Text, Texts, as_prompt, check_preferences
+from mixdpo_lib.data.messages import as_prompt
+from mixdpo_lib.data.pairs import Pairs, Text, Texts, check_preferences
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 Q, GOOD, BAD = "Which knot?", "A bowline.", "Rope."

@@ -4,41 +4,9 @@ import copy
 import json
 import shutil
 
-PIECES = [
-    b"",
-    b"\x00",
-    b"\xff",
-    b"\n",
-    b'"',
-    b"{",
-    b"]",
-    b"null",
-    b"1e999",
-    b"NaN",
-    b": &a",
-    b"[" * 3000,
-    b"9" * 5000,
-]
+from mutations import mutate
+
 VALUES = [None, True, 0, -1, 1e308, "", "x", "../../etc", [], {}, [[1]], {"a": 1}, 3, "0.5", -0.0]
-
-
-def bytes_of(content, rng):
-    """Cut, overwrite, remove, double or put something in, once to three times."""
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(content) + 1)
-        to = min(len(content), at + rng.choice([1, 2, 8, 64]))
-        way = rng.randrange(5)
-        if way == 0:
-            content = content[:at]
-        elif way == 1:
-            content = content[:at] + rng.randbytes(to - at) + content[to:]
-        elif way == 2:
-            content = content[:at] + content[to:]
-        elif way == 3:
-            content = content[:to] + content[at:]
-        else:
-            content = content[:at] + rng.choice(PIECES) + content[at:]
-    return content
 
 
 def _places(value, path=()):
@@ -83,7 +51,7 @@ def change(content, rng, name=""):
             return structure_of(content, rng)
         except (ValueError, RecursionError):
             pass
-    return bytes_of(content, rng)
+    return mutate(content, rng)
 
 
 def damage(file, rng):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import nbformat
 from damage import copy_of
-from work import NAME, REVIEW, features, serving
+from work import NAME, REVIEW, features, reading, serving
 
 import mixdpo_lib as mx
-from mixdpo_lib.runner import notebooks, parameters, results
+from mixdpo_lib.runner import notebooks, parameters
 from mixdpo_lib.study import load_reviews
 from mixdpo_lib.study.titles import load_titles
 
@@ -36,6 +36,7 @@ def originals(folder):
     (folder / "reviews.jsonl").write_text(
         "".join(json.dumps({"text": text, "label": int(label)}) + "\n" for text, label, _ in REVIEW)
     )
+    load_reviews(folder / "reviews.csv").to_parquet(folder / "reviews.parquet")
     talk = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]
     (folder / "talks.json").write_text(
         json.dumps([{"chosen": talk, "rejected": [talk[0], {**talk[1], "content": "No."}]}] * 3)
@@ -47,16 +48,14 @@ def originals(folder):
     run, cache = folder / "runs" / "default" / NAME, folder / "cache" / "features"
     (entry,) = (path for path in cache.iterdir() if path.is_dir())
 
-    def load(base):
+    def load(_):
         mx.load_base(folder / "base")
 
     def pairs(name, whole=True):
         return lambda base: mx.load_preferences(folder / name, base=base if whole else None)
 
     def quoted(base):
-        results.verify_manifest(run)
-        results.load_table("default", NAME, "history")
-        results.load_values("default", NAME)
+        return reading(base, folder)
 
     def resolved(base):
         notebooks.listed_notebooks()
@@ -74,6 +73,10 @@ def originals(folder):
         "reviews (jsonl)": (
             folder / "reviews.jsonl",
             lambda _: load_reviews(folder / "reviews.jsonl"),
+        ),
+        "reviews (parquet)": (
+            folder / "reviews.parquet",
+            lambda _: load_reviews(folder / "reviews.parquet"),
         ),
         "titles": (sorted(titles.glob("*.csv"))[0], lambda _: load_titles(titles, 4)),
         "notebook": (notebook, resolved),

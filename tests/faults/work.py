@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import preference_rows, save_tiny_base, sentence  # noqa: E402
+from tiny import preference_rows, save_tiny_base  # noqa: E402
 
 import mixdpo_lib as mx  # noqa: E402
 from mixdpo_lib import store  # noqa: E402
@@ -161,7 +161,7 @@ def loading(base, folder):
     """The model itself, from its folder: what it says, and which model it is."""
     found = mx.load_base(folder / "base")
     own = mx.MixturePolicy(mx.HeadExperts(found, 1, rank=2, active="all"), mx.LearnedWeights(1))
-    return found.fingerprint + digest(own.logps("the film", "was good"), sentence is not None)
+    return found.fingerprint + digest(own.logps("the film", "was good"))
 
 
 KILLED = {

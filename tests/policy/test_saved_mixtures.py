@@ -27,9 +27,12 @@ def folder(tiny_base, tmp_path):
     return tmp_path / "m"
 
 
-def change(folder, *keys, value=None, gone=False):
+def change(folder, *keys, value=None, gone=False, hashed=False):
+    """Change a key; without the configuration's own hash, as in older mixtures, unless `hashed`."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
+    if not hashed:
+        config.pop("config_sha256", None)
     place = config
     for key in keys[:-1]:
         place = place[key]
@@ -85,6 +88,16 @@ def test_a_key_of_another_type_or_range(tiny_base, folder, keys, value, message)
 def test_a_key_that_is_gone(tiny_base, folder, keys):
     change(folder, *keys, gone=True)
     with pytest.raises(MixDPOError, match=rf"config\.json: .*{keys[-1]}"):
+        MixturePolicy.from_pretrained(folder, tiny_base)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [(("beta",), 0.5), (("chat",), True), (("experts", "min_count"), 2), (("gate", "alpha"), 3.0)],
+)
+def test_a_value_that_could_be_right_and_was_not_written(tiny_base, folder, keys, value):
+    change(folder, *keys, value=value, hashed=True)
+    with pytest.raises(MixDPOError, match="found another content than was written .config_sha256"):
         MixturePolicy.from_pretrained(folder, tiny_base)
 
 

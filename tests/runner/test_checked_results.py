@@ -81,3 +81,17 @@ def test_a_manifest_of_another_shape(reference, content, message):
     ):
         with pytest.raises(MixDPOError, match=f"04_mix/manifest.json.*{message}"):
             call()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: m["outputs"].clear(), lambda m: m.update(left_out=["values.json"])]
+)
+def test_values_that_their_manifest_does_not_list(reference, change):
+    path = reference / "04_mix" / "manifest.json"
+    manifest = store.read_json(path)
+    change(manifest)
+    store.write_json_atomic(path, manifest)
+    with pytest.raises(
+        MixDPOError, match=r"values\.json: found a file that manifest\.json does not"
+    ):
+        results.load_values("reference", "04_mix")
