@@ -248,10 +248,11 @@ def test_a_second_run_does_nothing(smoke):
 
 def test_plain_papermill_runs_a_notebook_with_four_experts(smoke, tmp_path):
     """Without the runner: what the smoke profile cached is used, and the record lands where it is told to."""
-    values = parameters_file.resolve_parameters("03_dpo", "smoke") | {"designs": ["default"]}
+    values = parameters_file.resolve_parameters("08_ablation_experts", "smoke")
+    values |= {"n_experts_compared": [4]}
     (tmp_path / "values.yaml").write_text(json.dumps(values))  # JSON is YAML
-    book, out = ROOT / "notebooks" / "03_dpo.ipynb", tmp_path / "out.ipynb"
-    words = [book, out, "-f", tmp_path / "values.yaml", "-p", "n_experts", "4"]
+    book, out = ROOT / "notebooks" / "08_ablation_experts.ipynb", tmp_path / "out.ipynb"
+    words = [book, out, "-f", tmp_path / "values.yaml", "-p", "n_experts_collapse", "4"]
     done = subprocess.run(
         [sys.executable, "-m", "papermill", *map(str, words)],
         cwd=ROOT,
@@ -260,12 +261,10 @@ def test_plain_papermill_runs_a_notebook_with_four_experts(smoke, tmp_path):
         env={**os.environ, "MIXDPO_RUN_FOLDER": str(tmp_path / "run")},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    accuracy = pd.read_csv(tmp_path / "run" / "tables" / "accuracy.csv")
-    assert set(accuracy["method"]) == {"dpo", "dpo_rank_3r"} and set(accuracy["design"]) == {
-        "default"
-    }
-    assert results.verify_manifest(tmp_path / "run")["parameters"]["n_experts"] == 4
-    own = results.load_table("smoke", "03_dpo", "accuracy").query("design == 'default'")
-    columns = ["group", "users", "routing", "accuracy"]
-    same = [t[t["method"] == "dpo"].astype({"seed": str})[columns] for t in (accuracy, own)]
-    assert same[0].reset_index(drop=True).equals(same[1].reset_index(drop=True))  # from the cache
+    compared, collapse = (
+        pd.read_csv(tmp_path / "run" / "tables" / f"{name}.csv") for name in ("experts", "collapse")
+    )
+    assert set(compared["K"]) == {4}
+    for table in (compared, collapse):
+        assert 3.5 < table["used experts"].max() <= 4.0001
+    assert results.verify_manifest(tmp_path / "run")["parameters"]["n_experts_collapse"] == 4
