@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import math
@@ -241,7 +242,8 @@ def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
     Reads the parameters' names from the notebook's `parameters` cell and their values from
     `namespace`, checks them, and writes them back as they are resolved: `common` whole, and with
     `profile = "smoke"` (in JupyterLab, or by plain papermill) that profile's value of every
-    parameter that was left as the cell has it. Under the runner all values are resolved already.
+    parameter that was left as the cell has it; what another cell assigns, as papermill does for
+    `-p`, is given, whatever it is. Under the runner all values are resolved already.
     The folder is the runner's, else `runs/interactive/<notebook>/<time>`.
     """
     known, values = notebook_parameters(notebook), {}
@@ -253,7 +255,12 @@ def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
         values[name] = namespace[name]
         check_value(notebook, parameter, values[name])
     profile = os.environ.get("MIXDPO_PROFILE")  # of the runner, which has resolved everything
-    given = {n: value for n, value in values.items() if profile or value != known[n].default}
+    assigned = _assigned(namespace.get("In", []))
+    given = {
+        name: value
+        for name, value in values.items()
+        if profile or name in assigned or value != known[name].default
+    }
     profile = profile or values.get(PROFILE, "default")
     values = resolve_parameters(notebook, profile, given)
     namespace.update(values)
@@ -266,6 +273,26 @@ def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
     if profile in NOTES:
         print(NOTES[profile])
     return Run(notebook, values, Path(folder), f"{notebook}-{key[:10]}", profile)
+
+
+def _assigned(cells: Sequence[str]) -> set[str]:
+    """Names that executed cells assigned last by plain `name = ...`; the `parameters` cell has types.
+
+    >>> sorted(_assigned(["n: int = 4", "# Parameters\\nn = 4\\nprofile = 'smoke'", "%time x = 1"]))
+    ['n', 'profile']
+    """
+    names: set[str] = set()
+    for cell in cells:
+        try:
+            body = ast.parse(cell).body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue  # a magic command, or a cell that failed
+        for node in body:
+            if isinstance(node, ast.Assign):
+                names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.discard(node.target.id)  # the parameters cell run again
+    return names
 
 
 def _csv(data: pd.DataFrame) -> str:

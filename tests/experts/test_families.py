@@ -260,6 +260,10 @@ def test_folders_that_are_no_mixture(tiny_base, data, tmp_path):
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     config["experts"]["rank"] = 2
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MixDPOError, match=r"another content than was written \(config_sha256\)"):
+        MixturePolicy.from_pretrained(tmp_path / "m", tiny_base)
+    del config["config_sha256"]  # as the error offers where a change is meant
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(MixDPOError, match="not the tensors of config.json"):
         MixturePolicy.from_pretrained(tmp_path / "m", tiny_base)
     (tmp_path / "file").write_text("taken")

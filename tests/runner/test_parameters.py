@@ -227,6 +227,19 @@ def test_in_jupyterlab_a_profile_sets_what_was_left_alone(shared, capsys):
         record.start_run("04_mix", {**cell, "common": {"n_user": 5}})
 
 
+def test_what_papermill_injects_is_given_even_where_it_is_the_cells_own_value(shared):
+    """`-p n_experts 3 -p profile smoke`: 3 is the cell's default, and the smoke profile's is 2."""
+    cells = [
+        "n_experts: int = 3",
+        "%time other = 1",
+        "# Parameters\nn_experts = 3\nprofile = 'smoke'",
+    ]
+    cell = {"n_experts": 3, "seeds": [0, 1], "profile": "smoke", "common": {}}
+    assert record.start_run("04_mix", {**cell, "In": cells}).parameters["n_experts"] == 3
+    again = [*cells, cells[0]]  # the parameters cell run once more: left as it has it
+    assert record.start_run("04_mix", {**cell, "In": again}).parameters["n_experts"] == 2
+
+
 def test_without_a_word_it_is_the_default_profile(shared, capsys):
     cell = {"n_experts": 3, "seeds": [0, 1], "profile": "default", "common": {}}
     assert record.start_run("04_mix", cell).parameters == parameters.resolve_parameters("04_mix")
