@@ -25,6 +25,7 @@ class CandidateConfig:
     """How prompts are cut and candidates sampled: numbers of prompts, tokens and texts."""
 
     n_prompts: int = 700  # 70 % train, 10 % validation, 20 % test
+    more_test_prompts: int = 0  # after those, all of them test; >= 0
     prompt_tokens: int = 10  # at most; cut back to a whole word
     response_tokens: int = (
         24  # with the prompt about 27 words: long enough to judge, short enough for a laptop
@@ -53,28 +54,33 @@ def first_words(base: Base, text: str, n_tokens: int) -> str | None:
 
 
 def review_prompts(base: Base, texts: Sequence[str], config: CandidateConfig) -> list[str]:
-    """The first words of reviews, at least four, distinct, in random order (seeded).
+    """The first words of reviews, at least four, distinct, in random order (seeded): `n_prompts`, and
+    `more_test_prompts` after them.
 
     Raises
     ------
-    ValueError : fewer than `n_prompts` of them.
+    ValueError : fewer of them than wanted.
     """
+    wanted = config.n_prompts + config.more_test_prompts
     order = np.random.default_rng(config.seed).permutation(len(texts))
     prompts: dict[str, None] = {}
     for i in order:
         prompt = first_words(base, texts[i], config.prompt_tokens)
         if prompt is not None and prompt.count(" ") >= 3:
             prompts.setdefault(prompt)
-        if len(prompts) == config.n_prompts:
+        if len(prompts) == wanted:
             return list(prompts)
     raise ValueError(
         f"only {len(prompts)} distinct prompts of {config.prompt_tokens} tokens in {len(texts)} reviews, "
-        f"n_prompts={config.n_prompts} wanted: give more reviews or ask for fewer prompts"
+        f"n_prompts={config.n_prompts} and more_test_prompts={config.more_test_prompts} wanted: give more reviews or "
+        "ask for fewer prompts"
     )
 
 
 def sample_candidates(base: Base, prompts: Sequence[str], config: CandidateConfig) -> pd.DataFrame:
     """`n_candidates` continuations of each prompt, sampled from the base at temperature 1, untruncated.
+
+    A batch has the seed of its first text, so that prompts which are added leave those of full batches as they were.
 
     Returns a table: prompt_id, candidate, prompt, response (keeps its leading space), ended.
     """
@@ -125,10 +131,14 @@ def _report(start: int, rows: int, total: int, done: int, of: int) -> None:
     progress("candidates", start + rows * done // of, total, "texts")
 
 
-def split_prompts(n_prompts: int) -> dict[str, range]:
-    """Prompts 0 ... n-1 (already in random order) as train (70 %), validation (10 %), test (20 %)."""
-    a, b = round(0.7 * n_prompts), round(0.8 * n_prompts)
-    return {"train": range(0, a), "validation": range(a, b), "test": range(b, n_prompts)}
+def split_prompts(n_prompts: int, more_test_prompts: int = 0) -> dict[str, range]:
+    """Prompts 0 ... n-1 (already in random order) as train (70 %), validation (10 %), test (20 % and those added).
+
+    >>> split_prompts(10, more_test_prompts=3)
+    {'train': range(0, 7), 'validation': range(7, 8), 'test': range(8, 13)}
+    """
+    a, b, end = round(0.7 * n_prompts), round(0.8 * n_prompts), n_prompts + more_test_prompts
+    return {"train": range(0, a), "validation": range(a, b), "test": range(b, end)}
 
 
 def usable(candidates: pd.DataFrame) -> pd.DataFrame:

@@ -78,7 +78,8 @@ class SizeStudy:
 
     Parameters
     ----------
-    study, design : where pairs come from. bases : names, folders or hub ids (see `load_base`).
+    study, design : where pairs come from; the users are those of seed 0 for every fit.
+    bases : names, folders or hub ids (see `load_base`).
     n_training_prompts, n_validation_prompts, n_test_prompts : how many of each part's prompts are kept; validation
         pairs of users who have no training pair left go too.
     fit : of heads, by names of `FitConfig.change`; adapters take AdamW with `adapter_learning_rate`.

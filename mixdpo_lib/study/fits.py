@@ -176,7 +176,7 @@ class Study(ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self._pairs: dict[str, dict[str, Pairs]] = {}
+        self._pairs: dict[tuple[str, int], dict[str, Pairs]] = {}
         self._fitted: dict[tuple[str, str, int], Fitted] = {}
 
     @classmethod
@@ -215,8 +215,8 @@ class Study(ABC):
         """What can be answered: prompt_id, prompt, response, one row a continuation."""
 
     @abstractmethod
-    def preferences(self, design: str) -> Mapping[str, Dataset]:
-        """The preference sets of a design, train, validation and test among them."""
+    def preferences(self, design: str, seed: int = 0) -> Mapping[str, Dataset]:
+        """The preference sets of a design that fits of this seed learn from: train, validation and test among them."""
 
     @property
     @abstractmethod
@@ -249,24 +249,24 @@ class Study(ABC):
             Text(p, r, False) for p, r in zip(table["prompt"], table["response"], strict=True)
         )
 
-    def pairs(self, design: str = "") -> dict[str, Pairs]:
-        """The preference sets of a design (of the only one, by default) over the candidates' texts."""
-        design = design or self.designs[0]
-        if design not in self._pairs:
-            sets = self.preferences(design)
-            self._pairs[design] = {name: Pairs.of(rows, self.texts) for name, rows in sets.items()}
-        return self._pairs[design]
+    def pairs(self, design: str = "", seed: int = 0) -> dict[str, Pairs]:
+        """`preferences` of a design (of the only one, by default) and a seed, over the candidates' texts."""
+        key = (design or self.designs[0], seed)
+        if key not in self._pairs:
+            sets = self.preferences(*key)
+            self._pairs[key] = {name: Pairs.of(rows, self.texts) for name, rows in sets.items()}
+        return self._pairs[key]
 
     # ------------------------------------------------------------------------------------------------------- fits
 
     def fitted(self, method: str, seed: int, design: str = "") -> Fitted:
-        """Fit a method on a design's training pairs, or read the fit from the cache."""
+        """Fit a method on the training pairs of a design and seed, or read the fit from the cache."""
         design = design or self.designs[0]
         if method not in self.methods:
             raise ValueError(f"method={method!r}: possible are {list(self.methods)}")
         key = (design, method, seed)
         if key not in self._fitted:
-            sets = self.pairs(design)
+            sets = self.pairs(design, seed)
             train, policy = sets["train"], self.new_policy(method, sets["train"])
             config = self.fit_config(method, seed)
             result, rewards, _ = kept_fit(policy, train, sets["validation"], config, self.texts)

@@ -79,17 +79,17 @@ def accuracy_by_pairs(
     "metadata" is the gate of users with m pairs of their own, "pairs" the posterior without metadata, "gate" an offset
     of the user fitted on top of the metadata.
     """
-    sets, parts = study.pairs(design), []
-    context, test = sets["context"], sets["test"]
-    of = group_of(context, "user")
-    _, users = context.units("user")
+    parts = []
 
     def score(fitted: Fitted, weights: Tensor, name: str, m: int, loglik: Tensor) -> None:
+        of, (_, users) = group_of(context, "user"), context.units("user")
         rows = {g: weights[[i for i, u in enumerate(users) if of[u] == g]] for g in study.groups}
         table = prompt_accuracy(fitted.policy, test, rows, loglik)
         parts.append(table.assign(served_by=name, m=m, seed=fitted.seed))
 
     for seed in seeds:
+        sets = study.pairs(design, seed)
+        context, test = sets["context"], sets["test"]
         for name in ("dpo", "oracle"):
             fitted = study.fitted(name, seed, design)
             loglik = fitted.policy.loglik(test, fitted.rewards)
@@ -144,16 +144,14 @@ def blended_users(
     Both start from the same experts (`mix_dpo`) and the users' first m pairs; scored on comparisons of the same kind on
     test prompts. Rows: served_by, seed, prompt_id, loglik (nats per pair), accuracy.
     """
-    config = study.design(design)
-    sets = simulate_blends(
-        study.candidates, study.scores, replace(config, context_pairs=m), n_users
-    )
-    context, test = (Pairs.of(sets[name], study.texts) for name in ("context", "test"))
-    ids, users = test.units("user")
-    _, order = context.units("user")
-    place = torch.tensor([order.index(user) for user in users])[ids]
     parts = []
     for seed in seeds:
+        config = replace(study.design(design, seed), context_pairs=m)
+        sets = simulate_blends(study.candidates, study.scores, config, n_users, splits=study.splits)
+        context, test = (Pairs.of(sets[name], study.texts) for name in ("context", "test"))
+        ids, users = test.units("user")
+        _, order = context.units("user")
+        place = torch.tensor([order.index(user) for user in users])[ids]
         single, mixture = study.fitted("dpo", seed, design), study.fitted("mix_dpo", seed, design)
         ways = {
             "dpo": (single, unit_log_w(single.policy, context)[0]),
@@ -222,10 +220,8 @@ def add_users(
 
     Returns one row a way: seconds, users, pairs, experts_untouched (their bytes before and after).
     """
-    config = study.design(design)
-    sets = simulate_preferences(
-        study.candidates, study.scores, replace(config, n_new_users=n_users, context_pairs=m)
-    )
+    config = replace(study.design(design, seed), n_new_users=n_users, context_pairs=m)
+    sets = simulate_preferences(study.candidates, study.scores, config, study.splits)
     context = Pairs.of(sets["context"], study.texts)
     fitted = study.fitted("moe_dpo", seed, design)
     rows = []
@@ -249,7 +245,7 @@ def add_users(
 
 def group_weights(study: ReviewUsers, design: str, seed: int, m: int = 16) -> pd.DataFrame:
     """Mean weight of each group's expert for the new users of each group: by metadata alone and by m pairs."""
-    fitted, context = study.fitted("moe_dpo", seed, design), study.pairs(design)["context"]
+    fitted, context = study.fitted("moe_dpo", seed, design), study.pairs(design, seed)["context"]
     of, (_, users) = group_of(context, "user"), context.units("user")
     rows = []
     for name, size in (("metadata", 0), (f"{m} pairs", m)):

@@ -27,7 +27,7 @@ from ..gates.weights import LearnedWeights
 from ..learning.config import FitConfig
 from ..learning.starts import Start
 from ..policy.mixture import MixturePolicy
-from .candidates import CandidateConfig, review_prompts, sample_candidates, usable
+from .candidates import CandidateConfig, review_prompts, sample_candidates, split_prompts, usable
 from .fits import Fitted, Study, choose, group_of, unit_log_w
 from .judges.contract import REWARDS, JudgeConfig, split_reviews
 from .reviews import load_reviews
@@ -150,13 +150,20 @@ class ReviewUsers(Study):
         """Continuations of the prompts by the base, without the unusable ones."""
         return usable(sample_candidates(self.base, self.prompts, self.config.candidates))
 
-    def design(self, name: str) -> DesignConfig:
-        """Who labels what in the design of this name."""
-        return replace(self.config.design, name=name)
+    @property
+    def splits(self) -> dict[str, range]:
+        """Which prompts, by number, are train, validation and test."""
+        texts = self.config.candidates
+        return split_prompts(texts.n_prompts, texts.more_test_prompts)
 
-    def preferences(self, design: str) -> DatasetDict:
-        """The preference sets of a design: train, validation, context, test."""
-        return simulate_preferences(self.candidates, self.scores, self.design(design))
+    def design(self, name: str, seed: int = 0) -> DesignConfig:
+        """Who labels what in the design of this name. Each seed has users and labels of its own."""
+        return replace(self.config.design, name=name, seed=self.config.design.seed + seed)
+
+    def preferences(self, design: str, seed: int = 0) -> DatasetDict:
+        """The preference sets of a design: train, validation, context, test; the last is the same for all seeds."""
+        config = self.design(design, seed)
+        return simulate_preferences(self.candidates, self.scores, config, self.splits)
 
     # ------------------------------------------------------------------------------------------------------- fits
 
@@ -199,7 +206,7 @@ class ReviewUsers(Study):
         return pd.concat([self._accuracy(f) for f in fits], ignore_index=True)
 
     def _accuracy(self, fitted: Fitted) -> pd.DataFrame:
-        sets, policy = self.pairs(fitted.design), fitted.policy
+        sets, policy = self.pairs(fitted.design, fitted.seed), fitted.policy
         test_loglik = policy.loglik(sets["test"], fitted.rewards)
         parts = []
         for who, name in (("seen", "train"), ("new", "context")):
@@ -239,7 +246,7 @@ class ReviewUsers(Study):
         """
         parts = []
         for f in fits:
-            data = self.pairs(f.design)["validation"]
+            data = self.pairs(f.design, f.seed)["validation"]
             ids, users = data.units("user")
             total = sum_over_units(f.policy.loglik(data, f.rewards), ids, len(users))
             log_q = f.log_q[[f.units.index(user) for user in users]]
@@ -255,7 +262,7 @@ class ReviewUsers(Study):
         """Tidy responsibilities of the training users, experts named by the group they serve."""
         parts = []
         for f in fits:
-            of = group_of(self.pairs(f.design)["train"], "user")
+            of = group_of(self.pairs(f.design, f.seed)["train"], "user")
             names = {k: g for g, k in zip(self.groups, f.order, strict=True) if k >= 0}
             wide = pd.DataFrame(f.log_q.exp().numpy(), index=pd.Index(f.units, name="user"))
             long = (
@@ -272,7 +279,7 @@ class ReviewUsers(Study):
         """How well the training users' responsibilities recover the hidden groups: NMI, ARI, aligned accuracy."""
         parts = []
         for f in fits:
-            of = group_of(self.pairs(f.design)["train"], "user")
+            of = group_of(self.pairs(f.design, f.seed)["train"], "user")
             found = recovery(pd.DataFrame(f.log_q.exp().numpy()), [of[u] for u in f.units])
             parts.append(f.named(pd.DataFrame([found])))
         return pd.concat(parts, ignore_index=True)

@@ -292,6 +292,7 @@ def simulate_blends(
     config: DesignConfig,
     n_users: int,
     test_pairs: int = 40,
+    splits: Mapping[str, range] | None = None,
 ) -> DatasetDict:
     """Blended users: one of two rewards of theirs answers each comparison, with equal chance.
 
@@ -299,6 +300,7 @@ def simulate_blends(
     ----------
     config : the design; `context_pairs` of each user on training prompts.
     test_pairs : of each user on test prompts, answered in the same way, noise included.
+    splits : as in `simulate_preferences`.
 
     Returns
     -------
@@ -308,7 +310,7 @@ def simulate_blends(
     ------
     ValueError : fewer than two groups, scores as in `simulate_preferences`, or no pairs of a group.
     """
-    world = _World(candidates, scores, config)
+    world = _World(candidates, scores, config, splits)
     if len(world.groups) < 2:
         raise ValueError(
             f"scores: found one group ({world.groups[0]}), expected two or more to blend"

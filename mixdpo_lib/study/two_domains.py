@@ -140,8 +140,8 @@ class TwoDomains(Study):
             }
         )
 
-    def preferences(self, design: str = "") -> Mapping[str, Dataset]:
-        """See `domain_preferences`."""
+    def preferences(self, design: str = "", seed: int = 0) -> Mapping[str, Dataset]:
+        """See `domain_preferences`; the same for every seed."""
         read = self.prompts["prompt"].map(self.asked.gate_prompt)
         return domain_preferences(
             self.prompts.assign(read=read), self.candidates, self.rewards, self.config

@@ -199,6 +199,9 @@ def test_splits_cover_the_prompts(n):
     assert [i for part in parts.values() for i in part] == list(range(n))
     assert list(parts) == ["train", "validation", "test"]
     assert len(parts["train"]) == round(0.7 * n)
+    more = split_prompts(n, more_test_prompts=7)
+    assert more | {"test": None} == parts | {"test": None}
+    assert more["test"] == range(parts["test"].start, n + 7)
 
 
 def test_new_users_are_other_users(sets):
@@ -433,7 +436,8 @@ def test_prompts_are_the_first_whole_words_of_reviews(tiny_base, reviews):
         tiny_base, reviews, CandidateConfig(n_prompts=25, prompt_tokens=6, seed=1)
     )
     with pytest.raises(
-        ValueError, match="only 30 distinct prompts of 6 tokens in 65 reviews, n_prompts=31 wanted"
+        ValueError,
+        match="only 30 distinct prompts of 6 tokens in 65 reviews, n_prompts=31 and more_test_prompts=0 wanted",
     ):
         review_prompts(
             tiny_base, [*reviews, *reviews[:30]], CandidateConfig(n_prompts=31, prompt_tokens=6)
@@ -468,6 +472,20 @@ def test_candidates_are_sampled_once(tiny_base, monkeypatch):
         pd.testing.assert_frame_equal(sample_candidates(tiny_base, prompts, config), table)
     other = sample_candidates(tiny_base, prompts, CandidateConfig(**{**vars(config), "seed": 1}))
     assert other["response"].tolist() != table["response"].tolist()
+
+
+def test_more_test_prompts_change_no_other_prompt_and_no_candidate_of_theirs(tiny_base, reviews):
+    few, more = (
+        CandidateConfig(
+            n_prompts=10, more_test_prompts=m, response_tokens=3, n_candidates=2, batch_size=6
+        )
+        for m in (0, 5)
+    )
+    prompts, longer = (review_prompts(tiny_base, reviews, config) for config in (few, more))
+    assert len(longer) == 15 and longer[:10] == prompts
+    tables = [sample_candidates(tiny_base, p, c) for p, c in ((prompts, few), (longer, more))]
+    before, after = (table[table["prompt_id"] < 9] for table in tables)  # three full batches
+    pd.testing.assert_frame_equal(before, after)
 
 
 def test_texts_that_look_like_numbers_or_dates_stay_texts(tiny_base, monkeypatch):

@@ -12,6 +12,7 @@ from mixdpo_lib.study import fits as fits_file
 from mixdpo_lib.study import texts as texts_file
 from mixdpo_lib.study.judges import REWARDS
 from mixdpo_lib.study.review_users import ReviewUsers, review_users_config, study_methods
+from mixdpo_lib.study.simulated_people import simulate_preferences
 
 PRESENT = {
     "sentiment": "good bright quick".split(),
@@ -102,6 +103,17 @@ def test_pairs_share_the_candidates_features(study):
     for part in sets.values():
         assert part.texts is study.texts
     assert study.pairs("default") is sets
+
+
+def test_each_seed_has_users_of_its_own_and_the_same_test_pairs(study):
+    first, other = study.preferences("default"), study.preferences("default", 1)
+    today = simulate_preferences(study.candidates, study.scores, study.config.design)
+    assert all(first[part].to_list() == today[part].to_list() for part in first)
+    for part in ("train", "validation", "context"):
+        assert first[part].to_list() != other[part].to_list()
+        assert len(first[part]) == len(other[part])
+    assert first["test"].to_list() == other["test"].to_list()
+    assert study.pairs("default", 1) is study.pairs("default", 1) is not study.pairs("default")
 
 
 def test_a_fit_is_kept(study, fits, monkeypatch):
