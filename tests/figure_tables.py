@@ -26,7 +26,7 @@ def accuracy(methods: list[tuple[str, str]], groups: list[str], **more) -> pd.Da
     return pd.DataFrame(rows)
 
 
-SINGLE = [("dpo", "none"), ("dpo_rank_3r", "none")]
+SINGLE = [("dpo", "none"), ("dpo_plain", "none"), ("dpo_rank_3r", "none")]
 MIXTURES = [(m, r) for m in ("mix_dpo", "mix_dpo_pair") for r in ("prior", "own_pairs", "oracle")]
 BY_GROUP = accuracy(SINGLE + MIXTURES, [*GROUPS, "mean", "worst"], design="default", users="seen")
 METHODS = ("dpo", "dpo_rank_2r", "mix_dpo", "moe_dpo", "dpo_last_step", "moe_dpo_top_1", "oracle")
@@ -121,8 +121,29 @@ GAINS = pd.DataFrame(
         "gain_low": i - 2.4,
         "gain_high": i - 1.7,
     }
-    for i, p in enumerate(("base", "dpo", "dpo_rank_3r", *(f"expert_{g}" for g in GROUPS)))
+    for i, p in enumerate(
+        (
+            "base",
+            "dpo",
+            "dpo_plain",
+            *(f"expert_{g}" for g in GROUPS),
+            "base_sharpened",
+            "dpo_sharpened",
+        )
+    )
     for r in GROUPS
+)
+SHARPNESS = pd.DataFrame(
+    {"design": "default", "method": m, "seed": s, "served": g, "sharpness": 0.1 * i - 0.05 + s / 50}
+    for m, served in (
+        ("dpo", ["all"]),
+        ("dpo_plain", ["all"]),
+        ("dpo_rank_3r", ["all"]),
+        ("mix_dpo", GROUPS),
+        ("mix_dpo_pair", [*GROUPS[:2], "nobody"]),
+    )
+    for i, g in enumerate(served)
+    for s in range(3)
 )
 SERVED = pd.DataFrame(
     {

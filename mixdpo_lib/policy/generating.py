@@ -30,7 +30,8 @@ class Generated:
     text : response text. expert : index drawn from the weights; in the token form the most probable one given the text.
     log_ratio : nats, log pi_k - log pi_ref of the sampled tokens; in the token form log p - log pi_ref, p the mixture
     that was sampled from (with its truncation). ref_logp : nats. n_tokens : sampled tokens, the end token included.
-    ended : the end token was sampled.
+    ended : the end token was sampled. kl : nats, sum over the sampled tokens of KL(pi_k || pi_ref) of the distributions
+    they were drawn from: its mean over texts is that of log_ratio, with less variance (Amini et al. 2025, arXiv 2504.10637).
     """
 
     text: list[str]
@@ -39,6 +40,7 @@ class Generated:
     ref_logp: list[float]
     n_tokens: list[int]
     ended: list[bool]
+    kl: list[float]
 
 
 def _prompt_ids(
@@ -136,7 +138,7 @@ def generate(
             f"from 0 to {policy.n_experts - 1}, or -1 for the base"
         )
     truncation: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    base, out = policy.base, Generated([], [], [], [], [], [])
+    base, out = policy.base, Generated([], [], [], [], [], [], [])
     for start in range(0, len(ids), batch_size):
         part = slice(start, start + batch_size)
         speak: NextToken
@@ -157,7 +159,7 @@ def generate(
             progress=partial(_report, start, len(ids[part]), len(ids)),
             **drawn,
         )
-        ratios, refs = speak.scores()
+        (ratios, refs), divergences = speak.scores(), speak.divergences()
         rows = zip(ids[part], decoded.tokens, decoded.ended, strict=True)
         for i, (before, tokens, ended) in enumerate(rows):
             n = len(tokens) + int(ended)  # the end token counts, though it is no text
@@ -167,6 +169,7 @@ def generate(
             out.ref_logp.append(float(refs[i, :n].sum()))
             out.n_tokens.append(n)
             out.ended.append(bool(ended))
+            out.kl.append(float(divergences[i, :n].sum()))
     return out
 
 

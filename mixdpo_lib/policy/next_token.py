@@ -18,7 +18,8 @@ class NextToken:
     """Stateful next-token function of a base with optional expert heads, for `sampling.sample`.
 
     Called with (input_ids (rows, t), attention_mask (rows, total)); returns float32 logits (rows, vocabulary).
-    With `observe`, called with the tokens that were drawn, it keeps log pi_k / pi_ref and log pi_ref of each of them.
+    With `observe`, called with the tokens that were drawn, it keeps log pi_k / pi_ref and log pi_ref of each of them, and
+    the KL of the distributions that they were drawn from.
     Only experts that a row speaks as are computed, each for its rows.
     """
 
@@ -36,7 +37,7 @@ class NextToken:
         self._spoken = False
         self._logits: Tensor | None = None
         self._ref_logits: Tensor | None = None
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @torch.inference_mode()
     def __call__(
@@ -56,11 +57,15 @@ class NextToken:
     def observe(self, tokens: Int[Tensor, "rows"]) -> None:
         """Keep what policy and reference say of the tokens just drawn from the last logits."""
         logits, ref_logits = self.last_logits()
-        ref = ref_logits.gather(1, tokens[:, None]).squeeze(1) - ref_logits.logsumexp(1)
-        own = ref
+        log_ref = ref_logits.log_softmax(1)
+        ref = log_ref.gather(1, tokens[:, None]).squeeze(1)
+        own, kl = ref, torch.zeros_like(ref)
         if self._spoken:
-            own = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
-        self._seen.append((own - ref, ref))
+            log_p = logits.log_softmax(1)
+            own = log_p.gather(1, tokens[:, None]).squeeze(1)
+            p = log_p.exp()
+            kl = torch.where(p > 0, p * (log_p - log_ref), 0.0).sum(1)
+        self._seen.append((own - ref, ref, kl))
 
     def last_logits(self) -> tuple[Tensor, Tensor]:
         """Logits of the last call: of what speaks, and of the reference.
@@ -77,8 +82,12 @@ class NextToken:
 
     def scores(self) -> tuple[Float[Tensor, "rows steps"], Float[Tensor, "rows steps"]]:
         """(log pi_k - log pi_ref, log pi_ref) of every token observed, nats."""
-        ratio, ref = zip(*self._seen, strict=True)
+        ratio, ref, _ = zip(*self._seen, strict=True)
         return torch.stack(ratio, 1), torch.stack(ref, 1)
+
+    def divergences(self) -> Float[Tensor, "rows steps"]:
+        """KL(pi_k || pi_ref) of the next-token distributions from which the observed tokens were drawn, nats."""
+        return torch.stack([kl for _, _, kl in self._seen], 1)
 
     def speaker(self, row: int, steps: int) -> int:
         """The expert that speaks in a row; -1 is the reference."""
@@ -163,7 +172,7 @@ class MixtureNextToken(NextToken):
         self._voices.reorder(source)
         self._log_q = [log_q[source] for log_q in self._log_q]
         self._logits, self._ref_logits = logits[source], ref_logits[source]
-        self._seen = [(ratio[source], ref[source]) for ratio, ref in self._seen]
+        self._seen = [(a[source], b[source], c[source]) for a, b, c in self._seen]
         for i, (k, rows, log_p) in enumerate(self._log_p):
             self._log_p[i] = (k, rows, log_p[place_of(rows, len(source))[source[rows]]])
 

@@ -59,11 +59,11 @@ class Capacity:
             else f"adapters, {blocks}, rank {self.rank}"
         )
 
-    def experts(self, base: Base, n_experts: int, min_count: int) -> Experts:
-        """K experts of this capacity, which are the reference."""
+    def experts(self, base: Base, n_experts: int, min_count: int, sharpness: bool) -> Experts:
+        """K experts of this capacity, which are the reference; `min_count` and `sharpness` are of heads."""
         if self.blocks:
             return AdapterExperts(base, n_experts, self.rank, self.blocks)
-        return HeadExperts(base, n_experts, self.rank, min_count=min_count)
+        return HeadExperts(base, n_experts, self.rank, min_count=min_count, sharpness=sharpness)
 
 
 def cut(rows: Dataset, n_prompts: int) -> Dataset:
@@ -142,7 +142,7 @@ class SizeStudy:
         if capacity.blocks:
             chosen = chosen.change(optimizer="adamw", learning_rate=self.adapter_learning_rate)
         n_experts = study.n_experts if method == "mix_dpo" else 1
-        experts = capacity.experts(self.base(name), n_experts, study.min_count)
+        experts = capacity.experts(self.base(name), n_experts, study.min_count, study.sharpness)
         policy = MixturePolicy(experts, LearnedWeights(n_experts), study.beta)
         train, test = self.pairs["train"], self.pairs["test"]
         result, rewards, seconds = kept_fit(
@@ -205,7 +205,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "HeadExperts": Family(
-        lambda base, k, rank, beta, pairs: HeadExperts(base, k, rank), 0.1, "sgd"
+        lambda base, k, rank, beta, pairs: HeadExperts(base, k, rank, sharpness=False), 0.1, "sgd"
     ),
     "AdapterExperts": Family(
         lambda base, k, rank, beta, pairs: AdapterExperts(base, k, rank), 0.005

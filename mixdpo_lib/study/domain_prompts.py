@@ -69,6 +69,7 @@ class TwoDomainsConfig:
     n_experts: int = 2
     rank: int = 8
     min_count: int = 5  # occurrences of an active token in the training responses
+    sharpness: bool = True  # each head has an s of its own, see `HeadExperts`
     beta: float = 0.1
     suffix: str | None = (
         None  # of what the gate reads, see ContextGate; by default that of SUFFIXES, "" for none

@@ -21,6 +21,7 @@ from ..figures.plots import heat, mean_rows, need, one_of
 METHOD_STYLE: Mapping[str, Look] = {
     "base": Look("base model", "#8A8A8A", "s"),
     "dpo": Look("DPO", "#0072B2", "o"),
+    "dpo_plain": Look("plain DPO", "#AA4499", "h"),
     "dpo_rank_3r": Look("DPO, rank 3r", "#56B4E9", "v"),
     "mix_dpo": Look("Mix-DPO, per user", "#D55E00", "D"),
     "dpo_rank_2r": Look("DPO, rank 2r", "#332288", ">"),
@@ -42,13 +43,18 @@ SERVED_STYLE: Mapping[str, Look] = {
     "gate": Look("metadata, then the gate fitted to own pairs", "#CC79A7", "^"),
 }
 POLICY_STYLE: Mapping[str, Look] = {
-    **{name: METHOD_STYLE[name]._replace(filled=False) for name in ("base", "dpo", "dpo_rank_3r")},
+    "base": METHOD_STYLE["base"]._replace(filled=False),
+    "base_sharpened": Look("base, sharpened", "#8A8A8A", "d", filled=False),
+    "dpo": METHOD_STYLE["dpo"]._replace(filled=False),
+    "dpo_plain": METHOD_STYLE["dpo_plain"]._replace(filled=False),
+    "dpo_sharpened": Look("DPO, half head, sharpened", "#0072B2", "v", filled=False),
     **{
         f"expert_{name}": look._replace(label=f"{name} expert", filled=False)
         for name, look in EXPERT_STYLE.items()
     },
 }
 GROUP_ORDER = ("sentiment", "informativeness", "grammar", "others", "all", "mean", "worst")
+SERVED_LABELS = {"all": "all users\n(one policy)", "nobody": "no group"}
 GROUP_LABELS = {"all": "all pairs", "mean": "mean of\ngroups", "worst": "worst\ngroup"}
 ROUTING_LABELS = {
     "none": "none\n(one\npolicy)",
@@ -300,6 +306,25 @@ def recovery(recovery: pd.DataFrame, ax: Axes) -> Axes:
     users = f"n = {int(recovery['n_users'].max())} users; " if "n_users" in recovery else ""
     ax.set(xlabel=f"{users}small: seeds, large: their median")
     ax.set_ylabel("agreement with the hidden groups\n(1 = all recovered)")
+    return ax
+
+
+def expert_sharpness(sharpness: pd.DataFrame, ax: Axes) -> Axes:
+    """Which sharpness s every head found, by the group that it serves; every seed a point.
+
+    Parameters
+    ----------
+    sharpness : one design; columns ``method``, ``seed``, ``served`` (a group, "all" of a single
+        policy, or "nobody"), ``sharpness`` (pure number).
+    """
+    need(sharpness, ["method", "seed", "served", "sharpness"], "expert_sharpness")
+    one_of(sharpness, ["design"], "expert_sharpness")
+    places = ordered(set(sharpness["served"]))
+    points(sharpness, ax, "served", "sharpness", "method", METHOD_STYLE, places, horizontal=True)
+    ax.set_yticks(range(len(places)), [SERVED_LABELS.get(place, place) for place in places])
+    ax.axvline(0, color="black", linestyle=":", label="the base", zorder=1)
+    legend_above(ax)
+    ax.set(xlabel="sharpness s (1 + s: power of the base)", ylabel="whom the expert serves")
     return ax
 
 

@@ -101,6 +101,12 @@ class Fitted:
     units: list[Any]
     order: list[int]
 
+    @property
+    def sharpness(self) -> list[float]:
+        """s of each expert, a pure number, see `HeadExperts`; 0 of one that has none."""
+        s = getattr(self.policy.experts, "sharpness", None)
+        return [0.0] * self.policy.n_experts if s is None else s.detach().tolist()
+
     def named(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table with the columns design (where there are several), method and seed in front."""
         names = {"design": self.design} if self.design else {}

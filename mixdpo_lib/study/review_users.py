@@ -54,22 +54,26 @@ class Method:
     """A way to learn from mixed preferences: K experts of a rank, with one latent a user or a comparison.
 
     gate : "learned" weights that read nothing; "metadata", a gate of the users' metadata; "given", the hidden group.
+    plain : heads without sharpness, whatever the study's have.
     """
 
     n_experts: int
     rank: int
     latent: str
     gate: str = "learned"
+    plain: bool = False
 
 
 def study_methods(n_experts: int, rank: int, n_groups: int = len(REWARDS)) -> dict[str, Method]:
     """The methods that are compared.
 
-    `dpo_rank_3r` is the control with the parameters of all experts in one policy; `oracle` is told each user's hidden
-    group: one DPO a group, fitted side by side.
+    `dpo` has the head of an expert, sharpness included, and `dpo_plain` has none; `dpo_rank_3r` is the control with the
+    parameters of all experts in one policy; `oracle` is told each user's hidden group: one DPO a group, fitted side by
+    side.
     """
     return {
         "dpo": Method(1, rank, "unit"),
+        "dpo_plain": Method(1, rank, "unit", plain=True),
         "dpo_rank_3r": Method(1, rank * n_experts, "unit"),
         "mix_dpo": Method(n_experts, rank, "unit"),
         "mix_dpo_pair": Method(n_experts, rank, "pair"),
@@ -93,6 +97,7 @@ class ReviewUsersConfig:
     rank: int = 8
     min_count: int = 2  # occurrences of an active token in the training responses
     beta: float = 0.1
+    sharpness: bool = True  # each head has an s of its own, see `HeadExperts`
     fit: FitConfig = STUDY_FIT
 
     def __post_init__(self) -> None:
@@ -170,7 +175,13 @@ class ReviewUsers(Study):
     def new_policy(self, method: str, train: Pairs) -> MixturePolicy:
         """An untrained policy of a method; a gate of metadata knows the columns from the training pairs."""
         m = self.methods[method]
-        experts = HeadExperts(self.base, m.n_experts, m.rank, min_count=self.config.min_count)
+        experts = HeadExperts(
+            self.base,
+            m.n_experts,
+            m.rank,
+            min_count=self.config.min_count,
+            sharpness=self.config.sharpness and not m.plain,
+        )
         gate: Gate = LearnedWeights(m.n_experts)
         if m.gate == "given":
             gate = given_gate("group", self.groups, m.n_experts)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
 
 from ..evaluation import accuracy_gain
+from .fits import Fitted
 
 
 def design_gains(by_prompt: pd.DataFrame, baseline: str = "dpo") -> pd.DataFrame:
@@ -101,3 +102,21 @@ def group_agreement(candidates: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFr
                 {"group_a": a, "group_b": b, "agreement": share, "n_pairs": int(untied.sum())}
             )
     return pd.DataFrame(out)
+
+
+def expert_sharpness(fits: Sequence[Fitted], groups: Sequence[str]) -> pd.DataFrame:
+    """The sharpness s that every head found: pi_k proportional to pi_ref^(1 + s) times what its low-rank part says.
+
+    Returns
+    -------
+    design, method, seed, expert, served ("all" of a single policy, the group that an expert is aligned with, or
+    "nobody"), sharpness (a pure number, 0 in the reference and of heads that have none).
+    """
+    parts = []
+    for f in fits:
+        k = f.policy.n_experts
+        names = {e: g for g, e in zip(groups, f.order, strict=True)}
+        served = ["all"] if k == 1 else [names.get(e, "nobody") for e in range(k)]
+        table = {"expert": range(k), "served": served, "sharpness": f.sharpness}
+        parts.append(f.named(pd.DataFrame(table)))
+    return pd.concat(parts, ignore_index=True)

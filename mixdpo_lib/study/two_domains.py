@@ -181,7 +181,9 @@ class TwoDomains(Study):
         elif method == "oracle":
             gate = given_gate("domain", DOMAINS, k)
         return MixturePolicy(
-            HeadExperts(self.base, k, rank, min_count=config.min_count), gate, config.beta
+            HeadExperts(self.base, k, rank, min_count=config.min_count, sharpness=config.sharpness),
+            gate,
+            config.beta,
         )
 
     def fit_config(self, method: str, seed: int) -> FitConfig:
