@@ -244,7 +244,9 @@ def test_distinct_2():
 
 
 def test_table_of_texts():
-    made = Generated(["a b a b", "c"], [0, 1], [0.5, -0.25], [-3.0, -1.0], [5, 1], [True, False])
+    made = Generated(
+        ["a b a b", "c"], [0, 1], [0.5, -0.25], [-3.0, -1.0], [5, 1], [True, False], [0.75, 0.0]
+    )
     table = text_table(
         made, ["p", "q"], [7, 9], pd.DataFrame({"sentiment": [1.0, 2.0]}, index=[5, 6])
     )
@@ -254,6 +256,7 @@ def test_table_of_texts():
         "text": "a b a b",
         "sentiment": 1.0,
         "log_ratio": 0.5,
+        "kl": 0.75,
         "ref_logp": -3.0,
         "n_tokens": 5,
         "distinct_2": pytest.approx(2 / 3),
@@ -268,7 +271,7 @@ def test_summary_of_texts_by_hand():
             "seed": 0,
             "prompt_id": [0, 0, 1] * 2,
             "sentiment": [1.0, 3.0, 5.0, 3.0, 5.0, 7.0],
-            "log_ratio": [0.1, 0.2, 0.3, 1.0, 2.0, 6.0],
+            "kl": [0.1, 0.2, 0.3, 1.0, 2.0, 6.0],
             "ref_logp": [-10.0, -20.0, -30.0, -5.0, -5.0, -20.0],
             "n_tokens": [10, 10, 10, 10, 20, 30],
             "distinct_2": [1.0, 0.5, 0.0, 1.0, 1.0, 0.7],
@@ -288,7 +291,28 @@ def test_summary_of_texts_by_hand():
         math.exp(0.5)
     )
     assert dpo["length"] == 10 and mix["length"] == 20 and mix["distinct_2"] == pytest.approx(0.9)
-    assert dpo["n"] == 3 and dpo["reward"] == "sentiment"
+    assert dpo["n"] == 3 and dpo["reward"] == "sentiment" and "gain_over_base" not in found
+    base = texts[texts["policy"] == "dpo"].assign(policy="base", sentiment=[0.0, 0.0, 7.0])
+    over = summarise_texts(pd.concat([texts, base]), ["sentiment"]).set_index("policy").loc["mix"]
+    assert (over["gain_over_dpo"], over["gain_over_base"]) == (2.0, 2.0)  # 5.5 - 3.5 of (0, 7)
+    assert (over["base_low"], over["base_high"]) == (0.0, 4.0)  # by prompt 4 - 0 and 7 - 7
+
+
+def test_kl_of_samples_is_that_of_the_distributions_they_were_drawn_from(tiny_base, held_out):
+    policy = make(tiny_base, held_out, active="all")
+    prompts = [row["prompt"] for row in held_out.rows] * 20
+    out = policy.generate(prompts, expert=[0, 1, -1] * 40, max_new_tokens=4, seed=3)
+    kl, ratio = np.array(out.kl).reshape(-1, 3), np.array(out.log_ratio).reshape(-1, 3)
+    assert (kl[:, :2] > 0).all() and (kl[:, 2] == 0).all()
+    difference = (kl - ratio)[:, :2].ravel()  # of mean 0
+    assert abs(difference.mean()) < 3 * difference.std() / len(difference) ** 0.5
+    assert kl[:, :2].var() < ratio[:, :2].var()
+    texts = [Text(*one) for one in zip(prompts, out.text, out.ended, strict=True)]
+    store = Texts.of(texts)
+    for k in range(2):
+        ids = torch.tensor([store.index[text] for text in texts[k::3]])
+        found = prefix_kl(policy.experts, store, ids)[0, k]
+        assert kl[:, k].mean() == pytest.approx(found, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------- prefix KL

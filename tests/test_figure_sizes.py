@@ -87,7 +87,7 @@ FIGURES = {
     "routing_comparison": ("column", 3, lambda ax: study_figures.routing_comparison(BY_GROUP, ax)),
     "recovery": ("page", 0, lambda ax: study_figures.recovery(RECOVERY, ax)),
     "reward_gains": ("page", 0, lambda ax: study_figures.reward_gains(GAINS, ax)),
-    "expert_sharpness": ("column", 3, lambda ax: study_figures.expert_sharpness(SHARPNESS, ax)),
+    "expert_sharpness": ("page", 0, lambda ax: study_figures.expert_sharpness(SHARPNESS, ax)),
     "judge_report": ("column", 3, lambda ax: judge_figures.judge_report(VALIDITY, ax)),
     "judge_agreement": ("page", 2.8, lambda ax: judge_figures.judge_agreement(AGREEMENT, ax)),
     "probe_scores": ("page", 0, lambda ax: judge_figures.probe_scores(PROBES, ax)),

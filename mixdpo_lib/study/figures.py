@@ -315,14 +315,14 @@ def expert_sharpness(sharpness: pd.DataFrame, ax: Axes) -> Axes:
     Parameters
     ----------
     sharpness : one design; columns ``method``, ``seed``, ``served`` (a group, "all" of a single
-        policy, or "nobody"), ``sharpness`` (pure number).
+        policy, or "nobody"), ``sharpness`` (pure number; the line at 0 is the base).
     """
     need(sharpness, ["method", "seed", "served", "sharpness"], "expert_sharpness")
     one_of(sharpness, ["design"], "expert_sharpness")
     places = ordered(set(sharpness["served"]))
     points(sharpness, ax, "served", "sharpness", "method", METHOD_STYLE, places, horizontal=True)
     ax.set_yticks(range(len(places)), [SERVED_LABELS.get(place, place) for place in places])
-    ax.axvline(0, color="black", linestyle=":", label="the base", zorder=1)
+    ax.axvline(0, color="black", linestyle=":", zorder=1)
     legend_above(ax)
     ax.set(xlabel="sharpness s (1 + s: power of the base)", ylabel="whom the expert serves")
     return ax

@@ -73,7 +73,13 @@ def test_preferences_follow_the_design(smoke):
 
 def test_accuracy_has_every_method_group_and_seed(smoke):
     accuracy = results.load_table("smoke", "04_mix_dpo", "accuracy")
-    assert set(accuracy["method"]) == {"dpo", "dpo_rank_3r", "mix_dpo", "mix_dpo_pair"}
+    assert set(accuracy["method"]) == {
+        "dpo",
+        "dpo_plain",
+        "dpo_rank_3r",
+        "mix_dpo",
+        "mix_dpo_pair",
+    }
     assert set(accuracy["group"]) == GROUPS | {"mean", "worst"} and set(
         accuracy["seed"].astype(str)
     ) == SEEDS | {"mean"}
@@ -189,17 +195,23 @@ def test_new_users_are_served_in_every_way_and_touch_no_expert(smoke):
 
 def test_texts_come_with_kl_and_perplexity(smoke):
     summary = results.load_table("smoke", "04_mix_dpo", "text_summary")
-    assert set(summary["policy"]) == {"base", "dpo", *(f"expert_{g}" for g in GROUPS)}
+    written = {"dpo", "dpo_plain", "base_sharpened", "dpo_sharpened"}
+    written |= {f"expert_{g}" for g in GROUPS}
+    assert set(summary["policy"]) == written | {"base"}
     assert np.allclose(summary[summary["policy"] == "dpo"]["gain_over_dpo"], 0)
-    assert np.allclose(summary[summary["policy"] == "base"]["kl"], 0)
+    assert np.allclose(summary[summary["policy"] == "base"][["kl", "gain_over_base"]], 0)
     n = parameters_file.resolve_parameters("04_mix_dpo", "smoke")["n_texts"] * len(SEEDS)
     assert (summary[summary["policy"] != "base"]["n"] == n).all() and (
         summary["perplexity"] > 1
     ).all()
     matched = results.load_table("smoke", "04_mix_dpo", "matched_scales")
-    assert (matched.groupby(["policy", "seed"]).size() == 1).all() and len(matched) == 4 * len(
-        SEEDS
-    )
+    assert (matched.groupby(["policy", "seed"]).size() == 1).all() and len(matched) == len(
+        written
+    ) * len(SEEDS)
+    sharpness = results.load_table("smoke", "04_mix_dpo", "sharpness")
+    assert len(sharpness) == len(DESIGNS) * len(SEEDS) * (3 * 1 + 2 * 3)
+    assert (sharpness[sharpness["method"] == "dpo_plain"]["sharpness"] == 0).all()
+    assert (sharpness[sharpness["method"] == "dpo"]["sharpness"].abs() > 0).all()
 
 
 def test_values_of_the_headline_are_those_of_the_tables(smoke):
@@ -215,6 +227,8 @@ def test_values_of_the_headline_are_those_of_the_tables(smoke):
         "user_nmi_median_clean",
         "reward_gain_sentiment",
         "reward_gain_grammar",
+        "reward_over_base_grammar",
+        "sharpness_grammar",
     } <= set(values)
 
 

@@ -1,5 +1,7 @@
 """The arrows of the study on a tiny model with made-up judges: what comes out of each, and that it is kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,12 +9,15 @@ import torch
 from tiny import WORDS
 
 from mixdpo_lib.elbo import log_responsibilities
+from mixdpo_lib.experts.heads import prefix_kl
 from mixdpo_lib.policy.generating import Generated
+from mixdpo_lib.study import equal_kl
 from mixdpo_lib.study import fits as fits_file
 from mixdpo_lib.study import texts as texts_file
 from mixdpo_lib.study.judges import REWARDS
 from mixdpo_lib.study.review_users import ReviewUsers, review_users_config, study_methods
 from mixdpo_lib.study.simulated_people import simulate_preferences
+from mixdpo_lib.study.tables import expert_sharpness
 
 PRESENT = {
     "sentiment": "good bright quick".split(),
@@ -97,6 +102,16 @@ def test_the_control_has_as_many_parameters_as_the_mixture():
     assert {m.n_experts for m in methods.values()} == {1, 3}
 
 
+def test_only_plain_dpo_has_no_sharpness(study):
+    train = study.pairs("default")["train"]
+    for method in study.methods:
+        s = study.new_policy(method, train).experts.sharpness
+        assert (s is None) == (method == "dpo_plain")
+    plain = study.variant()
+    plain.config = replace(study.config, sharpness=False)
+    assert plain.new_policy("mix_dpo", train).experts.sharpness is None
+
+
 def test_pairs_share_the_candidates_features(study):
     sets = study.pairs("default")
     assert len(sets["train"]) == 72 and len(sets["context"]) == 12
@@ -150,6 +165,7 @@ def test_every_method_has_its_accuracy_under_every_routing(study):
     by_prompt = study.accuracy_by_prompt(fits)
     assert set(by_prompt["method"]) == {
         "dpo",
+        "dpo_plain",
         "dpo_rank_3r",
         "mix_dpo",
         "mix_dpo_pair",
@@ -206,41 +222,89 @@ def test_oracle_routing_is_one_expert(study, fits):
         )
 
 
-def test_experts_are_scaled_to_the_kl_of_dpo(study, fits, monkeypatch):
-    def generated(
-        study, fitted, name, expert, scale, prompt_ids
-    ):  # DPO's samples say 2 nats, the experts' 1
-        assert set(prompt_ids) == set(range(28, 32))
-        n = len(prompt_ids)
-        return Generated(
-            ["a"] * n, [0] * n, [2.0 if name == "dpo" else 1.0] * n, [0.0] * n, [1] * n, [False] * n
-        )
+POLICIES = [
+    "dpo",
+    "dpo_plain",
+    *(f"expert_{g}" for g in REWARDS),
+    "base_sharpened",
+    "dpo_sharpened",
+]
 
-    monkeypatch.setattr(texts_file, "_generated", generated)
-    table = texts_file.matched_scales(study, "default", [0]).set_index("policy")
-    assert (
-        list(table.index) == ["dpo", *(f"expert_{g}" for g in REWARDS)]
-        and table.loc["dpo", "scale"] == 1
+
+@pytest.fixture(scope="module")
+def matched(study, fits):
+    return equal_kl.matched_scales(study, "default", [0])
+
+
+def test_policies_are_brought_to_the_kl_of_dpo(study, fits, monkeypatch):
+    def sampled(study, fitted, name, expert, scale, sharpness, prompt_ids):
+        """DPO's samples are twice as far as its prefixes say, those of the others as far."""
+        assert set(prompt_ids) == set(range(28, 32))  # validation
+        _, ids = texts_file.candidates_on(study, range(28, 32))
+        experts = texts_file.rewritten(fitted.policy.experts, expert, [(scale, sharpness)])
+        kl = float(prefix_kl(experts, study.texts, ids)[0, 0]) * (2 if name == "dpo" else 1)
+        n = len(prompt_ids)
+        return Generated(["a"] * n, [0] * n, [0.0] * n, [0.0] * n, [1] * n, [False] * n, [kl] * n)
+
+    monkeypatch.setattr(equal_kl, "sampled_texts", sampled)
+    table = equal_kl.matched_scales(study, "default", [0]).set_index("policy")
+    assert list(table.index) == POLICIES and table.loc["dpo", "scale"] == 1
+    dpo, mixture = (
+        next(f for f in fits if (f.design, f.method) == ("default", m)) for m in ("dpo", "mix_dpo")
     )
-    mixture = next(f for f in fits if (f.design, f.method) == ("default", "mix_dpo"))
-    assert table["expert"].tolist()[1:] == mixture.order
-    # the samples of the first match were half as far as DPO's: the last correction doubles the prefix KL
+    experts = table.loc[[f"expert_{g}" for g in REWARDS]]
+    assert experts["expert"].tolist() == mixture.order
     np.testing.assert_allclose(
         table["prefix_kl"].iloc[1:], 2 * table.loc["dpo", "prefix_kl"], rtol=0.02
     )
+    own = np.array(mixture.sharpness)[mixture.order]
+    np.testing.assert_allclose(experts["sharpness"], experts["scale"] * own, rtol=1e-5)
+    assert table.loc["dpo", "sharpness"] == pytest.approx(dpo.sharpness[0])
+    assert table.loc["dpo_plain", "sharpness"] == 0 == table.loc["base_sharpened", "scale"]
+    assert table.loc["dpo_sharpened", "scale"] == 0.5
+    assert table.loc["dpo_sharpened", "sharpness"] > dpo.sharpness[0]
 
 
-def test_texts_at_matched_kl(study, fits):
-    table = texts_file.matched_scales(study, "default", [0])
-    texts = texts_file.texts_of(study, table, 12)
-    assert texts.groupby("policy").size().tolist() == [12] * 4 and set(texts["prompt_id"]) == set(
-        range(32, 40)
-    )
+def test_kl_of_the_sharpness_and_of_the_head_alone(matched):
+    table = matched.set_index("policy")
+    both, s, head = (table[c] for c in ("prefix_kl", "prefix_kl_sharpness", "prefix_kl_head"))
+    assert s["dpo_plain"] == pytest.approx(0, abs=1e-5) and head["dpo_plain"] == both["dpo_plain"]
+    assert head["base_sharpened"] == pytest.approx(0, abs=1e-5)
+    assert s["base_sharpened"] == both["base_sharpened"]
+    assert (both > 0.01).all() and (head.drop("base_sharpened") > 0.01).all()
+
+
+def test_a_rewritten_expert_of_the_same_numbers_is_the_expert(study, fits):
+    mixture = next(f for f in fits if (f.design, f.method) == ("default", "mix_dpo"))
+    _, ids = texts_file.candidates_on(study, range(28, 32))
+    same = [(1.0, mixture.sharpness[1]), (0.5, 0.5 * mixture.sharpness[1])]
+    found = prefix_kl(texts_file.rewritten(mixture.policy.experts, 1, same), study.texts, ids)
+    whole = prefix_kl(mixture.policy.experts, study.texts, ids, [1.0, 0.5])[:, 1]
+    np.testing.assert_allclose(found[0], whole, rtol=1e-5)
+
+
+def test_texts_at_matched_kl(study, fits, matched):
+    texts = texts_file.texts_of(study, matched, 12)
+    assert texts.groupby("policy").size().to_dict() == dict.fromkeys(POLICIES, 12)
+    assert set(texts["prompt_id"]) == set(range(32, 40))
     assert texts["log_ratio"].abs().max() > 0 and (texts["n_tokens"] <= 6).all()
+    assert (texts["kl"] > 0).all()
     own = judge([f"{p} {t}" for p, t in zip(texts["prompt"], texts["text"], strict=True)])
     assert np.allclose(own["sentiment"], texts["sentiment"])
-    again = texts_file.texts_of(study, table, 12)
+    again = texts_file.texts_of(study, matched, 12)
     pd.testing.assert_frame_equal(again, texts)
+
+
+def test_table_of_the_sharpness_that_was_found(study, fits):
+    table = expert_sharpness(fits, study.groups).set_index(["design", "method", "served"])
+    assert len(table) == 2 * (1 + 3)
+    (mixture,) = [f for f in fits if (f.design, f.method) == ("clean", "mix_dpo")]
+    s = mixture.policy.experts.sharpness.tolist()
+    for group, k in zip(REWARDS, mixture.order, strict=True):
+        row = table.loc[("clean", "mix_dpo", group)]
+        assert (row["expert"], row["sharpness"]) == (k, pytest.approx(s[k]))
+    assert ("default", "dpo", "all") in table.index and table["sharpness"].abs().max() > 0
+    assert study.fitted("dpo_plain", 0, "clean").sharpness == [0.0]
 
 
 def test_held_out_likelihood_of_a_user_by_hand(study, fits):
@@ -262,6 +326,7 @@ def test_a_variant_shares_what_it_does_not_change(study):
     assert (other.config.fit.passes, study.config.fit.passes) == (1.0, 4.0)
     assert other.config.designs == study.config.designs
     assert other.pairs("default") is study.pairs("default")
+    assert other.pairs("default", 1) is study.pairs("default", 1)
     with pytest.raises(ValueError, match="n_prompts: no choice of a fit; possible are"):
         study.variant(n_prompts=3)
 
