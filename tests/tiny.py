@@ -161,10 +161,20 @@ def full_logps(base, experts, prompt, response, ended):
     def score(z):
         return z.log_softmax(-1)[first - 1 : -1].gather(1, target[:, None]).sum()
 
-    shifts = [
-        hidden @ down.T @ up.T @ head.T for down, up in zip(experts.down, experts.up, strict=True)
-    ]
+    shifts = head_shifts(experts, hidden, logits, head)
     return torch.stack([score(logits + mask * shift) for shift in shifts]), score(logits)
+
+
+def head_shifts(experts, hidden, logits, head):
+    """W B_k A_k h + s_k (log pi_ref - m) of every expert, m the mean over the active tokens; differentiable."""
+    log_ref = logits.log_softmax(-1)
+    active = log_ref[:, experts.active_ids]
+    mean = (active.exp() * active).sum(-1, keepdim=True) / active.exp().sum(-1, keepdim=True)
+    sharpness = torch.zeros(experts.n_experts) if experts.sharpness is None else experts.sharpness
+    return [
+        hidden @ down.T @ up.T @ head.T + s * (log_ref - mean)
+        for down, up, s in zip(experts.down, experts.up, sharpness, strict=True)
+    ]
 
 
 def plain_fit(**choices):

@@ -18,7 +18,7 @@ from .architecture import logit_map
 from .features import TextFeatures, ids_key, padded, tokenised
 from .model import Base
 
-VERSION = 1
+VERSION = 2
 
 
 def head_logits(
@@ -37,11 +37,22 @@ class HeadConstants:
     token_logit : (positions,) float32, logit of the response token under the base.
     lse : (positions,) float32, logsumexp of the base's logits over the whole vocabulary.
     lse_inactive : (positions,) float32, the same over the tokens outside the active set; -inf where all are active.
+    mean_active : (positions,) float32, mean logit of the active tokens, each weighed by its probability under the base.
     """
 
     token_logit: np.ndarray
     lse: np.ndarray
     lse_inactive: np.ndarray
+    mean_active: np.ndarray
+
+
+def mean_logit(logits: Float[Tensor, "rows tokens"]) -> Float[Tensor, "rows"]:
+    """Mean of the logits under the distribution that they make: sum_v softmax(z)_v z_v; gradients flow.
+
+    >>> mean_logit(torch.tensor([[0.0, 0.0], [2.0, -1e4]]))
+    tensor([0., 2.])
+    """
+    return (logits.softmax(1) * logits).sum(1)
 
 
 def reference_constants(
@@ -49,7 +60,8 @@ def reference_constants(
 ) -> HeadConstants:
     """The frozen head's constants for every position of `texts`, for this set of active tokens, from the cache.
 
-    What an empty set gives is all that the reference needs: `lse_inactive` is then not filled (-inf).
+    What an empty set gives is all that the reference needs: `lse_inactive` (-inf) and `mean_active` (0) are then not
+    filled.
     """
     digest = hashlib.sha256(active.tobytes()).hexdigest()
     rows = base.model.get_output_embeddings().weight.shape[0]
@@ -57,8 +69,8 @@ def reference_constants(
 
     def build(folder: Path) -> None:
         n = len(texts.tokens)
-        out = np.empty((3, n), dtype=np.float32)
-        inactive_ids = torch.from_numpy(inactive)
+        out = np.empty((4, n), dtype=np.float32)
+        inactive_ids, active_ids = torch.from_numpy(inactive), torch.from_numpy(active)
         for start in range(0, n, block):
             stop = min(start + block, n)
             hidden = torch.from_numpy(np.array(texts.hidden[start:stop])).to(
@@ -71,6 +83,9 @@ def reference_constants(
                 out[1, start:stop] = logits.logsumexp(1)
                 out[2, start:stop] = (
                     logits.index_select(1, inactive_ids).logsumexp(1) if len(inactive) else -np.inf
+                )
+                out[3, start:stop] = (
+                    mean_logit(logits.index_select(1, active_ids)) if len(active) else 0.0
                 )
             progress("head constants", stop, n, "positions")
         np.save(folder / "constants.npy", out, allow_pickle=False)

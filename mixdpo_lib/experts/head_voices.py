@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..base.architecture import logit_map, read_on
+from ..base.head import mean_logit
 from ..base.model import Base
 from .contract import Voices
+from .low_rank import corrected_logits
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,22 @@ class HeadGroup:
     active: Tensor
     down: Tensor
     up: Tensor
+    sharpness: float | None = None
 
     def logits(
-        self, hidden: Float[Tensor, "rows hidden"], ref_logits: Float[Tensor, "rows tokens"]
+        self,
+        hidden: Float[Tensor, "rows hidden"],
+        plain: Float[Tensor, "rows tokens"],
+        mapped: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "own tokens"]:
-        """The expert's logits of its rows."""
-        logits = ref_logits[self.rows]
-        logits[:, self.active] += (hidden[self.rows] @ self.down.T) @ self.up.T
+        """The expert's logits of its rows. plain : the head's output; mapped : what the model does to it."""
+        own = plain[self.rows]
+        logits = own.clone() if mapped is None else mapped(own)
+        mean = None if self.sharpness is None else mean_logit(logits[:, self.active])
+        shift = (hidden[self.rows] @ self.down.T) @ self.up.T
+        logits[:, self.active] = corrected_logits(
+            own[:, self.active], shift, self.sharpness, mean, mapped
+        )
         return logits
 
 
@@ -56,6 +67,7 @@ class HeadVoices(Voices):
         model = self._base.model
         hidden, self._cache = read_on(model, input_ids, mask, self._cache)
         plain = model.get_output_embeddings()(hidden).float()
-        mapped = self._map or (lambda z: z)
-        said = [(g.expert, g.rows, mapped(g.logits(hidden.float(), plain))) for g in self._groups]
-        return mapped(plain), said
+        said = [
+            (g.expert, g.rows, g.logits(hidden.float(), plain, self._map)) for g in self._groups
+        ]
+        return (plain if self._map is None else self._map(plain)), said

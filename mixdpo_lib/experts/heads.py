@@ -1,17 +1,18 @@
 """Low-rank heads on a shared frozen base.
 
-`HeadExperts` share a frozen base: expert k adds a low-rank correction to the base's head,
+`HeadExperts` share a frozen base: expert k adds a low-rank correction to the base's head, and makes it sharper,
 
-    logits_k = W h + 1[v active] W B_k A_k h,
+    logits_k(v) = z_v + 1[v active] ((W B_k A_k h)_v + s_k (z_v - mean_active(h))),        z = W h,
 
 on the last hidden state h. Tokens outside the active set keep the base's logit, so their total mass is one constant per
-position and every expert is exactly normalised over the whole vocabulary.
+position and every expert is exactly normalised over the whole vocabulary. mean_active is the mean logit of the active
+tokens, weighed by their probability under the base: to first order in s_k their total mass stays.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from ..data.pairs import Pairs, Texts
 from .contract import Experts, Voices, check_chosen
 from .head_voices import HeadGroup, HeadVoices
 from .leaving import replace_head, shared_copy, with_lora_head
-from .low_rank import Workspace, low_rank_text_logps
+from .low_rank import Workspace, corrected_logits, low_rank_text_logps
 
 
 def _forget_head_rows(experts: HeadExperts, _: object) -> None:
@@ -45,6 +46,10 @@ class HeadExperts(Experts):
     active : "responses" (tokens of the training responses, see `activate`) or "all".
     min_count : with "responses", how often a token has to occur in them to be active. Tokens seen once are half of all,
         and the head's cost grows with their number.
+    sharpness : whether each expert has a number s_k besides, 0 at the start: 1 + s_k is an inverse temperature of the
+        base's own distribution over the active tokens, pi_k proportional to pi_ref^(1 + s_k) where B_k = 0 and all are
+        active. No head of low rank can say that. `sharpness` is then a parameter (K,), else None.
+    sharpness_rate : learning rate of s_k as a share of the head's.
 
     Notes
     -----
@@ -64,6 +69,8 @@ class HeadExperts(Experts):
         rank: int = 8,
         active: str = "responses",
         min_count: int = 1,
+        sharpness: bool = True,
+        sharpness_rate: float | int = 1 / 3,
     ) -> None:
         super().__init__(base, n_experts)
         if rank < 1:
@@ -72,12 +79,20 @@ class HeadExperts(Experts):
             raise ValueError(
                 f"active={active!r}: possible are 'responses' (tokens of the training responses) and 'all'"
             )
+        if not 0 < sharpness_rate < float("inf"):
+            raise ValueError(
+                f"sharpness_rate={sharpness_rate}: expected above 0, a share of the head's rate; sharpness=False leaves "
+                "s out"
+            )
         self.rank, self.active, self.min_count = rank, active, min_count
+        self.sharpness_rate = sharpness_rate
         self._map = logit_map(base.model.config.get_text_config())
         generator = torch.Generator().manual_seed(0)
         down = torch.randn(1, rank, base.hidden_size, generator=generator) / base.hidden_size**0.5
         self.down = nn.Parameter(down.repeat(n_experts, 1, 1))
         self.up = nn.Parameter(torch.zeros(n_experts, base.hidden_size, rank))
+        start = nn.Parameter(torch.zeros(n_experts)) if sharpness else None
+        self.register_parameter("sharpness", start)
         self.register_buffer("active_ids", torch.zeros(0, dtype=torch.long))
         self._workspace = Workspace()
         self._head_rows: Tensor | None = None
@@ -86,10 +101,26 @@ class HeadExperts(Experts):
             self.activate(torch.arange(self._head.weight.shape[0]))
 
     active_ids: Tensor
+    sharpness: nn.Parameter | None
 
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters."""
-        return {name: getattr(self, name) for name in ("n_experts", "rank", "active", "min_count")}
+        names = ("n_experts", "rank", "active", "min_count", "sharpness_rate")
+        return {name: getattr(self, name) for name in names} | {
+            "sharpness": self.sharpness is not None
+        }
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], find_base: Callable[..., Base]) -> Experts:
+        """See `Experts.from_options`; heads that were saved before there was sharpness have none."""
+        return cls(find_base(), **{"sharpness": False, **options})
+
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        """A and B at the rate, s at `sharpness_rate` of it."""
+        groups: list[dict[str, Any]] = [{"params": [self.down, self.up], "lr": rate}]
+        if self.sharpness is not None:
+            groups.append({"params": [self.sharpness], "lr": rate * self.sharpness_rate})
+        return groups
 
     @property
     def _head(self) -> Any:
@@ -157,8 +188,11 @@ class HeadExperts(Experts):
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
-        """Multiply every B_k, in place: pi_k proportional to pi_ref exp(factor x shift), as another beta would give."""
+        """Multiply every B_k and s_k, in place: pi_k proportional to pi_ref exp(factor x change of the logits), as
+        another beta would give."""
         self.up.mul_(factor)
+        if self.sharpness is not None:
+            self.sharpness.mul_(factor)
 
     # ------------------------------------------------------------------------------------------------- likelihoods
 
@@ -186,6 +220,7 @@ class HeadExperts(Experts):
             "target": target,
             "token_logit": token_logit,
             "lse_inactive": torch.from_numpy(head.lse_inactive)[positions],
+            "mean_active": torch.from_numpy(head.mean_active)[positions],
             "segment": segment,
             "place": place,
             "text_ref_logps": torch.zeros(len(ids)).index_add_(0, segment, logps)[:, None],
@@ -202,37 +237,75 @@ class HeadExperts(Experts):
         head, bias = head.to(device), None if bias is None else bias.to(device)
         with torch.autocast(device.type, enabled=False):
             return low_rank_text_logps(
-                batch, self.down, self.up, head, bias, chosen, self._map, self._workspace
+                batch,
+                self.down,
+                self.up,
+                self.sharpness,
+                head,
+                bias,
+                chosen,
+                self._map,
+                self._workspace,
             )
 
     # ----------------------------------------------------------------------------------------- speaking and leaving
 
     def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
         """See `Experts.voices`: the base reads every row once, whatever experts it chose."""
-        groups = []
+        groups, sharpness = [], None if self.sharpness is None else self.sharpness.tolist()
         for k in range(0 if chosen is None else self.n_experts):
             if len(rows := chosen[:, k].nonzero().squeeze(1)):  # type: ignore[index]
                 up = (self.active_head()[0] @ self.up[k]).detach()
-                groups.append(HeadGroup(k, rows, self.active_ids, self.down[k].detach(), up))
+                own = None if sharpness is None else sharpness[k]
+                groups.append(HeadGroup(k, rows, self.active_ids, self.down[k].detach(), up, own))
         return HeadVoices(self._base, groups)
 
     def head_correction(
         self, k: int
     ) -> tuple[Float[Tensor, "rank hidden"], Float[Tensor, "tokens rank"]]:
-        """A_k, and W B_k with zero rows for tokens that are not active: logits_k = W h + (W B_k) A_k h."""
+        """A_k, and W B_k with zero rows for tokens that are not active: logits_k = W h + (W B_k) A_k h, where s_k = 0."""
         up = torch.zeros(self._head.weight.shape[0], self.rank, device=self.up.device)
         active = self.active_head()[0].to(up.device) @ self.up[k]
         up[self.active_ids.to(up.device)] = active.detach()
         return self.down[k].detach(), up
 
+    def _sharpness_of(self, k: int) -> float:
+        return 0.0 if self.sharpness is None else float(self.sharpness[k])
+
     def as_adapter(self, k: int) -> Any:
-        """Expert k as LoRA on the output head: lora_A = A, lora_B = W B where a token is active and 0 elsewhere."""
+        """Expert k as LoRA on the output head: lora_A = A, lora_B = W B where a token is active and 0 elsewhere.
+
+        Raises
+        ------
+        ValueError : s_k is not 0, which no LoRA can hold.
+        """
+        if s := self._sharpness_of(k):
+            raise ValueError(
+                f"expert {k} has the sharpness {s:.3g}, which is of full rank: no LoRA can hold it; use merge(k, folder) "
+                '(with active="all"), as_causal_lm(), or fit with HeadExperts(..., sharpness=False)'
+            )
         return with_lora_head(shared_copy(self._base.model), *self.head_correction(k))
 
     def as_model(self, k: int) -> Any:
-        """Expert k as a plain model; a head that was tied to the embeddings is untied."""
-        down, up = self.head_correction(k)
-        return replace_head(copy.deepcopy(self._base.model), up @ down)
+        """Expert k as a plain model with the head (1 + s) W + W B A; a head that was tied to the embeddings is untied.
+
+        Raises
+        ------
+        ValueError : s_k is not 0, and some tokens are not active or the model does something to its head's output: no
+            head says that.
+        """
+        s, (down, up) = self._sharpness_of(k), self.head_correction(k)
+        if s and (len(self.active_ids) < len(up) or self._map is not None):
+            why = (
+                "the model scales or caps its head's output"
+                if self._map
+                else "not all tokens are active"
+            )
+            raise ValueError(
+                f"expert {k} has the sharpness {s:.3g}, and {why}: no plain head says the same; use as_causal_lm(), or "
+                'fit with HeadExperts(..., sharpness=False) or, where nothing is scaled, active="all"'
+            )
+        return replace_head(copy.deepcopy(self._base.model), up @ down, 1 + s)
 
 
 def saved_tokens(ids: Tensor, size: int) -> Int[Tensor, "tokens"]:
@@ -282,22 +355,26 @@ def prefix_kl(
     """Mean over texts of sum_t KL(pi_k(. given prefix) || pi_ref(. given prefix)) on given texts, nats a text.
 
     The prefixes come from the reference, so this is not the KL of the policy's own samples; it rises with it and costs
-    no sampling. `scales` multiply B_k, see `HeadExperts.scale`. Source: docs/method.md.
+    no sampling. `scales` multiply B_k and s_k, see `HeadExperts.scale`. Source: docs/method.md.
     """
     constants, (head, bias) = experts.constants(texts), experts.active_head()
+    mapped = logit_map(experts.base[0].model.config.get_text_config())
     total = np.zeros((len(scales), experts.n_experts))
     for at in ids.split(block):
         batch = experts.batch(constants, torch.stack([at, at], 1))
-        hidden, inactive = batch["hidden"], batch["lse_inactive"]
-        logits = hidden @ head.T
+        hidden, inactive, mean = batch["hidden"], batch["lse_inactive"], batch["mean_active"]
+        plain = hidden @ head.T
         if bias is not None:
-            logits += bias
+            plain += bias
+        logits = plain if mapped is None else mapped(plain)
         lse = torch.logaddexp(logits.logsumexp(1), inactive)
         for k in range(experts.n_experts):
             shift = (hidden @ experts.down[k].T) @ (head @ experts.up[k]).T
+            s = None if experts.sharpness is None else experts.sharpness[k]
             for i, scale in enumerate(scales):
-                moved = logits + scale * shift
+                own = None if s is None else scale * s
+                moved = corrected_logits(plain, scale * shift, own, mean, mapped)
                 lse_k = torch.logaddexp(moved.logsumexp(1), inactive)
                 p = (moved - lse_k[:, None]).exp()
-                total[i, k] += float((scale * (p * shift).sum(1) - lse_k + lse).sum())
+                total[i, k] += float(((p * (moved - logits)).sum(1) - lse_k + lse).sum())
     return total / len(ids)

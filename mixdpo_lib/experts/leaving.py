@@ -90,15 +90,15 @@ def adapter_tensors(peft_model: Any, adapter: str) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def replace_head(model: Any, change: Float[Tensor, "tokens hidden"]) -> Any:
-    """`model` with an output head of its own, the old one plus `change`; a tied head is untied. In place."""
+def replace_head(model: Any, change: Float[Tensor, "tokens hidden"], factor: float = 1.0) -> Any:
+    """`model` with an output head of its own, the old one times `factor` plus `change`; a tied one is untied. In place."""
     head = model.get_output_embeddings()
     new = nn.Linear(
         head.in_features, head.out_features, bias=head.bias is not None, dtype=head.weight.dtype
     )
-    new.weight.copy_(head.weight + change.to(head.weight.dtype))
+    new.weight.copy_(factor * head.weight + change.to(head.weight.dtype))
     if head.bias is not None:
-        new.bias.copy_(head.bias)
+        new.bias.copy_(factor * head.bias)
     model.set_output_embeddings(new.requires_grad_(False))
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False

@@ -11,16 +11,31 @@ from torch import Tensor
 
 
 class LowRankTokenLogps(torch.autograd.Function):
-    """log pi_k(token) of every position and expert, (positions, experts); gradients for A and E = W B only.
+    """log pi_k(token) of every position and expert, (positions, experts); gradients for A, E = W B and s.
 
     Written by hand because the logits of all experts are the largest tensors of a step: exp(logit) is kept once per
     expert in a buffer that is used again, and the backward pass reads it in two matrix products. `groups` holds the
     positions of each expert, or is None: all positions for all experts. What is not asked for is 0 in the result.
+
+    Sharpness costs the forward pass nothing: logits (1 + s) z + E A h come from the same product, and the constant
+    s x mean_active of a position, which active tokens lose, is given to all others instead.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden, down, up, head, bias, target, token_logit, lse_inactive, groups, workspace
+        ctx,
+        hidden,
+        down,
+        up,
+        sharpness,
+        head,
+        bias,
+        target,
+        token_logit,
+        lse_inactive,
+        mean_active,
+        groups,
+        workspace,
     ):  # type: ignore[override]
         """See the class."""
         n_experts, n_positions = len(down), len(hidden)
@@ -29,7 +44,7 @@ class LowRankTokenLogps(torch.autograd.Function):
         if bias is not None:
             base_logits += bias
         sizes = [n_positions] * n_experts if groups is None else [len(at) for at in groups]
-        keep = any(ctx.needs_input_grad[1:3])
+        keep = any(ctx.needs_input_grad[1:4])
         rows = sum(sizes) if keep else max(sizes, default=0)
         flat = workspace.take("experts", (rows, len(head)), hidden)
         buffers = flat.split(sizes) if keep else [flat[:size] for size in sizes]
@@ -38,25 +53,29 @@ class LowRankTokenLogps(torch.autograd.Function):
             states = list(torch.einsum("pd,krd->kpr", hidden, down))
         else:
             states = [hidden[at] @ down[k].T for k, at in enumerate(groups)]
+        sharper = [0.0] * n_experts if sharpness is None else sharpness.tolist()
         logps = hidden.new_zeros(n_positions, n_experts)
         totals = []
         for k, (at, z) in enumerate(zip(groups, buffers, strict=True)):
-            torch.addmm(base_logits[at], states[k], up[k].T, out=z)
-            token, known = token_logit[at].clone(), target[at] >= 0
+            torch.addmm(base_logits[at], states[k], up[k].T, beta=1 + sharper[k], out=z)
+            lifted = mean_active[at] * sharper[k]
+            token, known = token_logit[at] + lifted, target[at] >= 0
             token[known] = z[known, target[at][known]]
-            top = torch.maximum(z.amax(1), lse_inactive[at])
+            others = lse_inactive[at] + lifted
+            top = torch.maximum(z.amax(1), others)
             z.sub_(top[:, None]).exp_()
-            totals.append(z.sum(1) + (lse_inactive[at] - top).exp())
+            totals.append(z.sum(1) + (others - top).exp())
             logps[at, k] = token - top - totals[k].log()
-        ctx.save_for_backward(hidden, up, target)
+        ctx.save_for_backward(hidden, up, target, mean_active)
         ctx.groups, ctx.states, ctx.totals = groups, states, totals
+        ctx.base_logits, ctx.sharp = base_logits, sharpness is not None
         ctx.buffers, ctx.ticket, ctx.workspace = buffers, workspace.ticket(), workspace
         return logps
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        """Gradients for A and E, from the probabilities that were kept."""
-        hidden, up, target = ctx.saved_tensors
+        """Gradients for A, E and s, from the probabilities that were kept."""
+        hidden, up, target, mean_active = ctx.saved_tensors
         if ctx.ticket != ctx.workspace.ticket():
             raise RuntimeError(
                 "the experts' logits were overwritten by a later call before backward() was reached"
@@ -65,6 +84,7 @@ class LowRankTokenLogps(torch.autograd.Function):
             len(up), up.shape[2], hidden.shape[1], dtype=hidden.dtype, device=hidden.device
         )
         grad_up = torch.zeros_like(up)
+        grad_sharpness = up.new_zeros(len(up)) if ctx.sharp else None
         for k, (at, probability) in enumerate(zip(ctx.groups, ctx.buffers, strict=True)):
             own, states = grad[at, k], ctx.states[k]
             weight = (own / ctx.totals[k])[:, None]
@@ -76,7 +96,13 @@ class LowRankTokenLogps(torch.autograd.Function):
             grad_up[k].index_add_(0, columns, states[rows] * own[rows, None])
             grad_state.index_add_(0, rows, up[k][columns] * own[rows, None])
             torch.mm(grad_state.T, hidden[at], out=grad_down[k])
-        return None, grad_down, grad_up, None, None, None, None, None, None, None
+            if grad_sharpness is not None:  # d logit_v / ds = z_v - mean_active
+                base_logits, mean = ctx.base_logits[at], mean_active[at]
+                expected = torch.linalg.vecdot(probability, base_logits)
+                expected -= mean * probability.sum(1)
+                said = base_logits[rows, columns] - mean[rows]
+                grad_sharpness[k] = own[rows] @ said - weight[:, 0] @ expected
+        return None, grad_down, grad_up, grad_sharpness, *(None,) * 8
 
 
 class Workspace:
@@ -109,6 +135,7 @@ def low_rank_text_logps(
     batch: dict[str, Tensor],
     down: Float[Tensor, "experts rank hidden"],
     up: Float[Tensor, "experts hidden rank"],
+    sharpness: Float[Tensor, "experts"] | None,
     head: Float[Tensor, "tokens hidden"],
     bias: Float[Tensor, "tokens"] | None,
     chosen: Bool[Tensor, "texts experts"] | None,
@@ -116,42 +143,68 @@ def low_rank_text_logps(
     workspace: Workspace,
 ) -> Float[Tensor, "texts experts"]:
     """log pi_k of the texts of a batch of `HeadExperts`, nats; -inf where an expert was not chosen for a text."""
-    names = ("hidden", "target", "token_logit", "lse_inactive", "segment")
+    names = ("hidden", "target", "token_logit", "lse_inactive", "mean_active", "segment")
     inputs = {name: batch[name] for name in names}
     n_texts, n_experts = len(batch["text_ref_logps"]), len(down)
 
-    def token_logps(down: Tensor, up: Tensor, groups: list[Tensor] | None) -> Tensor:
+    def token_logps(
+        down: Tensor, up: Tensor, sharpness: Tensor | None, groups: list[Tensor] | None
+    ) -> Tensor:
         if mapped is not None:
-            return _mapped_token_logps(inputs, down, up, head, bias, groups, mapped)
+            return _mapped_token_logps(inputs, down, up, sharpness, head, bias, groups, mapped)
         return LowRankTokenLogps.apply(
             inputs["hidden"],
             down,
             up,
+            sharpness,
             head,
             bias,
             inputs["target"],
             inputs["token_logit"],
             inputs["lse_inactive"],
+            inputs["mean_active"],
             groups,
             workspace,
         )
 
     if chosen is None or bool(chosen.all()):
-        logps = token_logps(down, head @ up, None)
+        logps = token_logps(down, head @ up, sharpness, None)
         return logps.new_zeros(n_texts, n_experts).index_add(0, inputs["segment"], logps)
     asked = chosen[inputs["segment"]]
     here, speak = asked.any(1).nonzero().squeeze(1), asked.any(0).nonzero().squeeze(1)
     inputs = {name: values[here] for name, values in inputs.items()}
     groups = [asked[here, k].nonzero().squeeze(1) for k in speak]
-    logps = token_logps(down[speak], head @ up[speak], groups)
+    sharper = None if sharpness is None else sharpness[speak]
+    logps = token_logps(down[speak], head @ up[speak], sharper, groups)
     sums = logps.new_zeros(n_texts, len(speak)).index_add(0, inputs["segment"], logps)
     return sums.new_zeros(chosen.shape).index_copy(1, speak, sums).masked_fill(~chosen, -torch.inf)
+
+
+def corrected_logits(
+    plain: Float[Tensor, "rows tokens"],
+    shift: Float[Tensor, "rows tokens"],
+    sharpness: Tensor | float | None,
+    mean_active: Float[Tensor, "rows"] | None,
+    mapped: Callable[[Tensor], Tensor] | None,
+) -> Float[Tensor, "rows tokens"]:
+    """Logits of an expert for the active tokens, f(z + W B A h) + s (f(z) - mean_active), by plain operations.
+
+    plain : z, the head's output for the active tokens. shift : W B A h. mapped : f, what the model does to its head's
+    output; None: nothing. sharpness : s, or None for a head without. mean_active : mean logit f(z) of the active tokens
+    under the reference; read where there is an s. Gradients flow.
+    """
+    logits = plain + shift if mapped is None else mapped(plain + shift)
+    if sharpness is None or mean_active is None:
+        return logits
+    base = plain if mapped is None else mapped(plain)
+    return logits + sharpness * (base - mean_active[:, None])
 
 
 def _mapped_token_logps(
     inputs: dict[str, Tensor],
     down: Tensor,
     up: Tensor,
+    sharpness: Tensor | None,
     head: Tensor,
     bias: Tensor | None,
     groups: list[Tensor] | None,
@@ -163,7 +216,10 @@ def _mapped_token_logps(
     columns = []
     for k in range(len(down)):
         at = every if groups is None else groups[k]
-        z = mapped(plain[at] + (inputs["hidden"][at] @ down[k].T) @ up[k].T)
+        shift = (inputs["hidden"][at] @ down[k].T) @ up[k].T
+        own_sharpness = None if sharpness is None else sharpness[k]
+        mean = inputs["mean_active"][at]
+        z = corrected_logits(plain[at], shift, own_sharpness, mean, mapped)
         target = inputs["target"][at]
         own = z.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
         token = torch.where(target >= 0, own, inputs["token_logit"][at])

@@ -25,9 +25,9 @@ FAMILIES = ("head", "adapter", "adapter, nothing kept", "independent")
 WEIGHTS = [0.5, 0.2, 0.3]
 
 
-def make(family, base, k, data=None):
+def make(family, base, k, data=None, sharpness=True):
     if family == "head":
-        experts = HeadExperts(base, k, rank=4)
+        experts = HeadExperts(base, k, rank=4, sharpness=sharpness)
         if data is not None:
             experts.start(data)
         return experts
@@ -68,7 +68,7 @@ def whole_logps(model, base, row, side):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_expert_is_plain_dpo(tiny_base, data, family):
     """20 steps of AdamW; the other side is the loss of Rafailov et al. written out on the model's own logits."""
-    experts = make(family, tiny_base, 1, data)
+    experts = make(family, tiny_base, 1, data, sharpness=False)
     policy = MixturePolicy(experts, FixedWeights.uniform(1), beta=0.5)
     constants = policy.constants(data.texts)
     model = copy.deepcopy(tiny_base.model)

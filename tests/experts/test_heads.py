@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import UNUSED, VOCABULARY, full_logps, preference_rows
+from tiny import UNUSED, VOCABULARY, full_logps, head_shifts, preference_rows
 from torch import nn
 
 from mixdpo_lib.base.features import gather_positions, text_features, tokenise
@@ -25,6 +25,8 @@ def make(base, data, n_experts=3, active="responses", scale=0.5):
     experts.activate_responses(data)
     if scale:
         experts.perturb(scale, torch.Generator().manual_seed(7))
+        with torch.no_grad():
+            experts.sharpness.copy_(torch.tensor([0.4, -0.3, 0.0]).repeat(n_experts)[:n_experts])
     return experts
 
 
@@ -60,11 +62,10 @@ def test_log_probabilities_equal_a_plain_implementation(tiny_base, data, active)
 def test_gradients_equal_a_plain_implementation(tiny_base, data, active):
     experts = make(tiny_base, data, active=active)
     weight = torch.randn(10, 2, 3, generator=torch.Generator().manual_seed(1))
-    mine = torch.autograd.grad(
-        (experts.logps(batch_of(experts, data)) * weight).sum(), [experts.down, experts.up]
-    )
+    parameters = [experts.down, experts.up, experts.sharpness]
+    mine = torch.autograd.grad((experts.logps(batch_of(experts, data)) * weight).sum(), parameters)
     own, _ = plain(tiny_base, experts, data)
-    full = torch.autograd.grad((own * weight).sum(), [experts.down, experts.up])
+    full = torch.autograd.grad((own * weight).sum(), parameters)
     for a, b in zip(mine, full, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-4)
 
@@ -308,7 +309,7 @@ def computed(monkeypatch):
     class Counting:
         @staticmethod
         def apply(*arguments):
-            hidden, down, groups = arguments[0], arguments[1], arguments[8]
+            hidden, down, groups = arguments[0], arguments[1], arguments[10]
             counts.append(len(hidden) * len(down) if groups is None else sum(map(len, groups)))
             return function.apply(*arguments)
 
@@ -322,13 +323,14 @@ def test_chosen_experts_equal_the_dense_ones(tiny_base, data, routing, active, c
     experts, chosen = make(tiny_base, data, active=active), ROUTINGS[routing]
     weight = torch.randn(10, 2, 3, generator=torch.Generator().manual_seed(1)) * chosen[:, None]
     dense = experts.logps(batch_of(experts, data))
-    full = torch.autograd.grad((dense * weight).sum(), [experts.down, experts.up])
+    parameters = [experts.down, experts.up, experts.sharpness]
+    full = torch.autograd.grad((dense * weight).sum(), parameters)
     sparse = experts.logps(batch_of(experts, data), chosen)
     torch.testing.assert_close(
         sparse, dense.masked_fill(~chosen[:, None], -torch.inf), atol=2e-5, rtol=1e-6
     )
     loss = (sparse.masked_fill(~chosen[:, None], 0.0) * weight).sum()
-    for mine, a in zip(torch.autograd.grad(loss, [experts.down, experts.up]), full, strict=True):
+    for mine, a in zip(torch.autograd.grad(loss, parameters), full, strict=True):
         torch.testing.assert_close(mine, a, atol=1e-4 * float(a.abs().max()), rtol=1e-4)
     # each chosen (text, expert) once: the texts of these pairs are all different
     lengths = (
@@ -345,9 +347,8 @@ def test_all_experts_chosen_are_the_dense_result_to_the_last_bit(tiny_base, data
     found = []
     for chosen in (None, everyone):
         logps = experts.logps(batch_of(experts, data), chosen)
-        found.append(
-            [logps, *torch.autograd.grad(logps.square().sum(), [experts.down, experts.up])]
-        )
+        parameters = [experts.down, experts.up, experts.sharpness]
+        found.append([logps, *torch.autograd.grad(logps.square().sum(), parameters)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -411,7 +412,10 @@ def test_only_experts_that_speak_are_computed(tiny_base, data, monkeypatch):
     monkeypatch.setattr(
         head_voices.HeadGroup,
         "logits",
-        lambda self, h, ref: (seen.append((self.expert, self.rows.tolist())), ref[self.rows])[1],
+        lambda self, h, ref, mapped: (
+            seen.append((self.expert, self.rows.tolist())),
+            ref[self.rows],
+        )[1],
     )
     ids, mask = torch.tensor([[2, 5, 7]]).repeat(4, 1), torch.ones(4, 3, dtype=torch.long)
     NextToken(experts.base[0], experts, torch.tensor([2, 0, 2, 2]))(ids, mask)
@@ -452,10 +456,7 @@ def conditionals(base, experts, prefixes, **options):
         hidden, logits = out.hidden_states[-1][:, -1], out.logits[:, -1]
         mask = torch.zeros(len(VOCABULARY)).index_fill_(0, experts.active_ids, 1.0)
         head = base.model.get_output_embeddings().weight
-        shifts = [
-            hidden @ down.T @ up.T @ head.T
-            for down, up in zip(experts.down, experts.up, strict=True)
-        ]
+        shifts = head_shifts(experts, hidden, logits, head)
         return torch.stack([cut(logits + mask * shift, **options) for shift in shifts])
 
 
@@ -521,3 +522,106 @@ def test_a_token_that_no_expert_says_is_refused(tiny_base, data):
         )
     with pytest.raises(ValueError, match=r"log_w\[0\]: every expert has weight 0"):
         MixtureNextToken(make(tiny_base, data), torch.full((1, 3), -torch.inf))
+
+
+# -------------------------------------------------------------------------------------------------------- sharpness
+
+
+def sharp(base, data, s, active="responses"):
+    """One expert that is nothing but sharper."""
+    experts = make(base, data, 1, active, scale=0)
+    with torch.no_grad():
+        experts.sharpness.fill_(s)
+    return experts
+
+
+def next_logps(experts, prefix=(2, 5, 7)):
+    """log pi_0(v given prefix), and the reference's, (vocabulary,)."""
+    ids, mask = torch.tensor([prefix]), torch.ones(1, len(prefix), dtype=torch.long)
+    base, step = experts.base[0], NextToken(experts.base[0], experts, torch.tensor([0]))
+    return step(ids, mask).log_softmax(-1)[0], reference_next_token(base)(ids, mask).log_softmax(
+        -1
+    )[0]
+
+
+@pytest.mark.parametrize("s", [-0.5, 0.14, 1.0])
+def test_with_all_tokens_active_sharpness_is_a_power_of_the_reference(tiny_base, data, s):
+    own, ref = next_logps(sharp(tiny_base, data, s, "all"))
+    torch.testing.assert_close(own, ((1 + s) * ref).log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("s", [0.1, 0.5, 1.0])
+def test_sharpness_makes_unseen_tokens_no_likelier(tiny_base, data, s):
+    """Without the mean their odds would rise by up to exp(s H); with it their share falls."""
+    experts = sharp(tiny_base, data, s)
+    inactive = torch.ones(len(VOCABULARY), dtype=torch.bool)
+    inactive[experts.active_ids] = False
+    for prefix in ((2, 5, 7), (3, 1), (9,)):
+        own, ref = next_logps(experts, prefix)
+        assert 0 < own[inactive].exp().sum() <= ref[inactive].exp().sum() + 1e-6
+        lifted = ref + torch.where(inactive, 0.0, s * ref)  # the form without the mean
+        assert lifted.softmax(-1)[inactive].sum() > ref[inactive].exp().sum() * 1.05
+    first_order = (next_logps(sharp(tiny_base, data, 1e-3))[0][inactive].exp().sum()) / (
+        next_logps(experts)[1][inactive].exp().sum()
+    )
+    assert float(first_order) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_mean_of_the_active_logits_is_kept_beside_the_other_constants(tiny_base, data):
+    experts = make(tiny_base, data)
+    features, constants = experts.constants(data.texts)
+    logits = tiny_base.model.get_output_embeddings()(torch.from_numpy(features.hidden[:].copy()))
+    own = logits[:, experts.active_ids]
+    torch.testing.assert_close(
+        torch.from_numpy(constants.mean_active), (own.softmax(1) * own).sum(1), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_without_sharpness_there_is_no_number_of_it(tiny_base, data):
+    experts = HeadExperts(tiny_base, 2, rank=4, sharpness=False)
+    assert experts.sharpness is None and "sharpness" not in experts.state_dict()
+    assert experts.options()["sharpness"] is False
+    experts.activate_responses(data)
+    experts.perturb(0.5, torch.Generator().manual_seed(7))
+    zero = make(tiny_base, data, 2)
+    with torch.no_grad():
+        zero.sharpness.zero_()
+    batch = batch_of(experts, data)
+    assert torch.equal(experts.logps(batch), zero.logps(batch))  # to the last bit
+
+
+def test_sharpness_has_a_rate_of_its_own(tiny_base):
+    experts = HeadExperts(tiny_base, 2, rank=4, sharpness_rate=0.25)
+    head, own = experts.parameter_groups(0.04)
+    assert head["lr"] == 0.04 and own == {"params": [experts.sharpness], "lr": 0.01}
+    assert len(HeadExperts(tiny_base, 2, sharpness=False).parameter_groups(0.04)) == 1
+    with pytest.raises(ValueError, match="sharpness_rate=0: expected above 0"):
+        HeadExperts(tiny_base, 2, sharpness_rate=0)
+
+
+def test_scale_is_a_factor_on_the_change_of_the_logits(tiny_base, data):
+    experts = make(tiny_base, data, 1)
+    ids, mask = torch.tensor([[2, 5, 7]]), torch.ones(1, 3, dtype=torch.long)
+    ref = reference_next_token(tiny_base)(ids, mask)
+    step = NextToken(tiny_base, experts, torch.tensor([0]))
+    change = step(ids, mask) - ref
+    experts.scale(0.5)
+    step = NextToken(tiny_base, experts, torch.tensor([0]))
+    torch.testing.assert_close(step(ids, mask) - ref, 0.5 * change, atol=1e-5, rtol=1e-5)
+    assert float(experts.sharpness.detach()) == pytest.approx(0.2)
+
+
+def test_what_leaves_with_sharpness(tiny_base, data, tmp_path):
+    """Merged exactly where a plain head can say it; else refused with the way out."""
+    experts = make(tiny_base, data, 1, "all")
+    model = experts.as_model(0)
+    ids = torch.tensor([[2, 5, 7]])
+    own = NextToken(tiny_base, experts, torch.tensor([0]))(ids, torch.ones_like(ids))
+    torch.testing.assert_close(
+        model(ids).logits[:, -1].log_softmax(-1), own.log_softmax(-1), atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"no LoRA can hold it; use merge\(k, folder\)"):
+        experts.export_adapter(0, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="not all tokens are active: no plain head says the same"):
+        make(tiny_base, data, 1).merge(0, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())

@@ -33,8 +33,8 @@ def data(tiny_base):
     return Pairs.of(preference_rows(24))
 
 
-def make(base, data, n_experts=2, scale=0.0, gate=LearnedWeights, seed=3):
-    experts = HeadExperts(base, n_experts, rank=4)
+def make(base, data, n_experts=2, scale=0.0, gate=LearnedWeights, seed=3, sharpness=True):
+    experts = HeadExperts(base, n_experts, rank=4, sharpness=sharpness)
     experts.activate_responses(data)
     if scale:
         experts.perturb(scale, torch.Generator().manual_seed(seed))
@@ -73,8 +73,10 @@ def plain_margins(base, policy, rows):
     return torch.stack(out)
 
 
-def test_one_expert_is_dpo(tiny_base, data, tmp_path):
-    policy = make(tiny_base, data, 1)
+@pytest.mark.parametrize("sharpness", [False, True])
+def test_one_expert_is_dpo(tiny_base, data, tmp_path, sharpness):
+    """Of a head of low rank, and of one that may be sharper, whose s has a rate of its own."""
+    policy = make(tiny_base, data, 1, sharpness=sharpness)
     trainer = MixDPOTrainer(policy, data, CONFIG, tmp_path)
     order, collate = [], trainer.data_collator
     trainer.data_collator = lambda groups: (order.append(sum(groups, [])), collate(groups))[1]
@@ -83,14 +85,16 @@ def test_one_expert_is_dpo(tiny_base, data, tmp_path):
     assert len(order) == len(losses) == 20 and sorted(sum(order[:4], [])) == list(range(24))
 
     # the same by hand: the loss of Rafailov et al. (2023), AdamW, warm-up and linear decay, gradients of norm 1 at most
-    own = make(tiny_base, data, 1)
-    parameters = [own.experts.down, own.experts.up]
-    optimiser = torch.optim.AdamW(parameters, lr=CONFIG.learning_rate, weight_decay=0.0)
+    own = make(tiny_base, data, 1, sharpness=sharpness)
+    parameters, groups = list(own.experts.parameters()), [[own.experts.down, own.experts.up]]
+    groups += [[own.experts.sharpness]] if sharpness else []
+    rates = [CONFIG.learning_rate, CONFIG.learning_rate / 3][: len(groups)]
+    optimiser = torch.optim.AdamW([{"params": g} for g in groups], weight_decay=0.0)
     warmup, total = 1, 20
     for step, rows in enumerate(order):
-        for group in optimiser.param_groups:
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
             share = step / warmup if step < warmup else (total - step) / (total - warmup)
-            group["lr"] = CONFIG.learning_rate * share
+            group["lr"] = rate * share
         loss = -F.logsigmoid(plain_margins(tiny_base, own, data.rows.select(rows))).mean()
         assert losses[step] == pytest.approx(float(loss.detach()), rel=1e-5), step
         optimiser.zero_grad()
@@ -98,7 +102,7 @@ def test_one_expert_is_dpo(tiny_base, data, tmp_path):
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
     assert losses[-1] < 0.6  # it did learn
-    for mine, theirs in zip([policy.experts.down, policy.experts.up], parameters, strict=True):
+    for mine, theirs in zip(policy.experts.parameters(), parameters, strict=True):
         assert float((mine - theirs).detach().norm()) < 1e-4 * float(theirs.detach().norm())
     torch.testing.assert_close(
         policy.loglik(data),
