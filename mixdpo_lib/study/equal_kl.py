@@ -78,7 +78,7 @@ def matched_scales(
     prompt_ids = [i for i in validation for _ in range(N_KL_TEXTS)]
 
     def by_prefix(path: StrengthPath, settings: Sequence[tuple[float, float]]) -> np.ndarray:
-        experts = rewritten(path.fitted.policy.experts, path.expert, settings)
+        experts = rewritten(path.fitted.policy.experts, path.expert, settings)  # type: ignore[arg-type]
         return prefix_kl(experts, study.texts, ids)[0]
 
     def sampled_kl(path: StrengthPath, t: float) -> float:

@@ -79,7 +79,7 @@ def accuracy_by_pairs(
     "metadata" is the gate of users with m pairs of their own, "pairs" the posterior without metadata, "gate" an offset
     of the user fitted on top of the metadata.
     """
-    parts = []
+    parts: list[pd.DataFrame] = []
 
     def score(fitted: Fitted, weights: Tensor, name: str, m: int, loglik: Tensor) -> None:
         of, (_, users) = group_of(context, "user"), context.units("user")

@@ -113,7 +113,7 @@ def rewritten(
     with torch.no_grad():
         out.down.copy_(experts.down[expert].expand_as(out.down))
         out.up.copy_(factors[:, None, None] * experts.up[expert])
-        out.sharpness.copy_(sharpness)
+        out.sharpness.copy_(sharpness)  # type: ignore[union-attr]
     return out
 
 

@@ -271,7 +271,7 @@ def test_kl_of_the_sharpness_and_of_the_head_alone(matched):
     assert s["dpo_plain"] == pytest.approx(0, abs=1e-5) and head["dpo_plain"] == both["dpo_plain"]
     assert head["base_sharpened"] == pytest.approx(0, abs=1e-5)
     assert s["base_sharpened"] == both["base_sharpened"]
-    assert (both > 0.01).all() and (head.drop("base_sharpened") > 0.01).all()
+    assert (both > 1e-4).all() and (head.drop("base_sharpened") > 1e-4).all()
 
 
 def test_a_rewritten_expert_of_the_same_numbers_is_the_expert(study, fits):
