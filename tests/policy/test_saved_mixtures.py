@@ -144,6 +144,21 @@ def test_tensors_that_cannot_be_right(tiny_base, folder, message):
         MixturePolicy.from_pretrained(folder, tiny_base)
 
 
+def test_heads_from_before_there_was_sharpness(tiny_base, folder, tmp_path):
+    """They have none, in config.json and among the tensors, and say what they said."""
+    data = Pairs.of(preference_rows(8))
+    experts = HeadExperts(tiny_base, 2, rank=2, sharpness=False)
+    experts.start(data)
+    experts.perturb(0.5, torch.Generator().manual_seed(0))
+    old = MixturePolicy(experts, LearnedWeights(2), 0.3)
+    old.save_pretrained(tmp_path / "old")
+    for name in ("sharpness", "sharpness_rate"):
+        change(tmp_path / "old", "experts", name, gone=True)
+    again = MixturePolicy.from_pretrained(tmp_path / "old", tiny_base)
+    assert again.experts.sharpness is None
+    assert torch.equal(again.loglik(data), old.loglik(data))
+
+
 def test_an_expert_that_is_left_out_may_be_saved(tiny_base, tmp_path):
     policy(tiny_base, FixedWeights([0.0, 1.0])).save_pretrained(tmp_path / "m")
     again = MixturePolicy.from_pretrained(tmp_path / "m", tiny_base)
