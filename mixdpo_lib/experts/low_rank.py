@@ -43,7 +43,8 @@ class LowRankTokenLogps(torch.autograd.Function):
         n_experts, n_positions = len(down), len(hidden)
         sharper = [0.0] * n_experts if sharpness is None else sharpness.tolist()
         if groups is None:
-            sizes, states = [n_positions] * n_experts, torch.einsum("pd,krd->kpr", hidden, down)
+            sizes = [n_positions] * n_experts
+            states = list(torch.einsum("pd,krd->kpr", hidden, down))
         else:
             sizes = [len(at) for at in groups]
             states = [hidden[at] @ down[k].T for k, at in enumerate(groups)]
