@@ -1,4 +1,4 @@
-"""What does learning ask of a mixture? log w(x) and log sigma(D_k), of one batch and of a whole preference set."""
+"""What does learning ask of a mixture? log w(x), log sigma(D_k) and the lapse rate, of a batch and of a preference set."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..base.features import check_rows
 from ..data.pairs import Pairs, Texts, as_pairs
-from ..elbo import margins
+from ..elbo import LAPSE_START, check_lapse, lapse_m_step, margins, with_lapse
 from ..experts.contract import Experts, chosen_texts
 from ..gates.contract import Gate
 from ..gates.inputs import distinct_rows
@@ -23,10 +23,15 @@ from ..gates.inputs import distinct_rows
 class MixtureModel(nn.Module):
     """The latent-variable model of preferences: p(y_w over y_l given x) = sum_k w_k(x) sigma(D_k)  (arXiv 2510.08256).
 
-    What learning needs: log w and log sigma(D_k). For its parameters see `MixturePolicy`, which serves people with it.
+    With a lapse rate e an answer is (1 - e) sigma(D_k) + e / 2 likely (docs/method.md). What learning needs: log w,
+    log sigma(D_k) and e. For its parameters see `MixturePolicy`, which serves people with it.
     """
 
-    def __init__(self, experts: Experts, gate: Gate, beta: float = 0.1) -> None:
+    lapse_rate: Tensor
+
+    def __init__(
+        self, experts: Experts, gate: Gate, beta: float = 0.1, lapse: float | int | str = 0.0
+    ) -> None:
         super().__init__()
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(
@@ -36,6 +41,15 @@ class MixtureModel(nn.Module):
             raise ValueError(
                 f"the gate has {gate.n_experts} weights for {experts.n_experts} experts: make them equal"
             )
+        if isinstance(lapse, str):
+            if lapse != "learn":
+                raise ValueError(
+                    f'lapse={lapse!r}: expected a rate of at least 0 and below 1, or "learn"'
+                )
+            self.register_buffer("lapse_rate", torch.tensor(LAPSE_START))
+        else:
+            check_lapse(lapse)
+        self.given_lapse = lapse if isinstance(lapse, str) else float(lapse)
         self.experts, self.gate, self.beta = experts, gate, float(beta)
         self._constants: dict[str, Any] = {}
 
@@ -46,6 +60,8 @@ class MixtureModel(nn.Module):
         return (
             f"MixturePolicy: {self.n_experts} {type(self.experts).__name__} of {size:,.0f} numbers each on {where}; "
             f"{type(self.gate).__name__} that reads {reads}; beta {self.beta:g}"
+            + (f"; lapse {self.lapse:.3g}" if self.given_lapse else "")
+            + (" (learned)" if self.given_lapse == "learn" else "")
         )
 
     @property
@@ -57,6 +73,38 @@ class MixtureModel(nn.Module):
     def base(self) -> Any:
         """The frozen base model (`Base`); None for tables without words."""
         return self.experts.base[0]
+
+    # ---------------------------------------------------------------------------------------------------- lapses
+
+    @property
+    def lapse(self) -> float:
+        """The lapse rate e as it is now; `given_lapse` says whether it was given or is learned ("learn")."""
+        return float(self._rate())
+
+    def _rate(self) -> float | Tensor:
+        return self.lapse_rate if isinstance(self.given_lapse, str) else self.given_lapse
+
+    def with_lapse(
+        self, log_sigma: Float[Tensor, "pairs experts"]
+    ) -> Float[Tensor, "pairs experts"]:
+        """Log-likelihood of answers of which a share e are lapses, nats; see `elbo.with_lapse`. Gradients flow."""
+        return with_lapse(log_sigma, self._rate())
+
+    @torch.no_grad()
+    def move_lapse(
+        self,
+        log_sigma: Float[Tensor, "pairs experts"],
+        log_q: Float[Tensor, "units experts"],
+        unit: Int[Tensor, "pairs"],
+        share: float = 1.0,
+    ) -> None:
+        """Move a learned lapse rate `share` of the way, in (0, 1], to its M-step; see `elbo.lapse_m_step`.
+
+        A rate that was given stays as it is. log_sigma, unit : of all training pairs. log_q : of their units, nats.
+        """
+        if self.given_lapse == "learn":
+            mode = lapse_m_step(log_sigma, log_q, self.lapse_rate, unit)
+            self.lapse_rate.lerp_(mode.to(self.lapse_rate), share)
 
     # ------------------------------------------------------------------------------------------------ likelihoods
 
@@ -85,6 +133,12 @@ class MixtureModel(nn.Module):
     def batch_loglik(
         self, batch: dict[str, Tensor], chosen: Bool[Tensor, "pairs experts"] | None = None
     ) -> Float[Tensor, "pairs experts"]:
+        """Log-likelihood of the answers of a batch under each expert, nats: `batch_log_sigma` with the lapse rate."""
+        return self.with_lapse(self.batch_log_sigma(batch, chosen))
+
+    def batch_log_sigma(
+        self, batch: dict[str, Tensor], chosen: Bool[Tensor, "pairs experts"] | None = None
+    ) -> Float[Tensor, "pairs experts"]:
         """log sigma(D_k) of a batch, nats; gradients flow to the experts.
 
         With `chosen` only those experts are computed for a pair; the others are -inf, which adds nothing to
@@ -95,8 +149,8 @@ class MixtureModel(nn.Module):
             chosen is not None
         ):  # before the answers are subtracted: the difference of two infinities is NaN
             logps = logps.masked_fill(~chosen[:, None], 0.0)
-        loglik = F.logsigmoid(margins(logps, self.experts.ref_logps(batch), self.beta))
-        return loglik if chosen is None else loglik.masked_fill(~chosen, -math.inf)
+        log_sigma = F.logsigmoid(margins(logps, self.experts.ref_logps(batch), self.beta))
+        return log_sigma if chosen is None else log_sigma.masked_fill(~chosen, -math.inf)
 
     @torch.no_grad()
     def text_rewards(
@@ -124,7 +178,17 @@ class MixtureModel(nn.Module):
         rewards: Tensor | None = None,
         chosen: Bool[Tensor, "pairs experts"] | None = None,
     ) -> Float[Tensor, "pairs experts"]:
-        """log sigma(D_k) of every pair, nats.
+        """Log-likelihood of every pair's answer under each expert, nats: `log_sigma` with the lapse rate."""
+        return self.with_lapse(self.log_sigma(data, rewards, chosen))
+
+    @torch.no_grad()
+    def log_sigma(
+        self,
+        data: Dataset | Pairs,
+        rewards: Tensor | None = None,
+        chosen: Bool[Tensor, "pairs experts"] | None = None,
+    ) -> Float[Tensor, "pairs experts"]:
+        """log sigma(D_k) of every pair, nats, whatever the lapse rate.
 
         Parameters
         ----------
@@ -139,8 +203,8 @@ class MixtureModel(nn.Module):
             rewards = self.text_rewards(data.texts, ids, by_text[ids])
         elif rewards is None:
             rewards = self.text_rewards(data.texts)
-        loglik = F.logsigmoid(rewards[data.index[:, 0]] - rewards[data.index[:, 1]])
-        return loglik if chosen is None else loglik.masked_fill(~chosen, -math.inf)
+        log_sigma = F.logsigmoid(rewards[data.index[:, 0]] - rewards[data.index[:, 1]])
+        return log_sigma if chosen is None else log_sigma.masked_fill(~chosen, -math.inf)
 
     # -------------------------------------------------------------------------------------------------- the gate
 
