@@ -335,7 +335,7 @@ def _lapse_logs(log_sigma: Tensor, lapse: float | int | Tensor) -> tuple[Tensor,
 
 
 def _never(lapse: float | int | Tensor) -> bool:
-    return not isinstance(lapse, Tensor) and lapse == 0
+    return bool(not isinstance(lapse, Tensor) and lapse == 0)
 
 
 def with_lapse(
