@@ -133,12 +133,14 @@ def test_a_given_rate_stays(tiny_base, data):
 )
 def test_other_inferences_know_lapses(tiny_base, data, inference):
     policy = make(tiny_base, data, scale=0.5)
+    undecided = float(policy.loglik(data).mean())  # of q = w, where the network starts
     history = fit(policy, data, CONFIG.change(inference=inference)).history
     assert policy.lapse != pytest.approx(elbo.LAPSE_START, rel=1e-3)
     loglik = elbo.with_lapse(policy.log_sigma(data), policy.lapse)
     total = elbo.mixture_log_likelihood(loglik, policy.gate.log_w()[0], data.units("user")[0])
     assert history["elbo"].iloc[-1] == pytest.approx(float(total.sum()) / 24, rel=1e-4)
     if isinstance(inference, Recognition):
+        assert history["elbo_recognition"].iloc[0] == pytest.approx(undecided, rel=1e-5)
         assert (history["elbo_recognition"] <= history["elbo"] + 1e-6).all()
 
 
