@@ -9,30 +9,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from ..base.features import check_rows
 from ..data.pairs import Pairs, Texts, as_pairs
-from ..elbo import LAPSE_START, check_lapse, lapse_m_step, margins, with_lapse
+from ..elbo import margins
 from ..experts.contract import Experts, chosen_texts
 from ..gates.contract import Gate
 from ..gates.inputs import distinct_rows
+from .lapses import Lapses
 
 
-class MixtureModel(nn.Module):
+class MixtureModel(Lapses):
     """The latent-variable model of preferences: p(y_w over y_l given x) = sum_k w_k(x) sigma(D_k)  (arXiv 2510.08256).
 
     With a lapse rate e an answer is (1 - e) sigma(D_k) + e / 2 likely (docs/method.md). What learning needs: log w,
     log sigma(D_k) and e. For its parameters see `MixturePolicy`, which serves people with it.
     """
 
-    lapse_rate: Tensor
-
     def __init__(
         self, experts: Experts, gate: Gate, beta: float = 0.1, lapse: float | int | str = 0.0
     ) -> None:
-        super().__init__()
+        super().__init__(lapse)
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(
                 f"beta={beta}: the strength of the KL term is a positive number; 0.1 is the usual value"
@@ -41,15 +40,6 @@ class MixtureModel(nn.Module):
             raise ValueError(
                 f"the gate has {gate.n_experts} weights for {experts.n_experts} experts: make them equal"
             )
-        if isinstance(lapse, str):
-            if lapse != "learn":
-                raise ValueError(
-                    f'lapse={lapse!r}: expected a rate of at least 0 and below 1, or "learn"'
-                )
-            self.register_buffer("lapse_rate", torch.tensor(LAPSE_START))
-        else:
-            check_lapse(lapse)
-        self.given_lapse = lapse if isinstance(lapse, str) else float(lapse)
         self.experts, self.gate, self.beta = experts, gate, float(beta)
         self._constants: dict[str, Any] = {}
 
@@ -61,7 +51,6 @@ class MixtureModel(nn.Module):
             f"MixturePolicy: {self.n_experts} {type(self.experts).__name__} of {size:,.0f} numbers each on {where}; "
             f"{type(self.gate).__name__} that reads {reads}; beta {self.beta:g}"
             + (f"; lapse {self.lapse:.3g}" if self.given_lapse else "")
-            + (" (learned)" if self.given_lapse == "learn" else "")
         )
 
     @property
@@ -73,38 +62,6 @@ class MixtureModel(nn.Module):
     def base(self) -> Any:
         """The frozen base model (`Base`); None for tables without words."""
         return self.experts.base[0]
-
-    # ---------------------------------------------------------------------------------------------------- lapses
-
-    @property
-    def lapse(self) -> float:
-        """The lapse rate e as it is now; `given_lapse` says whether it was given or is learned ("learn")."""
-        return float(self._rate())
-
-    def _rate(self) -> float | Tensor:
-        return self.lapse_rate if isinstance(self.given_lapse, str) else self.given_lapse
-
-    def with_lapse(
-        self, log_sigma: Float[Tensor, "pairs experts"]
-    ) -> Float[Tensor, "pairs experts"]:
-        """Log-likelihood of answers of which a share e are lapses, nats; see `elbo.with_lapse`. Gradients flow."""
-        return with_lapse(log_sigma, self._rate())
-
-    @torch.no_grad()
-    def move_lapse(
-        self,
-        log_sigma: Float[Tensor, "pairs experts"],
-        log_q: Float[Tensor, "units experts"],
-        unit: Int[Tensor, "pairs"],
-        share: float = 1.0,
-    ) -> None:
-        """Move a learned lapse rate `share` of the way, in (0, 1], to its M-step; see `elbo.lapse_m_step`.
-
-        A rate that was given stays as it is. log_sigma, unit : of all training pairs. log_q : of their units, nats.
-        """
-        if self.given_lapse == "learn":
-            mode = lapse_m_step(log_sigma, log_q, self.lapse_rate, unit)
-            self.lapse_rate.lerp_(mode.to(self.lapse_rate), share)
 
     # ------------------------------------------------------------------------------------------------ likelihoods
 
