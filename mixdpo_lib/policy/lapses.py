@@ -21,6 +21,11 @@ class Lapses(nn.Module):
     Raises
     ------
     ValueError : no rate, and not "learn".
+
+    >>> lapses = Lapses("learn")
+    >>> lapses.move_lapse(torch.tensor([[0.1]]).log(), torch.zeros(1, 1), torch.tensor([0]))
+    >>> round(lapses.lapse, 4)   # (.01 / .108 + 1) / (1 + 50)
+    0.0214
     """
 
     lapse_rate: Tensor

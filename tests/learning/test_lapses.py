@@ -203,7 +203,7 @@ def test_one_degenerate_answer_does_not_spoil_validation(tiny_base, data, tmp_pa
 # -------------------------------------------------------------------------------------------------- full batches
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.integers(0, 10**6),
     st.integers(1, 3),
