@@ -92,7 +92,8 @@ def fit(
     """Fit the experts and the gate of `policy`, in place, by stochastic variational EM.
 
     E-step: responsibilities from the table of last-seen log-likelihoods (table.py). M-step: gradient steps on
-    - sum_n sum_k q_nk log sigma(D_nk). With K = 1 this is DPO.
+    - sum_n sum_k q_nk loglik_nk, loglik_nk = log sigma(D_nk), or what a lapse rate makes of it (`elbo.with_lapse`); a
+    learned rate moves with the gate. With K = 1 and no lapses this is DPO.
 
     Parameters
     ----------
@@ -241,7 +242,7 @@ def fit_gate(
 
     Returns
     -------
-    EMResult: history, stop_reason, responsibilities. No parameter of the experts is touched.
+    EMResult: history, stop_reason, responsibilities. No parameter of the experts is touched, nor the lapse rate.
     """
     data = policy.prepare(data)
     config = FitConfig(latent=latent, unit=unit)

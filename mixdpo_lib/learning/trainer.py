@@ -245,19 +245,21 @@ class MixDPOTrainer(Trainer):
             policy.text_rewards(self.data.texts, torch.unique(torch.cat(seen))) if seen else None
         )
         if config.evaluate_training:
-            table.fill(policy.loglik(self.data, rewards))
+            table.fill(policy.log_sigma(self.data, rewards))
         log_w = learner.log_w()
-        row: dict[str, Any] = table.terms(log_w, 1.0)
+        row: dict[str, Any] = table.terms(log_w, 1.0) | {"lapse": policy.lapse}
         if not all(bool(p.isfinite().all()) for p in policy.parameters() if p.requires_grad):
             row["elbo"] = math.nan  # of no policy, whatever the table has last seen
         if config.routing.top_s is not None:  # of the table: the mean over its rows, nats a latent
             unit = table.unit if config.latent == "unit" else None
-            gap = certified_gap(table.loglik, log_w, config.routing.top_s, unit, validate=False)
+            gap = certified_gap(
+                table.read(), log_w, config.routing.top_s, unit, lapse=policy.lapse, validate=False
+            )
             row["certified_gap"] = float(gap.mean())
         row |= learner.inference.measure(log_w, self.data.index)
         log_q = table.log_q(log_w)
         row["train_accuracy"] = float(
-            correct((table.loglik + log_q[table.unit]).logsumexp(1).exp()).mean()
+            correct((table.read() + log_q[table.unit]).logsumexp(1).exp()).mean()
         )
         if self.validation is not None:
             same = self.validation.texts is self.data.texts

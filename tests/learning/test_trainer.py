@@ -495,13 +495,13 @@ def test_a_fit_stops_when_validation_gets_no_better(tiny_base, data):
 
 @pytest.mark.parametrize("n_experts", [1, 2])
 def test_a_fit_that_diverges_says_so(tiny_base, data, monkeypatch, n_experts):
-    policy, calls, loglik = make(tiny_base, data, n_experts), [], MixturePolicy.batch_loglik
+    policy, calls, log_sigma = make(tiny_base, data, n_experts), [], MixturePolicy.batch_log_sigma
 
     def diverge(self, batch, chosen=None):
         calls.append(1)
-        return loglik(self, batch, chosen) * (math.nan if len(calls) == 5 else 1)
+        return log_sigma(self, batch, chosen) * (math.nan if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(MixturePolicy, "batch_loglik", diverge)
+    monkeypatch.setattr(MixturePolicy, "batch_log_sigma", diverge)
     result = fit(policy, data, CONFIG.change(start__kind="none"), validation=data)
     assert result.stop_reason == "non_finite" and result.best_step == 4
     assert result.history["step"].tolist() == [0, 2, 4, 6] and math.isnan(
