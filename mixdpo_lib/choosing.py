@@ -149,7 +149,7 @@ def _left_out(train: Pairs, test: Pairs, unit: str, unknown: Sequence[str]) -> l
 
 
 def single_counterpart(policy: MixturePolicy) -> MixturePolicy:
-    """One expert of the same family and options, base and beta, as at the start.
+    """One expert of the same family and options, base, beta and lapse, as at the start.
 
     Raises
     ------
@@ -169,7 +169,7 @@ def single_counterpart(policy: MixturePolicy) -> MixturePolicy:
     ) in policy.experts.named_buffers():  # such as a table's reference: no part of what is learned
         if name in own and own[name].shape == buffer.shape:
             own[name].copy_(buffer)
-    return MixturePolicy(experts, LearnedWeights(1), policy.beta)
+    return MixturePolicy(experts, LearnedWeights(1), policy.beta, policy.given_lapse)
 
 
 def report(
@@ -184,8 +184,8 @@ def report(
 ) -> Report:
     """Does a mixture pay? Test pairs, each unit served by its own training pairs, against one policy.
 
-    Log-likelihood of a test pair: log sum_k w_uk sigma(D_k), w_u of `served_weights`. Nothing is fitted but the single
-    policy, where none is given.
+    Log-likelihood of a test pair: log sum_k w_uk exp(loglik_k), w_u of `served_weights`, loglik of the policy with its
+    lapse rate. Nothing is fitted but the single policy, where none is given.
 
     Parameters
     ----------
@@ -276,7 +276,7 @@ def _experts(
     distance = (nats * log_w.softmax(0)).sum(0)
     dead = dead_experts(log_q)
     remarks = ["dead" if k in dead else "" for k in range(policy.n_experts)]
-    for i, j in equal_experts(policy.loglik(train), dead):
+    for i, j in equal_experts(policy.log_sigma(train), dead):
         remarks[i] = ", ".join(filter(None, [remarks[i], f"equal to {j}"]))
     table = {"usage": log_q.exp().mean(0).numpy(), "distance": distance.numpy(), "remark": remarks}
     return pd.DataFrame(table).rename_axis("expert")

@@ -5,6 +5,8 @@ Nothing here knows a model, a device or a file.  Everything stays in the log dom
 Shapes: B pairs, K experts, U units (a unit is whatever shares one latent expert, for example a user).  Without
 ``unit`` each pair has a latent of its own and a *row* of a result is a pair; with ``unit`` a row is a unit.
 
+``loglik`` is log sigma(D), or, where answers may be lapses, :func:`with_lapse` of it: every function takes either.
+
 Sign rule: every quantity is a log-likelihood or a bound, in nats, to be **maximised**.
 
 The gate ``log_w`` may be (K,), shared by all rows; one row per pair (B, K); or, with ``unit``, one row per unit
@@ -28,6 +30,11 @@ GATE_TOLERANCE = (
     1e-5  # how far the log of a row's total weight may lie above 0: rounding of float32
 )
 NORMALISED_TOLERANCE = 1e-4  # how far the log of a responsibility row's total may lie from 0
+LAPSE_PRIOR = (
+    2.0,
+    50.0,
+)  # Beta(a, b) of a learned lapse rate: weighs as one lapse in fifty answers
+LAPSE_START = 0.02  # the mode of that prior, where a learned rate begins
 __all__ = [
     "ElboTerms",
     "certified_gap",
@@ -35,13 +42,17 @@ __all__ = [
     "elbo_terms",
     "entropy",
     "gumbel_softmax_samples",
+    "lapse_log_prior",
+    "lapse_m_step",
     "log_responsibilities",
     "margins",
     "mixture_log_likelihood",
     "mixture_reward",
+    "no_lapse_probability",
     "relaxed_objective",
     "restricted_log_likelihood",
     "sum_over_units",
+    "with_lapse",
 ]
 
 
@@ -301,6 +312,137 @@ def margins(
     return beta * (log_ratios[:, 0] - log_ratios[:, 1])
 
 
+def check_lapse(lapse: float | int) -> None:
+    """Refuse a lapse rate that is none.
+
+    >>> check_lapse(1.0)
+    Traceback (most recent call last):
+    ...
+    ValueError: lapse=1.0: expected a rate of at least 0 and below 1, such as 0.02; 0 leaves lapses out
+    """
+    if not 0 <= lapse < 1:
+        raise ValueError(
+            f"lapse={lapse}: expected a rate of at least 0 and below 1, such as {LAPSE_START}; 0 leaves lapses out"
+        )
+
+
+def _lapse_logs(log_sigma: Tensor, lapse: float | int | Tensor) -> tuple[Tensor, Tensor]:
+    """``log(1 - e)`` and ``log(e / 2)``, of the dtype and on the device of log_sigma."""
+    if not isinstance(lapse, Tensor):
+        check_lapse(lapse)
+    rate = torch.as_tensor(lapse, dtype=log_sigma.dtype, device=log_sigma.device)
+    return torch.log1p(-rate), torch.log(rate / 2)
+
+
+def _never(lapse: float | int | Tensor) -> bool:
+    return bool(not isinstance(lapse, Tensor) and lapse == 0)
+
+
+def with_lapse(
+    log_sigma: Float[Tensor, "pairs experts"], lapse: float | int | Float[Tensor, ""]
+) -> Float[Tensor, "pairs experts"]:
+    """Log-likelihood of each answer under each expert, where an answer is given at random at the lapse rate e.
+
+    ``loglik = log((1 - e) sigma(D) + e / 2)``, which is at least ``log(e / 2)`` and at most ``log(1 - e / 2)``.  Lapses
+    are independent of each other, given the expert.  Source: derived in docs/method.md, tested in tests/test_elbo.py.
+
+    Parameters
+    ----------
+    log_sigma : (B, K), nats, <= 0: log sigmoid of the margins.  -inf (an expert that was not computed) stays -inf.
+    lapse : e, a probability in [0, 1).  A tensor of one number is not checked, which would synchronise an accelerator.
+
+    Returns
+    -------
+    (B, K), nats, < 0, of the dtype of log_sigma; log_sigma itself for the number 0.  Gradients flow to log_sigma,
+    multiplied by :func:`no_lapse_probability`.
+
+    Raises
+    ------
+    ValueError : e is no rate.
+
+    >>> with_lapse(torch.tensor([[0.9, 0.1]]).log(), lapse=0.2).exp()   # .8 * .9 + .1, .8 * .1 + .1
+    tensor([[0.8200, 0.1800]])
+    """
+    if _never(lapse):
+        return log_sigma
+    log_attentive, log_random = _lapse_logs(log_sigma, lapse)
+    loglik = torch.logaddexp(log_sigma + log_attentive, log_random)
+    return torch.where(log_sigma == -math.inf, log_sigma, loglik)
+
+
+@torch.no_grad()
+def no_lapse_probability(
+    log_sigma: Float[Tensor, "pairs experts"], lapse: float | int | Float[Tensor, ""]
+) -> Float[Tensor, "pairs experts"]:
+    """Posterior probability that an answer was no lapse, if expert k gave it.
+
+    ``r_nk = (1 - e) sigma(D_nk) / exp(loglik_nk)``, loglik of :func:`with_lapse`; ``1 - r_nk = (e / 2) / exp(loglik_nk)``.
+    It is the derivative of loglik by log sigma(D).  Source: derived in docs/method.md, tested in tests/test_elbo.py.
+
+    Parameters and errors as :func:`with_lapse`.  Returns (B, K), in [0, 1]; ones for e = 0.  No gradient flows.
+
+    >>> no_lapse_probability(torch.tensor([[0.9, 0.1]]).log(), lapse=0.2)   # .72 / .82, .08 / .18
+    tensor([[0.8780, 0.4444]])
+    """
+    if _never(lapse):
+        return torch.ones_like(log_sigma)
+    log_attentive, log_random = _lapse_logs(log_sigma, lapse)
+    return torch.sigmoid(log_sigma + log_attentive - log_random)
+
+
+@torch.no_grad()
+def lapse_m_step(
+    log_sigma: Float[Tensor, "pairs experts"],
+    log_q: Float[Tensor, "rows experts"],
+    lapse: float | int | Float[Tensor, ""],
+    unit: Int[Tensor, "_"] | None = None,
+    *,
+    prior: tuple[float, float] = LAPSE_PRIOR,
+) -> Float[Tensor, ""]:
+    """The lapse rate's M-step, the mode of its posterior: ``(sum_nk q_uk (1 - r_nk) + a - 1) / (N + a + b - 2)``.
+
+    The prior Beta(a, b) is needed: experts that over-fit leave no pair unexplained, and e would fall to 0, where one
+    degenerate answer costs what it likes.  The default Beta(2, 50) weighs as much as one lapse in fifty further answers
+    and has its mode there, at .02; where every pair is explained it leaves about ``2 / (N + 100)``.
+    Source: derived in docs/method.md, tested in tests/test_elbo.py.
+
+    Parameters
+    ----------
+    log_sigma : (B, K), nats, <= 0: log sigmoid of the margins, of all N = B training pairs.
+    log_q : (B, K), or (U, K) with unit, nats, rows normalised: responsibilities.
+    lapse : e of the E-step, a probability in [0, 1), at which r is computed.
+    unit : (B,), 0 ... U-1: the row of log_q of each pair; None: its own.
+    prior : a, b, both >= 1.  (1, 1) is maximum likelihood.
+
+    Returns
+    -------
+    The new e, float64.  No gradient flows.
+
+    Raises
+    ------
+    ValueError : e is no rate.
+
+    >>> log_sigma, log_q = torch.tensor([[0.9], [0.1]]).log(), torch.zeros(2, 1)
+    >>> lapse_m_step(log_sigma, log_q, 0.2, prior=(1.0, 1.0))   # (.1 / .82 + .1 / .18) / 2
+    tensor(0.3388, dtype=torch.float64)
+    """
+    q = (log_q if unit is None else log_q[unit]).double().exp()
+    lapses = (q * (1 - no_lapse_probability(log_sigma.double(), lapse))).sum()
+    a, b = prior
+    return (lapses + a - 1) / (len(log_sigma) + a + b - 2)
+
+
+def lapse_log_prior(lapse: float, prior: tuple[float, float] = LAPSE_PRIOR) -> float:
+    """Log density of a lapse rate in (0, 1) under Beta(a, b), without its constant: ``(a - 1) log e + (b - 1) log(1 - e)``.
+
+    Nats.  The objective that full-batch EM with a learned rate never lowers is the log-likelihood plus this.
+
+    >>> lapse_log_prior(0.5, (2.0, 2.0))   # 2 log .5
+    -1.3862943611198906
+    """
+    return (prior[0] - 1) * math.log(lapse) + (prior[1] - 1) * math.log1p(-lapse)
+
+
 def mixture_log_likelihood(
     loglik: Float[Tensor, "pairs experts"],
     log_w: Float[Tensor, "..."],
@@ -316,7 +458,7 @@ def mixture_log_likelihood(
 
     Parameters
     ----------
-    loglik : (B, K), nats, <= 0: log sigmoid of the margins.
+    loglik : (B, K), nats, <= 0: log sigmoid of the margins, or :func:`with_lapse` of it.
     log_w : (K,), (B, K) or (U, K), nats; see :func:`check_log_w`.
     unit : (B,), 0 ... U-1: which pairs share a latent.  None: a latent for each pair.
     n_units : U, where it is not ``unit.max() + 1``; units without pairs then have log-likelihood 0.
@@ -355,7 +497,7 @@ def log_responsibilities(
 
     Parameters
     ----------
-    loglik : (B, K), nats, <= 0: log sigmoid of the margin of expert k on pair n.
+    loglik : (B, K), nats, <= 0: log sigmoid of the margin of expert k on pair n, or :func:`with_lapse` of it.
     log_w : (K,), (B, K) or (U, K), nats: the gate; -inf leaves an expert out.
     unit : (B,), 0 ... U-1, or None for a latent per pair.
     responsibility_temperature : T > 0.  Above 1 it tempers the evidence, which keeps responsibilities soft early in
@@ -556,16 +698,19 @@ def certified_gap(
     top_s: int,
     unit: Int[Tensor, "_"] | None = None,
     *,
+    lapse: float | int = 0.0,
     n_units: int | None = None,
     validate: bool = True,
 ) -> Float[Tensor, "rows"]:
     """How far the restricted log-likelihood can lie below the whole one, without a look at the other experts.
 
     ``log((r + 1 - W_S) / r)``, r the kept sum ``sum_{k in S} w_k sigma(D_k)``, ``1 - W_S`` the weight left out (read
-    off the gate, which costs nothing): an expert that was not computed gives a probability of at most 1.
+    off the gate, which costs nothing): an expert that was not computed gives a probability of at most 1.  With a lapse
+    rate e it is at most ``1 - e / 2`` a pair, and the bound ``log((r + (1 - e / 2)^n (1 - W_S)) / r)`` for n pairs.
     Source: derived in docs/method.md, tested in tests/test_elbo.py.
 
     Parameters and errors as :func:`restricted_log_likelihood`; give the whole gate, not a restricted one.
+    lapse : e in [0, 1) of a loglik that holds lapses (:func:`with_lapse`); 0, the default, bounds any loglik.
 
     Returns
     -------
@@ -579,6 +724,10 @@ def certified_gap(
     kept = keep_top_s(gate, top_s)
     log_r = (kept + rows.masked_fill(kept == -math.inf, 0.0)).logsumexp(-1)
     log_left_out = gate.masked_fill(kept > -math.inf, -math.inf).logsumexp(-1)
+    if not _never(lapse):
+        check_lapse(lapse)
+        pairs = 1 if unit is None else torch.bincount(unit, minlength=len(rows)).to(rows)
+        log_left_out = log_left_out + pairs * math.log1p(-lapse / 2)
     return F.softplus(log_left_out - log_r)
 
 
@@ -672,7 +821,11 @@ def relaxed_objective(
 def predictive_probability(
     loglik: Float[Tensor, "pairs experts"], log_w: Float[Tensor, ...]
 ) -> Float[Tensor, "pairs"]:
-    """sum_k w_k sigma(D_k): probability that the first answer is preferred, for weights (K,) or one row a pair."""
+    """sum_k w_k exp(loglik_k), for weights (K,) or one row a pair.
+
+    With loglik = log sigma(D) the probability that the first answer is preferred, with that of :func:`with_lapse` the
+    probability that it is the answer; both lie on the same side of one half.
+    """
     return (loglik + log_w).logsumexp(-1).exp()
 
 

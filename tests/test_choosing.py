@@ -163,11 +163,14 @@ def test_whole_models_need_a_single_policy_of_their_own(tiny_base):
 
 
 def test_the_single_counterpart_is_equal_but_for_k(tiny_base):
-    policy = mx.MixturePolicy(mx.HeadExperts(tiny_base, 3, rank=2), mx.LearnedWeights(3), beta=0.2)
+    policy = mx.MixturePolicy(
+        mx.HeadExperts(tiny_base, 3, rank=2), mx.LearnedWeights(3), beta=0.2, lapse="learn"
+    )
     single = choosing.single_counterpart(policy)
     assert (
         single.experts.describe() == {**policy.experts.describe(), "n_experts": 1}
         and single.beta == 0.2
+        and single.given_lapse == "learn"
     )
     tables = mx.MixturePolicy(mx.TabularExperts.of(tiny_base, TRAIN, 2), mx.LearnedWeights(2))
     alone = choosing.single_counterpart(tables).experts

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 
 from mixdpo_lib import elbo
 
@@ -186,6 +187,151 @@ def test_certified_gap_stays_above_the_true_gap_in_float32():
     )
     assert true.item() > 20
     assert elbo.certified_gap(loglik, log_w, 1).item() >= true.item() - 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------ lapses
+
+
+def test_lapses_by_hand():
+    log_sigma = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()
+    loglik = elbo.with_lapse(log_sigma, 0.2)
+    assert loglik.exp()[0].tolist() == pytest.approx([0.82, 0.18])  # .8 * .9 + .1, .8 * .1 + .1
+    r = elbo.no_lapse_probability(log_sigma, 0.2)
+    assert r[0].tolist() == pytest.approx([0.72 / 0.82, 0.08 / 0.18])
+    torch.testing.assert_close(1 - r, 0.1 / loglik.exp())
+    # a degenerate answer costs log(2 / e) and no more, a perfect one log(1 / (1 - e / 2))
+    ends = elbo.with_lapse(torch.tensor([[-1e30, -76.0, 0.0]]), 0.02)[0]
+    assert ends.tolist() == pytest.approx([math.log(0.01)] * 2 + [math.log(0.99)], rel=1e-6)
+
+
+def test_without_lapses_nothing_changes_to_the_last_bit():
+    for dtype in (torch.float32, torch.float64):
+        loglik, log_w, unit = problem(3, experts=4)
+        loglik = loglik.to(dtype)
+        for none in (0, 0.0):
+            assert torch.equal(elbo.with_lapse(loglik, none), loglik)
+            assert torch.equal(elbo.no_lapse_probability(loglik, none), torch.ones_like(loglik))
+            gaps = [
+                elbo.certified_gap(loglik, log_w.to(dtype), 2, unit, **choice)
+                for choice in ({}, {"lapse": none})
+            ]
+            assert torch.equal(*gaps)
+
+
+def test_gradient_with_lapses_weighs_pairs_by_the_posterior_of_expert_and_no_lapse():
+    log_sigma, log_w, unit = problem(20)
+    for groups in (None, unit):
+        variable = log_sigma.clone().requires_grad_()
+        loglik = elbo.with_lapse(variable, 0.1)
+        elbo.mixture_log_likelihood(loglik, log_w, groups).sum().backward()
+        q = elbo.log_responsibilities(loglik.detach(), log_w, groups).exp()
+        q = q if groups is None else q[groups]
+        expected = q * elbo.no_lapse_probability(log_sigma, 0.1)
+        torch.testing.assert_close(variable.grad, expected, rtol=0, atol=1e-12)
+    assert float((expected - q).abs().max()) > 0.1  # lapses do weigh here
+
+
+def test_an_expert_that_was_not_computed_stays_so():
+    log_sigma = torch.tensor([[-INF, -1.0]], requires_grad=True)
+    loglik = elbo.with_lapse(log_sigma, torch.tensor(0.1))
+    assert loglik[0, 0] == -INF and loglik[0, 1] > -INF
+    elbo.mixture_log_likelihood(loglik, torch.tensor([0.5, 0.5]).log()).sum().backward()
+    assert log_sigma.grad[0, 0] == 0 and 0 < log_sigma.grad[0, 1] < 1
+
+
+@pytest.mark.parametrize("prior", [elbo.LAPSE_PRIOR, (1.5, 4.0)])
+def test_the_m_step_of_the_lapse_rate_maximises(prior):
+    """One step is the maximum of the expected log posterior, and steps end at the maximum of the posterior itself."""
+    log_sigma, log_w, unit = problem(21, pairs=60, units=10)
+    log_q = elbo.log_responsibilities(elbo.with_lapse(log_sigma, 0.3), log_w, unit)
+    r = elbo.no_lapse_probability(log_sigma, 0.3)
+
+    def expected(e):
+        terms = r * math.log(1 - e) + (1 - r) * math.log(e / 2)
+        return float((log_q[unit].exp() * terms).sum()) + elbo.lapse_log_prior(e, prior)
+
+    def posterior(e):
+        loglik = elbo.with_lapse(log_sigma, e)
+        total = elbo.mixture_log_likelihood(loglik, log_w, unit).sum()
+        return float(total) + elbo.lapse_log_prior(e, prior)
+
+    def highest(function):
+        found = minimize_scalar(
+            lambda e: -function(e), bounds=(1e-6, 0.999), options={"xatol": 1e-9}
+        )
+        return found.x
+
+    step = float(elbo.lapse_m_step(log_sigma, log_q, 0.3, unit, prior=prior))
+    assert step == pytest.approx(highest(expected), abs=1e-6)
+    rate, before = 0.3, posterior(0.3)
+    for _ in range(300):
+        log_q = elbo.log_responsibilities(elbo.with_lapse(log_sigma, rate), log_w, unit)
+        rate = float(elbo.lapse_m_step(log_sigma, log_q, rate, unit, prior=prior))
+        assert posterior(rate) >= before - 1e-9
+        before = posterior(rate)
+    assert rate == pytest.approx(highest(posterior), abs=1e-5)
+
+
+def test_experts_that_explain_every_pair_leave_the_prior_s_floor():
+    rate = 0.02
+    for _ in range(2000):
+        step = elbo.lapse_m_step(torch.full((900, 1), -1e-9), torch.zeros(900, 1), rate)
+        rate = float(step)
+    assert rate == pytest.approx(2 / (900 + 100), rel=0.01)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.floats(1e-4, 0.99))
+def test_the_decision_at_one_half_does_not_move_with_the_lapse_rate(seed, rate):
+    log_sigma, log_w, _ = problem(seed)
+    preference = elbo.predictive_probability(log_sigma, log_w)
+    answer = elbo.predictive_probability(elbo.with_lapse(log_sigma, rate), log_w)
+    torch.testing.assert_close(answer, (1 - rate) * preference + rate / 2)
+    assert torch.equal(preference > 0.5, answer > 0.5)
+
+
+@pytest.mark.parametrize("level", ["pair", "unit"])
+def test_the_certified_gap_is_tighter_with_lapses_and_still_holds(level):
+    for seed in range(20):
+        log_sigma, log_w, unit = problem(seed, experts=5)
+        unit = unit if level == "unit" else None
+        log_sigma[:, log_w.argsort()[:2]] = 0.0  # those left out explain everything
+        loglik = elbo.with_lapse(log_sigma, 0.3)
+        true = elbo.mixture_log_likelihood(loglik, log_w, unit)
+        true = true - elbo.restricted_log_likelihood(loglik, log_w, 3, unit)
+        gap = elbo.certified_gap(loglik, log_w, 3, unit, lapse=0.3)
+        torch.testing.assert_close(gap, true)  # reached: nothing smaller is certain
+        assert (gap < elbo.certified_gap(loglik, log_w, 3, unit) - 1e-6).all()
+
+
+def test_the_certified_gap_of_a_unit_without_pairs_knows_no_lapse():
+    loglik, unit = elbo.with_lapse(torch.zeros(1, 2), 0.5), torch.tensor([0])
+    gap = elbo.certified_gap(loglik, torch.tensor([0.6, 0.4]).log(), 1, unit, lapse=0.5, n_units=2)
+    assert gap.exp().tolist() == pytest.approx([1 / 0.6] * 2)  # (.6 * .75 + .4 * .75) / (.6 * .75)
+
+
+def test_one_degenerate_answer_decides_a_posterior_without_lapses_and_not_with():
+    """Six clear answers speak for expert 0; one more, of 76 nats, must not outweigh them."""
+    margin = torch.tensor([[4.0, -1.0]] * 6 + [[-76.0, 0.0]])
+    unit, even = torch.zeros(7, dtype=torch.long), torch.tensor([0.5, 0.5]).log()
+    without, lapsing = (
+        elbo.log_responsibilities(elbo.with_lapse(F.logsigmoid(margin), e), even, unit).exp()[0, 0]
+        for e in (0.0, 0.02)
+    )
+    assert without < 1e-6 and lapsing > 0.9
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, math.nan, INF])
+def test_a_lapse_rate_that_is_none_is_refused(rate):
+    loglik, log_w = torch.full((2, 2), -1.0), torch.tensor([0.5, 0.5]).log()
+    for call in (
+        lambda: elbo.with_lapse(loglik, rate),
+        lambda: elbo.no_lapse_probability(loglik, rate),
+        lambda: elbo.lapse_m_step(loglik, log_w.expand(2, 2), rate),
+        lambda: elbo.certified_gap(loglik, log_w, 1, lapse=rate),
+    ):
+        with pytest.raises(ValueError, match=f"lapse={rate}: expected a rate of at least 0"):
+            call()
 
 
 # ----------------------------------------------------------------------------------------------------- invariances

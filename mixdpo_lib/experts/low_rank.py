@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+BLOCK = 256  # positions whose logits are made and used at once
+
 
 class LowRankTokenLogps(torch.autograd.Function):
     """log pi_k(token) of every position and expert, (positions, experts); gradients for A, E = W B and s.
@@ -39,43 +41,62 @@ class LowRankTokenLogps(torch.autograd.Function):
     ):  # type: ignore[override]
         """See the class."""
         n_experts, n_positions = len(down), len(hidden)
-        base_logits = workspace.take("base", (n_positions, len(head)), hidden)
-        torch.mm(hidden, head.T, out=base_logits)
-        if bias is not None:
-            base_logits += bias
-        sizes = [n_positions] * n_experts if groups is None else [len(at) for at in groups]
-        keep = any(ctx.needs_input_grad[1:4])
-        rows = sum(sizes) if keep else max(sizes, default=0)
-        flat = workspace.take("experts", (rows, len(head)), hidden)
-        buffers = flat.split(sizes) if keep else [flat[:size] for size in sizes]
+        sharper = [0.0] * n_experts if sharpness is None else sharpness.tolist()
         if groups is None:
-            groups = [slice(None)] * n_experts
+            sizes = [n_positions] * n_experts
             states = list(torch.einsum("pd,krd->kpr", hidden, down))
         else:
+            sizes = [len(at) for at in groups]
             states = [hidden[at] @ down[k].T for k, at in enumerate(groups)]
-        sharper = [0.0] * n_experts if sharpness is None else sharpness.tolist()
+        keep = any(ctx.needs_input_grad[1:4])
+        size = sum(sizes) if keep else BLOCK
+        flat = workspace.take("experts", (size, len(head)), hidden)
+        buffers = flat.split(sizes) if keep else [flat] * n_experts
+        room = workspace.take("base", (BLOCK, len(head)), hidden)
         logps = hidden.new_zeros(n_positions, n_experts)
-        totals = []
-        for k, (at, z) in enumerate(zip(groups, buffers, strict=True)):
-            torch.addmm(base_logits[at], states[k], up[k].T, beta=1 + sharper[k], out=z)
-            lifted = mean_active[at] * sharper[k]
-            token, known = token_logit[at] + lifted, target[at] >= 0
-            token[known] = z[known, target[at][known]]
-            others = lse_inactive[at] + lifted
-            top = torch.maximum(z.amax(1), others)
-            z.sub_(top[:, None]).exp_()
-            totals.append(z.sum(1) + (others - top).exp())
-            logps[at, k] = token - top - totals[k].log()
-        ctx.save_for_backward(hidden, up, target, mean_active)
-        ctx.groups, ctx.states, ctx.totals = groups, states, totals
-        ctx.base_logits, ctx.sharp = base_logits, sharpness is not None
+        totals = [hidden.new_empty(n) for n in sizes]
+        expected = [hidden.new_empty(n) for n in sizes] if ctx.needs_input_grad[3] else None
+        for start in range(0, n_positions, BLOCK):  # each stays in the processor's cache
+            stop = min(start + BLOCK, n_positions)
+            base_logits = torch.mm(hidden[start:stop], head.T, out=room[: stop - start])
+            if bias is not None:
+                base_logits += bias
+            for k in range(n_experts):
+                if groups is None:
+                    own, at, plain = slice(start, stop), slice(start, stop), base_logits
+                else:
+                    low, high = torch.searchsorted(
+                        groups[k], torch.tensor([start, stop], device=hidden.device)
+                    ).tolist()
+                    own, at = slice(low, high), groups[k][low:high]
+                    plain = base_logits[at - start]
+                z = buffers[k][own] if keep else buffers[k][: len(plain)]
+                torch.addmm(plain, states[k][own], up[k].T, beta=1 + sharper[k], out=z)
+                lifted = mean_active[at] * sharper[k]
+                token, known = token_logit[at] + lifted, target[at] >= 0
+                token[known] = z[known, target[at][known]]
+                others = lse_inactive[at] + lifted
+                top = torch.maximum(z.amax(1), others)
+                z.sub_(top[:, None]).exp_()
+                inside = z.sum(1)
+                total = totals[k][own] = inside + (others - top).exp()
+                logps[at, k] = token - top - total.log()
+                if (
+                    expected is not None
+                ):  # sum_v pi_k(v) (z_v - mean_active) - (z_token - mean_active): - d logp / ds
+                    moved = (torch.linalg.vecdot(z, plain) - mean_active[at] * inside) / total
+                    moved[known] -= plain[known, target[at][known]] - mean_active[at][known]
+                    expected[k][own] = moved
+        ctx.save_for_backward(hidden, up, target)
+        ctx.groups = [slice(None)] * n_experts if groups is None else groups
+        ctx.states, ctx.totals, ctx.expected = states, totals, expected
         ctx.buffers, ctx.ticket, ctx.workspace = buffers, workspace.ticket(), workspace
         return logps
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         """Gradients for A, E and s, from the probabilities that were kept."""
-        hidden, up, target, mean_active = ctx.saved_tensors
+        hidden, up, target = ctx.saved_tensors
         if ctx.ticket != ctx.workspace.ticket():
             raise RuntimeError(
                 "the experts' logits were overwritten by a later call before backward() was reached"
@@ -84,7 +105,7 @@ class LowRankTokenLogps(torch.autograd.Function):
             len(up), up.shape[2], hidden.shape[1], dtype=hidden.dtype, device=hidden.device
         )
         grad_up = torch.zeros_like(up)
-        grad_sharpness = up.new_zeros(len(up)) if ctx.sharp else None
+        grad_sharpness = None if ctx.expected is None else up.new_zeros(len(up))
         for k, (at, probability) in enumerate(zip(ctx.groups, ctx.buffers, strict=True)):
             own, states = grad[at, k], ctx.states[k]
             weight = (own / ctx.totals[k])[:, None]
@@ -96,12 +117,8 @@ class LowRankTokenLogps(torch.autograd.Function):
             grad_up[k].index_add_(0, columns, states[rows] * own[rows, None])
             grad_state.index_add_(0, rows, up[k][columns] * own[rows, None])
             torch.mm(grad_state.T, hidden[at], out=grad_down[k])
-            if grad_sharpness is not None:  # d logit_v / ds = z_v - mean_active
-                base_logits, mean = ctx.base_logits[at], mean_active[at]
-                expected = torch.linalg.vecdot(probability, base_logits)
-                expected -= mean * probability.sum(1)
-                said = base_logits[rows, columns] - mean[rows]
-                grad_sharpness[k] = own[rows] @ said - weight[:, 0] @ expected
+            if grad_sharpness is not None:
+                grad_sharpness[k] = -(own @ ctx.expected[k])
         return None, grad_down, grad_up, grad_sharpness, *(None,) * 8
 
 

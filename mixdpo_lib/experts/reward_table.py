@@ -128,7 +128,8 @@ class RewardTable(Experts, family=False):
 
         Parameters
         ----------
-        weight : responsibilities, >= 0, float64. steps : Newton steps at most; two leave little to the next M-step.
+        weight : responsibilities, >= 0, float64; where answers may be lapses, times the probability of no lapse.
+        steps : Newton steps at most; two leave little to the next M-step.
 
         Returns
         -------

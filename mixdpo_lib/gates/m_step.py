@@ -27,12 +27,14 @@ class EMResult:
         kl_q_w, loglik (before the M-step of that iteration), entropy and usage; nats per pair, usage in [0, 1].
     stop_reason : of the kept restart, one of STOP_REASONS. restarts : restart, objective, stop_reason, kept.
     log_q : (units, experts), responsibilities at the end.
+    lapse : the lapse rate at the end; None where the likelihoods were given, and any rate with them.
     """
 
     history: pd.DataFrame
     stop_reason: str
     restarts: pd.DataFrame
     log_q: Tensor
+    lapse: float | None = None
 
     @property
     def converged(self) -> bool:
@@ -114,7 +116,7 @@ def gate_em(
     Parameters
     ----------
     inputs : what the gate reads, one row a latent (a pair, or a unit); empty for an input-free gate.
-    loglik : log sigma(D_nk), nats. unit : unit of each pair, None for a latent per pair.
+    loglik : log sigma(D_nk), or `elbo.with_lapse` of it, nats. unit : of each pair, None for a latent per pair.
     tolerance : nats a pair; a smaller gain of the objective (log-likelihood + log prior - regularisation) ends it.
 
     Returns

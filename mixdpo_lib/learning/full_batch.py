@@ -10,7 +10,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from ..elbo import elbo_terms, entropy, log_responsibilities, mixture_log_likelihood
+from ..elbo import (
+    LAPSE_START,
+    check_lapse,
+    elbo_terms,
+    entropy,
+    lapse_log_prior,
+    lapse_m_step,
+    log_responsibilities,
+    mixture_log_likelihood,
+    no_lapse_probability,
+    with_lapse,
+)
 from ..gates.contract import Gate
 from ..gates.m_step import EMResult
 from .starts import KINDS, random_log_q
@@ -31,12 +42,15 @@ def full_batch_em(
     symmetry_breaking: str = "random_responsibilities",
     symmetry_scale: float = 1.0,
     min_usage: float = 0.0,
+    lapse: float | int | str = 0.0,
+    lapse_start: float = LAPSE_START,
     seed: int = 0,
 ) -> EMResult:
     """Full-batch EM, in place: exact responsibilities, an M-step of the experts that cannot fall, the weights' mode.
 
-    The monitored objective is log-likelihood + log prior of the experts + log prior of the weights. It never falls once
-    the responsibilities are exact (temperature 1). Source: derived in docs/method.md, tested in tests/test_em.py.
+    The monitored objective is log-likelihood + log prior of the experts, of the weights, and of a learned lapse rate. It
+    never falls once the responsibilities are exact (temperature 1). Source: derived in docs/method.md, tested in
+    tests/experts/test_tables.py and tests/learning/test_lapses.py.
 
     Parameters
     ----------
@@ -51,6 +65,8 @@ def full_batch_em(
         average out); or "none" (go on from where the experts are: a call that continues another one gives the same as
         one longer call).
     min_usage : an expert whose mean responsibility falls below this ends the restart as "dead_expert".
+    lapse : e in [0, 1), how often an answer is given at random; "learn": moved by `elbo.lapse_m_step` at temperature 1.
+    lapse_start : where a learned rate begins, in (0, 1). A call that continues another one gives its `EMResult.lapse`.
 
     Raises
     ------
@@ -74,6 +90,13 @@ def full_batch_em(
         raise ValueError(
             f"{type(gate).__name__} reads {', '.join(gate.reads)}: expected weights that read nothing; use fit"
         )
+    if isinstance(lapse, str) and lapse != "learn":
+        raise ValueError(f'lapse={lapse!r}: expected a rate of at least 0 and below 1, or "learn"')
+    learned = isinstance(lapse, str)
+    first_lapse = lapse_start if isinstance(lapse, str) else float(lapse)
+    check_lapse(first_lapse)
+    if learned and lapse_start == 0:
+        raise ValueError("lapse_start=0: expected above 0, where a rate can be learned")
     gate.double()
     unit = torch.arange(len(pairs)) if unit is None else unit
     start = {
@@ -81,7 +104,7 @@ def full_batch_em(
         for name, value in [*experts.state_dict().items(), *gate.state_dict().items()]
     }
     history, table = [], []
-    best: tuple[int, dict[str, Tensor]] = (0, start)
+    best: tuple[int, dict[str, Tensor], float] = (0, start, first_lapse)
     for restart in range(restarts):
         _load(experts, gate, start)
         if symmetry_breaking == "random_heads":
@@ -98,6 +121,8 @@ def full_batch_em(
             tempering_iterations,
             log_q if symmetry_breaking == "random_responsibilities" else None,
             min_usage,
+            first_lapse,
+            learned,
         )
         history += [{"restart": restart, **row} for row in rows]
         table.append(
@@ -107,14 +132,15 @@ def full_batch_em(
             n: v.clone() for n, v in [*experts.state_dict().items(), *gate.state_dict().items()]
         }
         if restart == 0 or rows[-1]["objective"] > table[best[0]]["objective"]:
-            best = (restart, state)
+            best = (restart, state, rows[-1]["lapse"])
         if reason == "interrupted":
             break
     _load(experts, gate, best[1])
-    log_q = log_responsibilities(experts.loglik(pairs).detach(), gate.log_w(), unit)
+    loglik = with_lapse(experts.loglik(pairs).detach(), best[2])
+    log_q = log_responsibilities(loglik, gate.log_w(), unit)
     frame = pd.DataFrame(table)
     frame["kept"] = frame["restart"] == best[0]
-    return EMResult(pd.DataFrame(history), table[best[0]]["stop_reason"], frame, log_q)
+    return EMResult(pd.DataFrame(history), table[best[0]]["stop_reason"], frame, log_q, best[2])
 
 
 def _load(experts: nn.Module, gate: nn.Module, state: dict[str, Tensor]) -> None:
@@ -123,29 +149,43 @@ def _load(experts: nn.Module, gate: nn.Module, state: dict[str, Tensor]) -> None
 
 
 def _one_em(
-    experts, gate, pairs, unit, max_iter, tolerance, start_temperature, tempering, log_q, min_usage
+    experts,
+    gate,
+    pairs,
+    unit,
+    max_iter,
+    tolerance,
+    start_temperature,
+    tempering,
+    log_q,
+    min_usage,
+    lapse,
+    learned,
 ) -> tuple[str, list[dict[str, Any]]]:
     """Until a reason to stop: the reason, and one row an iteration."""
     n, rows = len(pairs), []
     n_units = int(unit.max()) + 1
 
-    def m_step(log_q: Tensor) -> None:
-        experts.m_step(pairs, log_q.exp()[unit])
+    def m_step(log_q: Tensor, log_sigma: Tensor) -> None:
+        experts.m_step(pairs, log_q.exp()[unit] * no_lapse_probability(log_sigma, lapse))
         if gate.learns:
             gate.m_step({}, log_q, torch.zeros(n_units, dtype=torch.long))
 
     try:
         if log_q is not None:
-            m_step(log_q)
+            m_step(log_q, experts.loglik(pairs).detach())
         for iteration in range(max_iter + 1):
             temperature = start_temperature ** max(0.0, 1 - iteration / max(tempering, 1))
-            loglik, log_w = experts.loglik(pairs).detach(), gate.log_w()
+            log_sigma, log_w = experts.loglik(pairs).detach(), gate.log_w()
+            loglik = with_lapse(log_sigma, lapse)
             log_q = log_responsibilities(
                 loglik, log_w, unit, responsibility_temperature=temperature
             )
             terms = elbo_terms(loglik, log_w, log_q, unit)
             total = float(mixture_log_likelihood(loglik, log_w, unit).sum())
             prior = float(experts.log_prior()) + float(gate.log_prior())
+            if learned:
+                prior += lapse_log_prior(lapse)
             usage = log_q.exp().mean(0)
             rows.append(
                 {
@@ -156,6 +196,7 @@ def _one_em(
                     "expected_loglik": float(terms.expected_loglik.sum()) / n,
                     "kl_q_w": float(terms.kl.sum()) / n,
                     "temperature": temperature,
+                    "lapse": lapse,
                     "entropy": float(entropy(log_q).mean()),
                     **{f"usage_{k}": float(u) for k, u in enumerate(usage)},
                 }
@@ -171,7 +212,9 @@ def _one_em(
             if gain < tolerance:
                 return "tolerance", rows
             if iteration < max_iter:
-                m_step(log_q)
+                m_step(log_q, log_sigma)
+                if learned and temperature == 1:
+                    lapse = float(lapse_m_step(log_sigma, log_q, lapse, unit))
     except KeyboardInterrupt:
         if not rows:
             raise

@@ -1,4 +1,4 @@
-"""Which fit is it? All that its result depends on: data, base, experts, gate, beta, start and configuration."""
+"""Which fit is it? All that its result depends on: data, base, experts, gate, beta, lapse, start and configuration."""
 
 from __future__ import annotations
 
@@ -110,6 +110,8 @@ def fit_identity(
             "keep": config.keep,
         },
     }
+    if policy.given_lapse:  # folders of fits from before there were lapses go on
+        own["lapse"] = policy.given_lapse
     try:
         return json.loads(canonical_json(own))
     except (TypeError, ValueError) as error:

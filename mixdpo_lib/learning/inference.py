@@ -343,7 +343,7 @@ class RecognitionDraws(RelaxedDraws):
         table = self._table[0]
         own = self.evidence.log_q(log_w)
         terms = elbo_terms(
-            table.loglik, log_w, own, table.unit, n_units=table.n_units, validate=False
+            table.read(), log_w, own, table.unit, n_units=table.n_units, validate=False
         )
         return {"elbo_recognition": float(terms.elbo.sum()) / len(index)}
 

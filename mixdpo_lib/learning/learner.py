@@ -104,7 +104,7 @@ class Learner(nn.Module):
         super().__init__()
         self.policy, self.steps_per_pass = policy, steps_per_pass
         self.options = config  # not `config`: Trainer writes to an attribute of that name
-        self.table = LoglikTable(unit, policy.n_experts)
+        self.table = LoglikTable(unit, policy.n_experts, policy.with_lapse)
         inputs = latent_inputs(policy, data, config, unit)
         start, n_latents = config.start, self.table.n_units
         if start.kind == "clusters":
@@ -163,19 +163,22 @@ class Learner(nn.Module):
         part: str = "whole",
         **batch: Tensor,
     ) -> dict[str, Tensor]:
-        """loss = - mean_n sum_k q_nk log sigma(D_nk) + penalty, nats per pair; see inference.py for q.
+        """loss = - mean_n sum_k q_nk loglik_nk + penalty, nats per pair; see inference.py for q.
+
+        loglik_nk is log sigma(D_nk), with the policy's lapse rate: its gradient weighs a pair by q_nk r_nk.
 
         A step in several parts: each is looked at ("look": the table is brought up to date and nothing else), then
         learned from ("learn", and "last", which closes the step), its loss times `scale`, its share of the step.
         """
         log_w = self.log_w()
         chosen = self.chosen(row, log_w)
-        loglik = self.policy.batch_loglik(batch, chosen)
+        log_sigma = self.policy.batch_log_sigma(batch, chosen)
         last = part in ("whole", "last")
         if self.training and part in ("whole", "look"):
-            self.table.update(*_from_all(row, loglik.detach()))
+            self.table.update(*_from_all(row, log_sigma.detach()))
         if part == "look":
             return {}
+        loglik = self.policy.with_lapse(log_sigma)
         penalty = loglik.new_zeros(())
         if self.starting():
             q = self.start_log_q[self.table.unit[row]].exp()
@@ -184,7 +187,7 @@ class Learner(nn.Module):
             kept = log_w if chosen is None or top_s is None else keep_top_s(log_w, top_s)
             q, penalty = self.inference.weights(row, kept, self.now(), described)
         if self.training and last:
-            self._move_gate(log_w)
+            self._m_step(log_w)
             self.steps += 1
         return {"loss": scale * (penalty - (q * loglik.masked_fill(q == 0, 0.0)).sum(1).mean())}
 
@@ -193,23 +196,29 @@ class Learner(nn.Module):
         share = float(self.steps) / (self.options.passes * self.steps_per_pass)
         return Moment(int(self.steps), share, self.temperature(), self.training)
 
-    def _move_gate(self, log_w: Tensor) -> None:
-        """The weights move towards the responsibilities of the whole table, once these are no longer tempered.
+    def _m_step(self, log_w: Tensor) -> None:
+        """Weights and lapse rate move towards what the whole table says, once responsibilities are no longer tempered.
 
         Tempered responsibilities say little of the weights: a start could kill an expert.
         """
-        if self.policy.n_experts == 1 or self.starting() or self.temperature() > 1:
+        if self.starting() or self.temperature() > 1:
+            return
+        if self.policy.n_experts == 1 and self.policy.given_lapse != "learn":
             return
         log_q = self.inference.table.log_q(log_w)
         if not log_q.isfinite().any() or bool(
             log_q.isnan().any()
         ):  # the next evaluation ends the fit as non-finite
             return
+        share = (float(self.steps) + 1) ** -GATE_EXPONENT
+        self.policy.move_lapse(self.table.loglik, log_q, self.table.unit, share)
+        if self.policy.n_experts == 1:
+            return
         self.policy.gate.m_step(
             self.inputs,
             log_q,
             self.gate_place,
-            share=(float(self.steps) + 1) ** -GATE_EXPONENT,
+            share=share,
             max_iter=GATE_ITERATIONS,
             entropy_weight=self.options.routing.entropy,
             balance_weight=self.options.routing.balance,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +23,8 @@ class LoglikTable(nn.Module):
     ----------
     unit : (pairs,) int64, unit of each pair, 0 ... U-1; the row's own number where each pair has a latent of its own.
     n_experts : K.
+    as_read : what the values become when they are read, such as `MixturePolicy.with_lapse`: the table then holds
+        log sigma(D), and a lapse rate that moves leaves no value behind that was made with an older one.
 
     >>> table = LoglikTable(torch.tensor([0, 0, 1]), n_experts=2)
     >>> table.fill(torch.tensor([[-1.0, -2.0], [-1.0, -2.0], [-3.0, -1.0]]))
@@ -33,8 +36,14 @@ class LoglikTable(nn.Module):
     loglik: Tensor
     unit: Tensor
 
-    def __init__(self, unit: Int[Tensor, "pairs"], n_experts: int) -> None:
+    def __init__(
+        self,
+        unit: Int[Tensor, "pairs"],
+        n_experts: int,
+        as_read: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self._as_read = as_read
         self.n_units = int(unit.max()) + 1
         self.register_buffer("unit", unit)
         self.register_buffer("loglik", torch.full((len(unit), n_experts), -math.log(2.0)))
@@ -52,12 +61,17 @@ class LoglikTable(nn.Module):
         )
 
     @torch.no_grad()
+    def read(self) -> Float[Tensor, "pairs experts"]:
+        """Log-likelihood of every pair as last seen, at the lapse rate of now, nats."""
+        return self.loglik if self._as_read is None else self._as_read(self.loglik)
+
+    @torch.no_grad()
     def log_q(
         self, log_w: Float[Tensor, ...], temperature: float = 1.0
     ) -> Float[Tensor, "units experts"]:
         """Responsibilities of every unit (log q, normalised; no gradient), tempered by `temperature` >= 1."""
         return log_responsibilities(
-            self.loglik,
+            self.read(),
             log_w,
             self.unit,
             responsibility_temperature=temperature,
@@ -78,14 +92,12 @@ class LoglikTable(nn.Module):
 
         `bound_gap` is log-likelihood minus bound: 0 at temperature 1, where q is the exact posterior.
         """
-        log_q = self.log_q(log_w, temperature)
-        terms = elbo_terms(
-            self.loglik, log_w, log_q, self.unit, n_units=self.n_units, validate=False
-        )
+        log_q, loglik = self.log_q(log_w, temperature), self.read()
+        terms = elbo_terms(loglik, log_w, log_q, self.unit, n_units=self.n_units, validate=False)
         total = mixture_log_likelihood(
-            self.loglik, log_w, self.unit, n_units=self.n_units, validate=False
+            loglik, log_w, self.unit, n_units=self.n_units, validate=False
         ).sum()
-        n, q = len(self.loglik), log_q.exp()
+        n, q = len(loglik), log_q.exp()
         out = {
             "elbo": float(terms.elbo.sum()) / n,
             "expected_loglik": float(terms.expected_loglik.sum()) / n,

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
@@ -244,19 +245,21 @@ class MixDPOTrainer(Trainer):
             policy.text_rewards(self.data.texts, torch.unique(torch.cat(seen))) if seen else None
         )
         if config.evaluate_training:
-            table.fill(policy.loglik(self.data, rewards))
+            table.fill(policy.log_sigma(self.data, rewards))
         log_w = learner.log_w()
-        row: dict[str, Any] = table.terms(log_w, 1.0)
+        row: dict[str, Any] = table.terms(log_w, 1.0) | {"lapse": policy.lapse}
         if not all(bool(p.isfinite().all()) for p in policy.parameters() if p.requires_grad):
             row["elbo"] = math.nan  # of no policy, whatever the table has last seen
         if config.routing.top_s is not None:  # of the table: the mean over its rows, nats a latent
             unit = table.unit if config.latent == "unit" else None
-            gap = certified_gap(table.loglik, log_w, config.routing.top_s, unit, validate=False)
+            gap = certified_gap(
+                table.read(), log_w, config.routing.top_s, unit, lapse=policy.lapse, validate=False
+            )
             row["certified_gap"] = float(gap.mean())
         row |= learner.inference.measure(log_w, self.data.index)
         log_q = table.log_q(log_w)
         row["train_accuracy"] = float(
-            correct((table.loglik + log_q[table.unit]).logsumexp(1).exp()).mean()
+            correct((table.read() + log_q[table.unit]).logsumexp(1).exp()).mean()
         )
         if self.validation is not None:
             same = self.validation.texts is self.data.texts
@@ -271,6 +274,10 @@ class MixDPOTrainer(Trainer):
             prediction = (loglik + weights).logsumexp(1)
             row["validation_loglik"] = float(prediction.mean())
             row["validation_accuracy"] = float(correct(prediction.exp()).mean())
+            if policy.n_experts > 1:
+                own = (weights.exp() * loglik.masked_fill(weights == -math.inf, 0.0)).sum(0)
+                own /= weights.exp().expand_as(loglik).sum(0)
+                row |= {f"validation_loglik_{k}": float(value) for k, value in enumerate(own)}
         return row
 
 
@@ -298,17 +305,25 @@ class Watch(TrainerCallback):
         if trainer.checkpoints and trainer.args.should_save:
             self._write(trainer.checkpoints.folder / snapshot_name(step), self.snapshots[step])
         self.judge(row)
-        if trainer.config.keep == "best":
-            for old in set(self.snapshots) - {
-                step,
-                self.best_step(state),
-            }:  # whole models are large
-                del self.snapshots[old]
+        for old in set(self.snapshots) - set(self.needed(state)):  # whole models are large
+            del self.snapshots[old]
 
     def best_step(self, state: TrainerState) -> int:
         """The step of the best evaluation so far."""
         rows = [row for row in state.log_history if "elbo" in row]
         return int(rows[max(self.monitor.best_step, 0)]["step"])
+
+    def own_steps(self, state: TrainerState) -> list[int]:
+        """The step of each expert's own best evaluation so far, once responsibilities are no longer tempered; none
+        unless it is asked for."""
+        rows = pd.DataFrame([row for row in state.log_history if "elbo" in row])
+        names = [f"validation_loglik_{k}" for k in range(self.trainer.policy.n_experts)]
+        if self.trainer.config.keep != "each" or not set(names) <= set(rows):
+            return []
+        exact = rows[rows["responsibility_temperature"] == 1]
+        rows = exact if len(exact) else rows
+        scores = rows[names].fillna(-math.inf)
+        return [int(rows.loc[scores[name].idxmax(), "step"]) for name in names]
 
     @staticmethod
     def _write(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -327,11 +342,12 @@ class Watch(TrainerCallback):
         self.stop_reason = self.monitor.step(score, usage, row["elbo"])
 
     def needed(self, state: TrainerState) -> list[int]:
-        """Steps whose snapshots a checkpoint needs: all evaluated ones with keep="all", else the best and the last."""
+        """Steps whose snapshots a checkpoint needs: all evaluated ones with keep="all", else the best, each expert's own
+        best where that is kept, and the last."""
         every = [int(row["step"]) for row in state.log_history if "elbo" in row]
         if self.trainer.config.keep == "all":
             return sorted(set(every))
-        return sorted({every[-1], self.best_step(state)})
+        return sorted({every[-1], self.best_step(state), *self.own_steps(state)})
 
     def recall(self, state: TrainerState) -> str | None:
         """What a checkpoint knows of earlier evaluations; returns the reason for which the fit has ended, if any."""

@@ -1,1 +1,1 @@
-"""Gate, experts and beta as one policy: what it predicts, writes and leaves."""
+"""Gate, experts, beta and lapse rate as one policy: what it predicts, writes and leaves."""

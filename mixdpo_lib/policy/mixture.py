@@ -1,10 +1,10 @@
-"""Gate, experts and beta as one policy: pi(y given x) = sum_k w_k(x) pi_k(y given x)  (arXiv 2510.08256)."""
+"""Gate, experts, beta and lapse rate as one policy: pi(y given x) = sum_k w_k(x) pi_k(y given x)  (arXiv 2510.08256)."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,25 @@ from .generating import Generated
 from .model import MixtureModel
 
 
+def _by_weights(
+    policy: MixtureModel,
+    loglik: Callable[..., Tensor],
+    data: Dataset | Pairs,
+    user: Tensor | None,
+    top_s: int | None,
+) -> Float[Tensor, "pairs"]:
+    """sum_k w_k exp(loglik_k), or of the S experts of largest weight, whose weights are divided by their total."""
+    data = policy.prepare(data)
+    log_w = policy.log_w(data) if user is None else user
+    if top_s is None:
+        return predictive_probability(loglik(data), log_w)
+    kept = keep_top_s(log_w, top_s)
+    chosen = (kept > -math.inf).expand(len(data), -1)
+    return predictive_probability(
+        loglik(data, chosen=chosen), log_w if top_s == policy.n_experts else kept.log_softmax(-1)
+    )
+
+
 class MixturePolicy(MixtureModel):
     """K experts, a gate and the strength `beta` of the KL term, as one policy.
 
@@ -31,6 +50,8 @@ class MixturePolicy(MixtureModel):
     ----------
     experts : see experts/contract.py. gate : see gates/contract.py; both with the same number of experts.
     beta : > 0, default 0.1 (DPO's usual value): large keeps close to the reference.
+    lapse : e in [0, 1), how often an answer is given at random; default 0, never. "learn": from the training pairs, from
+        .02 on, under a prior (`elbo.lapse_m_step`); `policy.lapse` is the rate as it is now. Texts have no lapses.
     """
 
     # ---------------------------------------------------------------------------------------------- who answered?
@@ -41,7 +62,7 @@ class MixturePolicy(MixtureModel):
     ) -> tuple[Float[Tensor, "units experts"], list[Any]]:
         """log q of every unit (of every pair, with unit=None), nats, and the units' names (the rows' numbers).
 
-        q_uk proportional to w_k prod_{n in u} sigma(D_nk). Source: docs/method.md. rewards : see `loglik`.
+        q_uk proportional to w_k prod_{n in u} exp(loglik_nk). Source: docs/method.md. rewards : see `log_sigma`.
         """
         data = self.prepare(data)
         ids, names = (None, list(range(len(data)))) if unit is None else data.units(unit)
@@ -113,21 +134,25 @@ class MixturePolicy(MixtureModel):
         user: Float[Tensor, ...] | None = None,
         top_s: int | None = None,
     ) -> Float[Tensor, "pairs"]:
-        """Probability that `chosen` is preferred: sum_k w_k sigma(D_k), w the user's or the gate's.
+        """Probability that `chosen` is the answer: sum_k w_k ((1 - e) sigma(D_k) + e / 2), w the user's or the gate's.
+
+        e is the lapse rate; `preference` leaves it out. Both lie on the same side of one half.
 
         With `top_s` only the S experts of largest weight are computed for each pair, and their weights are divided by
         their total W_S: the two answers of a pair then still share a probability of 1. That is a prediction, not a
         bound; for the bound see `elbo.restricted_log_likelihood`.
         """
-        data = self.prepare(data)
-        log_w = self.log_w(data) if user is None else user
-        if top_s is None:
-            return predictive_probability(self.loglik(data), log_w)
-        kept = keep_top_s(log_w, top_s)
-        loglik = self.loglik(data, chosen=(kept > -math.inf).expand(len(data), -1))
-        return predictive_probability(
-            loglik, log_w if top_s == self.n_experts else kept.log_softmax(-1)
-        )
+        return _by_weights(self, self.loglik, data, user, top_s)
+
+    @torch.no_grad()
+    def preference(
+        self,
+        data: Dataset | Pairs,
+        user: Float[Tensor, ...] | None = None,
+        top_s: int | None = None,
+    ) -> Float[Tensor, "pairs"]:
+        """Probability that `chosen` is preferred, as an answer without lapse says: sum_k w_k sigma(D_k); see `predict`."""
+        return _by_weights(self, self.log_sigma, data, user, top_s)
 
     @torch.no_grad()
     def logps(
@@ -194,7 +219,10 @@ class MixturePolicy(MixtureModel):
         cls, folder: str | Path, base: Base | None = None, bases: Sequence[Base] | None = None
     ) -> MixturePolicy:
         """Read a mixture back; its base is loaded by name unless given. See `saving.load`."""
-        return cls(*saving.load(folder, base, bases))
+        parts, learned = saving.load(folder, base, bases)
+        policy = cls(*parts)
+        policy.load_state_dict(learned, strict=False)
+        return policy
 
     def export_adapter(self, k: int, folder: str | Path) -> None:
         """Write expert k as a PEFT adapter of the plain base, see `Experts.export_adapter`."""

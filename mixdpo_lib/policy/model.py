@@ -1,4 +1,4 @@
-"""What does learning ask of a mixture? log w(x) and log sigma(D_k), of one batch and of a whole preference set."""
+"""What does learning ask of a mixture? log w(x), log sigma(D_k) and the lapse rate, of a batch and of a preference set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.features import check_rows
 from ..data.pairs import Pairs, Texts, as_pairs
@@ -18,16 +18,20 @@ from ..elbo import margins
 from ..experts.contract import Experts, chosen_texts
 from ..gates.contract import Gate
 from ..gates.inputs import distinct_rows
+from .lapses import Lapses
 
 
-class MixtureModel(nn.Module):
+class MixtureModel(Lapses):
     """The latent-variable model of preferences: p(y_w over y_l given x) = sum_k w_k(x) sigma(D_k)  (arXiv 2510.08256).
 
-    What learning needs: log w and log sigma(D_k). For its parameters see `MixturePolicy`, which serves people with it.
+    With a lapse rate e an answer is (1 - e) sigma(D_k) + e / 2 likely (docs/method.md). What learning needs: log w,
+    log sigma(D_k) and e. For its parameters see `MixturePolicy`, which serves people with it.
     """
 
-    def __init__(self, experts: Experts, gate: Gate, beta: float = 0.1) -> None:
-        super().__init__()
+    def __init__(
+        self, experts: Experts, gate: Gate, beta: float = 0.1, lapse: float | int | str = 0.0
+    ) -> None:
+        super().__init__(lapse)
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(
                 f"beta={beta}: the strength of the KL term is a positive number; 0.1 is the usual value"
@@ -46,6 +50,7 @@ class MixtureModel(nn.Module):
         return (
             f"MixturePolicy: {self.n_experts} {type(self.experts).__name__} of {size:,.0f} numbers each on {where}; "
             f"{type(self.gate).__name__} that reads {reads}; beta {self.beta:g}"
+            + (f"; lapse {self.lapse:.3g}" if self.given_lapse else "")
         )
 
     @property
@@ -85,6 +90,12 @@ class MixtureModel(nn.Module):
     def batch_loglik(
         self, batch: dict[str, Tensor], chosen: Bool[Tensor, "pairs experts"] | None = None
     ) -> Float[Tensor, "pairs experts"]:
+        """Log-likelihood of the answers of a batch under each expert, nats: `batch_log_sigma` with the lapse rate."""
+        return self.with_lapse(self.batch_log_sigma(batch, chosen))
+
+    def batch_log_sigma(
+        self, batch: dict[str, Tensor], chosen: Bool[Tensor, "pairs experts"] | None = None
+    ) -> Float[Tensor, "pairs experts"]:
         """log sigma(D_k) of a batch, nats; gradients flow to the experts.
 
         With `chosen` only those experts are computed for a pair; the others are -inf, which adds nothing to
@@ -95,8 +106,8 @@ class MixtureModel(nn.Module):
             chosen is not None
         ):  # before the answers are subtracted: the difference of two infinities is NaN
             logps = logps.masked_fill(~chosen[:, None], 0.0)
-        loglik = F.logsigmoid(margins(logps, self.experts.ref_logps(batch), self.beta))
-        return loglik if chosen is None else loglik.masked_fill(~chosen, -math.inf)
+        log_sigma = F.logsigmoid(margins(logps, self.experts.ref_logps(batch), self.beta))
+        return log_sigma if chosen is None else log_sigma.masked_fill(~chosen, -math.inf)
 
     @torch.no_grad()
     def text_rewards(
@@ -124,7 +135,17 @@ class MixtureModel(nn.Module):
         rewards: Tensor | None = None,
         chosen: Bool[Tensor, "pairs experts"] | None = None,
     ) -> Float[Tensor, "pairs experts"]:
-        """log sigma(D_k) of every pair, nats.
+        """Log-likelihood of every pair's answer under each expert, nats: `log_sigma` with the lapse rate."""
+        return self.with_lapse(self.log_sigma(data, rewards, chosen))
+
+    @torch.no_grad()
+    def log_sigma(
+        self,
+        data: Dataset | Pairs,
+        rewards: Tensor | None = None,
+        chosen: Bool[Tensor, "pairs experts"] | None = None,
+    ) -> Float[Tensor, "pairs experts"]:
+        """log sigma(D_k) of every pair, nats, whatever the lapse rate.
 
         Parameters
         ----------
@@ -139,8 +160,8 @@ class MixtureModel(nn.Module):
             rewards = self.text_rewards(data.texts, ids, by_text[ids])
         elif rewards is None:
             rewards = self.text_rewards(data.texts)
-        loglik = F.logsigmoid(rewards[data.index[:, 0]] - rewards[data.index[:, 1]])
-        return loglik if chosen is None else loglik.masked_fill(~chosen, -math.inf)
+        log_sigma = F.logsigmoid(rewards[data.index[:, 0]] - rewards[data.index[:, 1]])
+        return log_sigma if chosen is None else log_sigma.masked_fill(~chosen, -math.inf)
 
     # -------------------------------------------------------------------------------------------------- the gate
 

@@ -37,7 +37,7 @@ _WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeEr
 def save(
     policy: MixturePolicy, folder: str | Path, provenance: Mapping[str, Any] | None = None
 ) -> None:
-    """Write mixture.safetensors, config.json (base, family, sizes, gate, beta) and a model card, all or nothing.
+    """Write mixture.safetensors, config.json (base, family, sizes, gate, beta, lapse) and a model card, all or nothing.
 
     Parameters
     ----------
@@ -57,6 +57,7 @@ def save(
         "experts": policy.experts.describe(),
         "gate": policy.gate.describe(),
         "beta": policy.beta,
+        "lapse": policy.given_lapse,
     }
     state = {k: v.detach().cpu().contiguous().clone() for k, v in policy.state_dict().items()}
     check_numbers(f"{folder}: not written", policy.experts, policy.gate)
@@ -70,8 +71,10 @@ def save(
 
 def load(
     folder: str | Path, base: Base | None = None, bases: Sequence[Base] | None = None
-) -> tuple[Experts, Gate, float]:
-    """Experts, gate and beta of a saved mixture; its base must be the one that it was trained on.
+) -> tuple[tuple[Experts, Gate, float, float | str], dict[str, Tensor]]:
+    """Experts, gate, beta and lapse of a saved mixture, and the lapse rate where it was learned, by its name.
+
+    The base must be the one that the mixture was trained on.
 
     Parameters
     ----------
@@ -91,6 +94,8 @@ def load(
             )
     config = read_config(folder / "config.json")
     state = _read_tensors(folder / "mixture.safetensors", config.get("tensors_sha256"))
+    lapse = config.get("lapse", 0.0)
+    learned = _learned_lapse(folder / "mixture.safetensors", state) if lapse == "learn" else {}
     given, refused = list(bases or []), []
 
     def find_base(name: str | None = None, wanted: str | None = None) -> Base:
@@ -131,7 +136,18 @@ def load(
             f"{folder}/mixture.safetensors: not the tensors of config.json ({_said(error)}); {_REMEDY}"
         ) from error
     check_numbers(f"{folder}/mixture.safetensors", experts, gate)
-    return experts, gate, config["beta"]
+    return (experts, gate, config["beta"], lapse), learned
+
+
+def _learned_lapse(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The learned rate, taken out of the tensors."""
+    rate = state.pop("lapse_rate", None)
+    if rate is None or rate.dim() or not 0 < float(rate) < 1:
+        found = "no such tensor" if rate is None else rate.tolist()
+        raise MixDPOError(
+            f"{path}: lapse_rate: found {found}, expected a number above 0 and below 1; {_REMEDY}"
+        )
+    return {"lapse_rate": rate}
 
 
 def _config_hash(config: Mapping[str, Any]) -> str:
@@ -170,17 +186,23 @@ def read_config(path: Path) -> dict[str, Any]:
         "experts": dict,
         "gate": dict,
         "beta": float,
+        "lapse": (float, str),
         "tensors_sha256": str,
         "config_sha256": str,
     }
-    hashes = ("tensors_sha256", "config_sha256")  # older mixtures have none
-    check_shape(path, config, shape, _REMEDY, optional=hashes)
+    newer = ("lapse", "tensors_sha256", "config_sha256")  # older mixtures have none
+    check_shape(path, config, shape, _REMEDY, optional=newer)
     check_shape(f"{path}: experts", config["experts"], {"family": str}, _REMEDY)
     check_shape(f"{path}: gate", config["gate"], {"gate": str}, _REMEDY)
     if config["n_experts"] < 1:
         raise MixDPOError(f"{path}: n_experts: found {config['n_experts']}, expected 1 or more")
     if not 0 < config["beta"] < math.inf:
         raise MixDPOError(f"{path}: beta: found {config['beta']}, expected above 0; {_REMEDY}")
+    lapse = config.get("lapse", 0.0)
+    if not (lapse == "learn" if isinstance(lapse, str) else 0 <= lapse < 1):
+        raise MixDPOError(
+            f'{path}: lapse: found {lapse!r}, expected a rate of at least 0 and below 1, or "learn"; {_REMEDY}'
+        )
     if config.get("config_sha256", "") not in ("", _config_hash(config)):
         raise MixDPOError(
             f"{path}: found another content than was written (config_sha256); {_REMEDY}, or remove that key if the "
@@ -321,6 +343,7 @@ def model_card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         f"- family: {experts['family']}",
         f"- gate: {gate['gate']}",
         f"- beta: {config['beta']}",
+        f"- lapse: {config['lapse']}",
         f"- fingerprint of the base: {config['base_fingerprint']}",
         "",
         "## Provenance",

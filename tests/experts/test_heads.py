@@ -352,6 +352,22 @@ def test_all_experts_chosen_are_the_dense_result_to_the_last_bit(tiny_base, data
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("routing", [None, "uneven", "one never"])
+def test_positions_in_blocks_are_the_positions_at_once(tiny_base, data, routing, monkeypatch):
+    experts, chosen = make(tiny_base, data), None if routing is None else ROUTINGS[routing]
+    parameters, found = [experts.down, experts.up, experts.sharpness], []
+    for block in (7, 1000):
+        monkeypatch.setattr(low_rank, "BLOCK", block)
+        with torch.no_grad():  # where nothing is kept for a backward pass
+            again = experts.logps(batch_of(experts, data), chosen)
+        logps = experts.logps(batch_of(experts, data), chosen)
+        torch.testing.assert_close(again, logps.detach(), atol=1e-6, rtol=1e-6)
+        finite = logps.masked_fill(logps == -torch.inf, 0.0)
+        found.append([finite, *torch.autograd.grad(finite.square().sum(), parameters)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * float(b.detach().abs().max()), rtol=1e-5)
+
+
 def test_infinite_entries_leave_no_nan_in_the_gradients(tiny_base, data):
     experts, chosen = make(tiny_base, data), ROUTINGS["spread"]
     logps = experts.logps(batch_of(experts, data), chosen)

@@ -285,9 +285,11 @@ def test_training_with_all_experts_kept_is_training_with_all(tiny_base, data):
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_kept_experts_are_computed_in_training(tiny_base, data, monkeypatch):
+@pytest.mark.parametrize("lapse", [0.0, 0.2])
+def test_only_the_kept_experts_are_computed_in_training(tiny_base, data, monkeypatch, lapse):
     asked = []
     policy = make(tiny_base, data, context_gate(tiny_base, data, 3), n_experts=3, scale=0.1)
+    policy = MixturePolicy(policy.experts, policy.gate, policy.beta, lapse)
     inner = policy.experts.logps
 
     def logps(batch, chosen=None):
@@ -304,7 +306,7 @@ def test_only_the_kept_experts_are_computed_in_training(tiny_base, data, monkeyp
     ] > -math.log(2)
     loglik, log_w = policy.loglik(data), policy.log_w(data).detach()
     true = mixture_log_likelihood(loglik, log_w) - restricted_log_likelihood(loglik, log_w, 1)
-    certified = certified_gap(loglik, log_w, 1)
+    certified = certified_gap(loglik, log_w, 1, lapse=lapse)
     assert (certified >= true - 1e-6).all()
     assert result.history["certified_gap"].iloc[-1] == pytest.approx(
         float(certified.mean()), abs=1e-4

@@ -24,7 +24,9 @@ def run(base, family, options, folder=None, stop_after=None):
         if family == "head"
         else adapters.AdapterExperts(base, 2, 4, 1)
     )
-    policy = mixture.MixturePolicy(made, weights.LearnedWeights(2), beta=0.5)
+    options = dict(options)
+    lapse = options.pop("lapse", 0.0)
+    policy = mixture.MixturePolicy(made, weights.LearnedWeights(2), beta=0.5, lapse=lapse)
     config = plain_fit(**{"passes": 8.0, "learning_rate": 5e-3, "batch_size": 8, **options})
     if stop_after is not None:  # as a machine that goes down
         step = trainer.MixDPOTrainer.training_step
@@ -42,7 +44,8 @@ def run(base, family, options, folder=None, stop_after=None):
         trainer.MixDPOTrainer.training_step = step
     result = fit.fit(policy, data, config, folder=folder)
     final = torch.cat([p.detach().flatten() for p in policy.experts.parameters()]).tolist()
-    return {"losses": result.losses, "final": final, "w": policy.gate.log_w()[0].exp().tolist()}
+    w = [*policy.gate.log_w()[0].exp().tolist(), policy.lapse]
+    return {"losses": result.losses, "final": final, "w": w}
 
 
 CASES = {
@@ -50,6 +53,7 @@ CASES = {
     "pair": ("head", {"latent": "pair"}),
     "prompt": ("head", {"batch_by": "prompt"}),
     "adapter": ("adapter", {}),
+    "lapse": ("head", {"lapse": "learn"}),
     "accumulate": ("head", {"batch_size": 2, "accumulate": 4}),
 }
 

@@ -1,4 +1,4 @@
-"""Gate, experts and beta as one policy: probabilities, users, speech, and its life on disk."""
+"""Gate, experts, beta and lapse rate as one policy: probabilities, users, speech, and its life on disk."""
 
 import math
 from collections import Counter
@@ -59,6 +59,39 @@ def test_prediction_by_hand(policy, data):
     torch.testing.assert_close(
         policy.predict(data, each), p[range(8), [0, 1, 2, 0, 1, 2, 0, 1]], atol=1e-4, rtol=1e-4
     )
+
+
+def test_an_answer_and_a_preference_by_hand(policy, data):
+    lapsing = MixturePolicy(policy.experts, policy.gate, policy.beta, lapse=0.2)
+    plain, chosen = policy.predict(data), policy.predict(data, top_s=2)
+    assert torch.equal(policy.preference(data), plain)  # no lapses: the same to the last bit
+    assert torch.equal(lapsing.preference(data), plain)
+    assert torch.equal(lapsing.preference(data, top_s=2), chosen)
+    torch.testing.assert_close(lapsing.predict(data), 0.8 * plain + 0.1)
+    torch.testing.assert_close(lapsing.predict(data, top_s=2), 0.8 * chosen + 0.1)
+    one = torch.tensor([0.0, 1.0, 0.0]).log()
+    torch.testing.assert_close(lapsing.predict(data, one), 0.8 * policy.preference(data, one) + 0.1)
+    assert torch.equal(lapsing.log_sigma(data), policy.loglik(data))
+    torch.testing.assert_close(
+        lapsing.loglik(data), elbo.with_lapse(policy.loglik(data), 0.2), rtol=0, atol=0
+    )
+    own = data.where([True] * 3 + [False] * 5)  # one user's pairs: the posterior knows lapses too
+    q = elbo.log_responsibilities(
+        lapsing.loglik(own), torch.tensor(WEIGHTS).log(), torch.zeros(3).long()
+    )
+    torch.testing.assert_close(lapsing.user(own), q[0])
+    assert "lapse" not in repr(policy) and "lapse 0.2" in repr(lapsing)
+
+
+def test_some_experts_with_lapses_give_a_bound_and_its_gap(policy, data):
+    lapsing, log_w = MixturePolicy(policy.experts, policy.gate, lapse=0.2), weights_by_pair(policy)
+    whole = elbo.mixture_log_likelihood(lapsing.loglik(data), log_w)
+    chosen = keep_top_s(log_w, 1) > -math.inf
+    loglik = lapsing.loglik(data, chosen=chosen)
+    assert torch.equal(loglik == -math.inf, ~chosen)  # not computed stays so
+    bound = elbo.restricted_log_likelihood(loglik, log_w, 1)
+    gap = elbo.certified_gap(loglik, log_w, 1, lapse=0.2)
+    assert (bound < whole).all() and (whole <= bound + gap + 1e-6).all()
 
 
 def test_a_user_by_hand(policy, data):
@@ -579,6 +612,12 @@ def test_beta_is_positive(policy, beta):
         ValueError, match=f"beta={beta}: the strength of the KL term is a positive number"
     ):
         MixturePolicy(policy.experts, FixedWeights(WEIGHTS), beta)
+
+
+@pytest.mark.parametrize("lapse", [-0.1, 1.0, float("nan"), "auto"])
+def test_a_lapse_is_a_rate_or_learned(policy, lapse):
+    with pytest.raises(ValueError, match=f"lapse='?{lapse}'?: expected a rate of at least 0"):
+        MixturePolicy(policy.experts, FixedWeights(WEIGHTS), lapse=lapse)
 
 
 def test_gate_and_experts_must_agree(policy):

@@ -15,10 +15,10 @@ from mixdpo_lib.policy.mixture import MixturePolicy
 from mixdpo_lib.store import MixDPOError, sha256_of
 
 
-def policy(base, gate=None):
+def policy(base, gate=None, lapse=0.0):
     experts = HeadExperts(base, 2, rank=2)
     experts.start(Pairs.of(preference_rows(8)))
-    return MixturePolicy(experts, gate or LearnedWeights(2), 0.3)
+    return MixturePolicy(experts, gate or LearnedWeights(2), 0.3, lapse)
 
 
 @pytest.fixture
@@ -56,6 +56,11 @@ def test_a_config_of_another_shape(tiny_base, folder, content):
         (("beta",), None, "beta: found null, expected a number"),
         (("beta",), -1, "beta: found -1, expected above 0"),
         (("beta",), math.nan, "beta: found nan, expected above 0"),
+        (("lapse",), "auto", "lapse: found 'auto', expected a rate of at least 0 and below 1"),
+        (("lapse",), 1.0, "lapse: found 1.0, expected a rate"),
+        (("lapse",), math.nan, "lapse: found nan, expected a rate"),
+        (("lapse",), None, "lapse: found null, expected a number or text"),
+        (("lapse",), "learn", r"safetensors: lapse_rate: found no such tensor, expected a number"),
         (("n_experts",), "2", 'n_experts: found "2", expected a whole number'),
         (("n_experts",), 3, "found 2 of them, expected n_experts = 3"),
         (("chat",), "no", 'chat: found "no", expected true or false'),
@@ -144,6 +149,21 @@ def test_tensors_that_cannot_be_right(tiny_base, folder, message):
         MixturePolicy.from_pretrained(folder, tiny_base)
 
 
+def test_heads_from_before_there_was_sharpness(tiny_base, folder, tmp_path):
+    """They have none, in config.json and among the tensors, and say what they said."""
+    data = Pairs.of(preference_rows(8))
+    experts = HeadExperts(tiny_base, 2, rank=2, sharpness=False)
+    experts.start(data)
+    experts.perturb(0.5, torch.Generator().manual_seed(0))
+    old = MixturePolicy(experts, LearnedWeights(2), 0.3)
+    old.save_pretrained(tmp_path / "old")
+    for name in ("sharpness", "sharpness_rate"):
+        change(tmp_path / "old", "experts", name, gone=True)
+    again = MixturePolicy.from_pretrained(tmp_path / "old", tiny_base)
+    assert again.experts.sharpness is None
+    assert torch.equal(again.loglik(data), old.loglik(data))
+
+
 def test_an_expert_that_is_left_out_may_be_saved(tiny_base, tmp_path):
     policy(tiny_base, FixedWeights([0.0, 1.0])).save_pretrained(tmp_path / "m")
     again = MixturePolicy.from_pretrained(tmp_path / "m", tiny_base)
@@ -157,3 +177,38 @@ def test_numbers_that_are_none_are_not_saved(tiny_base, tmp_path):
     with pytest.raises(MixDPOError, match=r"m: not written: experts\.up: found 1 numbers"):
         broken.save_pretrained(tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- lapses
+
+
+@pytest.mark.parametrize("lapse", [0.0, 0.05, "learn"])
+def test_a_lapse_rate_is_saved_with_the_mixture(tiny_base, tmp_path, lapse):
+    own, rows = policy(tiny_base, lapse=lapse), preference_rows(8)
+    if lapse == "learn":
+        data = own.prepare(rows)
+        own.move_lapse(own.log_sigma(data) - 3.0, torch.zeros(8, 2).log_softmax(1), torch.arange(8))
+        assert own.lapse > 0.05
+    own.save_pretrained(tmp_path / "m")
+    again = MixturePolicy.from_pretrained(tmp_path / "m", tiny_base)
+    assert again.given_lapse == lapse and again.lapse == own.lapse
+    assert torch.equal(again.loglik(rows), own.loglik(rows))
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["lapse"] == lapse
+    assert f"- lapse: {lapse}" in (tmp_path / "m" / "README.md").read_text()
+    held = set(load_file(tmp_path / "m" / "mixture.safetensors"))
+    assert ("lapse_rate" in held) == (lapse == "learn")  # what is given is no tensor
+
+
+def test_a_mixture_from_before_there_were_lapses_has_none(tiny_base, folder):
+    change(folder, "lapse", gone=True)
+    assert MixturePolicy.from_pretrained(folder, tiny_base).given_lapse == 0.0
+
+
+@pytest.mark.parametrize("rate", [math.nan, 0.0, 1.0, -0.1, [0.02]])
+def test_a_learned_rate_that_cannot_be_right(tiny_base, tmp_path, rate):
+    policy(tiny_base, lapse="learn").save_pretrained(tmp_path / "m")
+    state = load_file(tmp_path / "m" / "mixture.safetensors")
+    save_file(state | {"lapse_rate": torch.tensor(rate)}, tmp_path / "m" / "mixture.safetensors")
+    change(tmp_path / "m", "tensors_sha256", gone=True)
+    with pytest.raises(MixDPOError, match="lapse_rate: found .*, expected a number above 0"):
+        MixturePolicy.from_pretrained(tmp_path / "m", tiny_base)

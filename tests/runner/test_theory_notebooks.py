@@ -78,3 +78,13 @@ def test_latents_of_users_are_found_and_k_is_chosen(theory):
         "nats per user"
     ]
     assert held_out[3] > held_out[1] + 1 and held_out[3] > held_out[2]
+
+
+def test_one_bad_answer_gives_a_user_away_only_without_lapses(theory):
+    table = pd.read_csv(theory["4_who_answered"] / "tables" / "lapses.csv")
+    q = table.set_index(["lapse rate", "answers"])["q of the user's own expert"]
+    assert q[0.0, "as answered"] > 0.99 and q[0.0, "one bad answer"] < 1e-6
+    assert q[0.02, "as answered"] > 0.99 and q[0.02, "one bad answer"] > 0.99
+    nats = table.set_index(["lapse rate", "answers"])["that user (nats)"]
+    lost = nats[:, "as answered"] - nats[:, "one bad answer"]
+    assert lost[0.02] < np.log(2 / 0.02) < lost[0.0]
