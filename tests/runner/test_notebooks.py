@@ -152,7 +152,7 @@ def test_every_capacity_is_fitted_and_costs_what_it_trains(smoke):
     costs = results.load_table("smoke", "10_model_sizes", "costs").set_index(["capacity", "method"])
     capacities = ("head, rank 2", "adapters, 1 block, rank 8")
     assert set(costs.index) == {(c, m) for c in capacities for m in ("dpo", "mix_dpo")}
-    assert (costs.loc["head, rank 2", "parameters_an_expert"] == 2 * 2 * 576).all()
+    assert (costs.loc["head, rank 2", "parameters_an_expert"] == 2 * 2 * 576 + 1).all()
     assert (costs.loc["adapters, 1 block, rank 8", "parameters_an_expert"] == 162_816 // 2).all()
     accuracy = results.load_table("smoke", "10_model_sizes", "accuracy")
     assert (
@@ -211,7 +211,8 @@ def test_texts_come_with_kl_and_perplexity(smoke):
     sharpness = results.load_table("smoke", "04_mix_dpo", "sharpness")
     assert len(sharpness) == len(DESIGNS) * len(SEEDS) * (3 * 1 + 2 * 3)
     assert (sharpness[sharpness["method"] == "dpo_plain"]["sharpness"] == 0).all()
-    assert (sharpness[sharpness["method"] == "dpo"]["sharpness"].abs() > 0).all()
+    learned = sharpness.query("design == 'default' and method == 'mix_dpo'")
+    assert (learned["sharpness"].abs() > 0).all() and set(learned["served"]) == GROUPS
 
 
 def test_values_of_the_headline_are_those_of_the_tables(smoke):
