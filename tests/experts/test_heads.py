@@ -607,10 +607,14 @@ def test_without_sharpness_there_is_no_number_of_it(tiny_base, data):
 
 
 def test_sharpness_has_a_rate_of_its_own(tiny_base):
-    experts = HeadExperts(tiny_base, 2, rank=4, sharpness_rate=0.25)
-    head, own = experts.parameter_groups(0.04)
-    assert head["lr"] == 0.04 and own == {"params": [experts.sharpness], "lr": 0.01}
-    assert len(HeadExperts(tiny_base, 2, sharpness=False).parameter_groups(0.04)) == 1
+    experts = HeadExperts(tiny_base, 2, rank=4, sharpness_rate=0.25, weight_decay=0.1)
+    down, up, own = experts.parameter_groups(0.04)
+    assert down == {"params": [experts.down], "lr": 0.04}
+    assert up == {"params": [experts.up], "lr": 0.04, "weight_decay": 0.05}  # an expert owns half
+    assert own == {"params": [experts.sharpness], "lr": 0.01}
+    assert len(HeadExperts(tiny_base, 2, sharpness=False).parameter_groups(0.04)) == 2
+    with pytest.raises(ValueError, match="weight_decay=-1: expected 0"):
+        HeadExperts(tiny_base, 2, weight_decay=-1)
     with pytest.raises(ValueError, match="sharpness_rate=0: expected above 0"):
         HeadExperts(tiny_base, 2, sharpness_rate=0)
 
