@@ -67,9 +67,9 @@ class Method:
 def study_methods(n_experts: int, rank: int, n_groups: int = len(REWARDS)) -> dict[str, Method]:
     """The methods that are compared.
 
-    `dpo` has the head of an expert, sharpness included, and its lapses; `dpo_plain` has neither; `dpo_rank_3r` is the control with the
-    parameters of all experts in one policy; `oracle` is told each user's hidden group: one DPO a group, fitted side by
-    side.
+    `dpo` has the head of an expert, sharpness included, and its lapses; `dpo_plain` has neither; `dpo_rank_3r` is the
+    control with the parameters of all experts in one policy; `oracle` is told each user's hidden group: one DPO a
+    group, fitted side by side.
     """
     return {
         "dpo": Method(1, rank, "unit"),
