@@ -143,7 +143,7 @@ class SizeStudy:
             chosen = chosen.change(optimizer="adamw", learning_rate=self.adapter_learning_rate)
         n_experts = study.n_experts if method == "mix_dpo" else 1
         experts = capacity.experts(self.base(name), n_experts, study.min_count, study.sharpness)
-        policy = MixturePolicy(experts, LearnedWeights(n_experts), study.beta)
+        policy = MixturePolicy(experts, LearnedWeights(n_experts), study.beta, lapse=study.lapse)
         train, test = self.pairs["train"], self.pairs["test"]
         result, rewards, seconds = kept_fit(
             policy, train, self.pairs["validation"], chosen, train.texts

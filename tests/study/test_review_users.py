@@ -102,14 +102,15 @@ def test_the_control_has_as_many_parameters_as_the_mixture():
     assert {m.n_experts for m in methods.values()} == {1, 3}
 
 
-def test_only_plain_dpo_has_no_sharpness(study):
-    train = study.pairs("default")["train"]
+def test_plain_dpo_alone_has_neither_sharpness_nor_lapses(study):
+    train, other = study.pairs("default")["train"], study.variant()
+    other.config = replace(study.config, lapse="learn")
     for method in study.methods:
-        s = study.new_policy(method, train).experts.sharpness
-        assert (s is None) == (method == "dpo_plain")
-    plain = study.variant()
-    plain.config = replace(study.config, sharpness=False)
-    assert plain.new_policy("mix_dpo", train).experts.sharpness is None
+        policy = other.new_policy(method, train)
+        assert (policy.experts.sharpness is None) == (method == "dpo_plain")
+        assert policy.given_lapse == (0 if method == "dpo_plain" else "learn")
+    other.config = replace(study.config, sharpness=False)
+    assert other.new_policy("mix_dpo", train).experts.sharpness is None
 
 
 def test_pairs_share_the_candidates_features(study):
