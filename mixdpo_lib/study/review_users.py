@@ -54,11 +54,7 @@ class Method:
     """A way to learn from mixed preferences: K experts of a rank, with one latent a user or a comparison.
 
     gate : "learned" weights that read nothing; "metadata", a gate of the users' metadata; "given", the hidden group.
-<<<<<<< HEAD
-    plain : heads without sharpness and no lapse rate, whatever the study's have.
-=======
     plain : heads without sharpness and no lapses, whatever the study's policies have.
->>>>>>> study
     """
 
     n_experts: int
@@ -71,13 +67,8 @@ class Method:
 def study_methods(n_experts: int, rank: int, n_groups: int = len(REWARDS)) -> dict[str, Method]:
     """The methods that are compared.
 
-<<<<<<< HEAD
-    `dpo` has the head of an expert, sharpness included, and its lapse rate, and `dpo_plain` has neither; `dpo_rank_3r`
-    is the control with the parameters of all experts in one policy; `oracle` is told each user's hidden group: one DPO a
-=======
     `dpo` has the head of an expert, sharpness included, and its lapses; `dpo_plain` has neither; `dpo_rank_3r` is the
     control with the parameters of all experts in one policy; `oracle` is told each user's hidden group: one DPO a
->>>>>>> study
     group, fitted side by side.
     """
     return {
@@ -107,12 +98,8 @@ class ReviewUsersConfig:
     min_count: int = 2  # occurrences of an active token in the training responses
     beta: float = 0.1
     sharpness: bool = True  # each head has an s of its own, see `HeadExperts`
-<<<<<<< HEAD
     weight_decay: float = 0.0  # of B_k, see `HeadExperts`
-    lapse: float | str = 0.0  # share of random answers, or "learn", see `MixturePolicy`
-=======
     lapse: float | str = 0.0  # rate of answers at random, or "learn", see `MixturePolicy`
->>>>>>> study
     fit: FitConfig = STUDY_FIT
 
     def __post_init__(self) -> None:
@@ -206,14 +193,9 @@ class ReviewUsers(Study):
                 "user"
             )
             gate = UserGate.from_metadata({c: users[c].tolist() for c in METADATA}, m.n_experts)
-<<<<<<< HEAD
-        lapse = 0.0 if m.plain else self.config.lapse
-        return MixturePolicy(experts, gate, self.config.beta, lapse)
-=======
         return MixturePolicy(
             experts, gate, self.config.beta, lapse=0.0 if m.plain else self.config.lapse
         )
->>>>>>> study
 
     def fit_config(self, method: str, seed: int) -> FitConfig:
         """The study's, with the method's latent; given groups part the experts by themselves."""
