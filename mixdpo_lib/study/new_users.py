@@ -64,11 +64,7 @@ def serve_by_gate(
     _, users = context.units("user")
     gates = [policy.gate] if policy.gate.reads else []
     gate = MixedMembershipGate(gates, policy.n_experts, users, offset_scale)
-<<<<<<< HEAD
-    own = MixturePolicy(policy.experts, gate, policy.beta, policy.lapse)
-=======
     own = MixturePolicy(policy.experts, gate, policy.beta, lapse=policy.lapse)
->>>>>>> study
     if size:
         fit_gate(own, first_pairs(context, size), latent="pair", frozen=gate.shared)
     return unit_log_w(own, context)[0]
