@@ -61,8 +61,8 @@ def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         f"| new users by metadata alone | {q('gain_metadata_0_pairs')} |",
         f"| new users by 16 comparisons of their own | {q('gain_pairs_16_pairs')} |",
         *(
-            f"| {domain}s, MoE-DPO by the likelier expert | {q('moe_top_1_gain_over_dpo_' + domain)}; over DPO"
-            f" after its last step {q('moe_top_1_gain_over_dpo_last_step_' + domain)} |"
+            f"| {domain}s, MoE-DPO by the likelier expert | {q('moe_top_1_gain_over_dpo_last_step_' + domain)} over DPO"
+            f" after its last step; {q('moe_top_1_gain_over_dpo_' + domain)} over its best validation step, the base |"
             for domain in ("book", "film")
         ),
         "",
