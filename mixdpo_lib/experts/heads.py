@@ -50,6 +50,8 @@ class HeadExperts(Experts):
         base's own distribution over the active tokens, pi_k proportional to pi_ref^(1 + s_k) where B_k = 0 and all are
         active. No head of low rank can say that. `sharpness` is then a parameter (K,), else None.
     sharpness_rate : learning rate of s_k as a share of the head's.
+    weight_decay : >= 0, strength of a Gaussian prior on B_k: the optimiser's own weight decay of B, divided by K, since
+        an expert owns about 1/K of the pairs.
 
     Notes
     -----
@@ -71,6 +73,7 @@ class HeadExperts(Experts):
         min_count: int = 1,
         sharpness: bool = True,
         sharpness_rate: float | int = 1 / 3,
+        weight_decay: float | int = 0.0,
     ) -> None:
         super().__init__(base, n_experts)
         if rank < 1:
@@ -84,8 +87,10 @@ class HeadExperts(Experts):
                 f"sharpness_rate={sharpness_rate}: expected above 0, a share of the head's rate; sharpness=False leaves "
                 "s out"
             )
+        if not 0 <= weight_decay < float("inf"):
+            raise ValueError(f"weight_decay={weight_decay}: expected 0 (none) or above")
         self.rank, self.active, self.min_count = rank, active, min_count
-        self.sharpness_rate = sharpness_rate
+        self.sharpness_rate, self.weight_decay = sharpness_rate, weight_decay
         self._map = logit_map(base.model.config.get_text_config())
         generator = torch.Generator().manual_seed(0)
         down = torch.randn(1, rank, base.hidden_size, generator=generator) / base.hidden_size**0.5
@@ -105,7 +110,7 @@ class HeadExperts(Experts):
 
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters."""
-        names = ("n_experts", "rank", "active", "min_count", "sharpness_rate")
+        names = ("n_experts", "rank", "active", "min_count", "sharpness_rate", "weight_decay")
         return {name: getattr(self, name) for name in names} | {
             "sharpness": self.sharpness is not None
         }
@@ -116,8 +121,12 @@ class HeadExperts(Experts):
         return cls(find_base(), **{"sharpness": False, **options})
 
     def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
-        """A and B at the rate, s at `sharpness_rate` of it."""
-        groups: list[dict[str, Any]] = [{"params": [self.down, self.up], "lr": rate}]
+        """A and B at the rate, B with its decay, s at `sharpness_rate` of the rate."""
+        decay = self.weight_decay / self.n_experts
+        groups: list[dict[str, Any]] = [
+            {"params": [self.down], "lr": rate},
+            {"params": [self.up], "lr": rate, "weight_decay": decay},
+        ]
         if self.sharpness is not None:
             groups.append({"params": [self.sharpness], "lr": rate * self.sharpness_rate})
         return groups
