@@ -108,31 +108,6 @@ class Experts(nn.Module, ABC):
     def fit_state(self, state: Mapping[str, Tensor]) -> None:
         """Prepare for parameters and buffers that were saved, before they are loaded; nothing by default."""
 
-    @torch.no_grad()
-    def take(self, k: int, state: Mapping[str, Tensor]) -> None:
-        """Expert k becomes what it is in `state`, a whole `state_dict`; the others stay.
-
-        By default of parameters whose first axis is the experts, or that stand under the expert's number (see
-        `models.registered`).
-
-        Raises
-        ------
-        ValueError : other parameters, of which the family has to say what is expert k's.
-        """
-        self.check_number(k)
-        for name, p in self.named_parameters():
-            number = name.partition(".")[2].partition("/")[0]
-            if number.isdecimal():
-                if int(number) == k:
-                    p.copy_(state[name])
-            elif p.shape[:1] == (self.n_experts,):
-                p[k] = state[name][k]
-            else:
-                raise ValueError(
-                    f"{type(self).__name__}.{name} has shape {tuple(p.shape)}, whose first axis is not the "
-                    f"{self.n_experts} experts: the family has to define take(k, state)"
-                )
-
     # ----------------------------------------------------------------------------------------------------- learning
 
     def start(self, data: Pairs) -> None:

@@ -102,8 +102,7 @@ class FitConfig:
     start : see `Start`. stop : see `Stop`. inference : `Exact`, `Relaxed` or `Recognition`. routing : see `Routing`.
     evaluations_per_pass : below 1: one in several passes.
     evaluate_training : an evaluation computes all training pairs anew; False: as last seen, faster.
-    keep : "best": parameters of the best and the last evaluation; "each": besides, every expert's at its own best step,
-        which is what the policy is left with: experts over-fit at different times; "all": of every evaluation.
+    keep : "best": parameters of the best and the last evaluation; "all": of every one.
     """
 
     latent: str = "unit"
@@ -130,11 +129,7 @@ class FitConfig:
             "latent": {"unit": "one a user", "pair": "one a comparison"},
             "batch_by": {"pair": "each alone", "prompt": "all pairs of a prompt"},
             "optimizer": {"adamw": "scaled by coordinate", "sgd": "momentum 0.9"},
-            "keep": {
-                "best": "and the last",
-                "each": "every expert at its own best",
-                "all": "every evaluated step",
-            },
+            "keep": {"best": "and the last", "all": "every evaluated step"},
         }
         for name, choices in possible.items():
             if getattr(self, name) not in choices:
@@ -204,8 +199,6 @@ class FitConfig:
         reads : whether the gate reads something. For the keys of what is kept.
         """
         unused = {"keep", "accumulate"}
-        if self.keep == "each" and n_experts > 1:
-            unused -= {"keep"}
         if n_experts == 1:
             unused |= {"start", "inference"}
         if n_experts == 1 or not reads:

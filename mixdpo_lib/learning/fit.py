@@ -100,8 +100,8 @@ def fit(
     train : preference set; with latent="unit" its unit column says which pairs share a latent.
     config : see `FitConfig`; its defaults where none is given.
     validation : pairs of the same units; the step at which their likelihood (by each unit's own training pairs) is
-        best is put back into the policy (with keep="each", of each expert its own). Without them the last step stays,
-        unless the fit diverged: then the best finite one is put back.
+        best is put back into the policy. Without them the last step stays, unless the fit diverged: then the best
+        finite one is put back.
     folder : where checkpoints are written (twice a pass) and gone on from; none by default. It belongs to one fit: the
         same data, policy (made anew, as at first) and configuration go on from the newest whole checkpoint, to the
         same bits. More `passes` go on too, where `min_steps` stretches neither; the rate then falls to 0 over the new
@@ -165,15 +165,12 @@ def fit(
         restarts=restarts,
         snapshots=watch.snapshots,
         losses=trainer.losses,
-        own_steps=[] if watch.stop_reason in FAILED else watch.own_steps(trainer.state),
     )
     learner = trainer.learner
     back = valid is not None or result.stop_reason in FAILED
     kept = result.best_step if back else None
     log_q = learner.table.log_q(learner.log_w())
-    result.summary = summarise(
-        history, result.stop_reason, kept, result.own_steps, log_q, learner.table.loglik
-    )
+    result.summary = summarise(history, result.stop_reason, kept, log_q, learner.table.loglik)
     if kept is not None:
         result.restore(policy)
     if trainer.args.should_save:

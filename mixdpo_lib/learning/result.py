@@ -28,9 +28,7 @@ class FitResult:
 
     history : step, pairs_seen, elbo and the other columns of docs/reading-your-result.md.
     best_step : of the best validation likelihood (without validation pairs: of the best bound).
-    own_steps : with keep="each", the step of each expert's own best: of its validation likelihood, every pair weighed by
-        the expert's responsibility for it.
-    snapshots : parameters by step, of the best evaluations and the last; of all with keep="all".
+    snapshots : parameters by step, of the best and the last evaluation; of all with keep="all".
     losses : of each step since the start or the last resumption, nats per pair.
     summary : one sentence: steps, bound from and to, whether experts parted, what to turn if nothing was learned.
     """
@@ -41,7 +39,6 @@ class FitResult:
     restarts: pd.DataFrame
     snapshots: dict[int, dict[str, Tensor]] = field(repr=False, default_factory=dict)
     losses: list[float] = field(repr=False, default_factory=list)
-    own_steps: list[int] = field(default_factory=list)
     summary: str = ""
 
     def __repr__(self) -> str:
@@ -49,8 +46,6 @@ class FitResult:
 
     def restore(self, policy: MixturePolicy, step: int | str = "best") -> None:
         """Put the parameters of an evaluated step into the policy: "best", "last", or its number.
-
-        "best" with `own_steps`: the gate of the best step, and every expert as it was at its own.
 
         Raises
         ------
@@ -68,12 +63,6 @@ class FitResult:
                 "evaluated step"
             )
         policy.load_state_dict(self.snapshots[int(number)], strict=False)
-        for k, own in enumerate(self.own_steps if step == "best" else []):
-            mark = "experts."
-            state = self.snapshots[own].items()
-            policy.experts.take(
-                k, {n.removeprefix(mark): v for n, v in state if n.startswith(mark)}
-            )
 
     def plot(self) -> Any:
         """Bound, validation likelihood and usage of the experts along the fit: a matplotlib figure."""
@@ -151,7 +140,6 @@ def summarise(
     history: pd.DataFrame,
     stop_reason: str,
     kept_step: int | None,
-    own_steps: Sequence[int],
     log_q: Float[Tensor, "latents experts"],
     loglik: Float[Tensor, "pairs experts"],
 ) -> str:
@@ -159,7 +147,7 @@ def summarise(
 
     Parameters
     ----------
-    kept_step : the best step where it was put back; None where the last one stays. own_steps : see `FitResult`.
+    kept_step : the best step where it was put back; None where the last one stays.
     log_q, loglik : responsibilities of the latents and log-likelihoods of the training pairs at the end, nats.
     """
     first, last = history.iloc[0], history.iloc[-1]
@@ -180,11 +168,6 @@ def summarise(
         at = history[history["step"] == kept_step].iloc[0]
         said.append(
             f"step {kept_step} is kept, the best on validation pairs ({at['validation_loglik']:.3f} nats)"
-            + (
-                f", and of the experts their own, {', '.join(map(str, own_steps))}"
-                if own_steps
-                else ""
-            )
         )
     n_experts = log_q.shape[1]
     turned = last["elbo"] - first["elbo"] < LEARNED

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
@@ -274,10 +273,6 @@ class MixDPOTrainer(Trainer):
             prediction = (loglik + weights).logsumexp(1)
             row["validation_loglik"] = float(prediction.mean())
             row["validation_accuracy"] = float(correct(prediction.exp()).mean())
-            if policy.n_experts > 1:
-                own = (weights.exp() * loglik.masked_fill(weights == -math.inf, 0.0)).sum(0)
-                own /= weights.exp().expand_as(loglik).sum(0)
-                row |= {f"validation_loglik_{k}": float(value) for k, value in enumerate(own)}
         return row
 
 
@@ -305,25 +300,17 @@ class Watch(TrainerCallback):
         if trainer.checkpoints and trainer.args.should_save:
             self._write(trainer.checkpoints.folder / snapshot_name(step), self.snapshots[step])
         self.judge(row)
-        for old in set(self.snapshots) - set(self.needed(state)):  # whole models are large
-            del self.snapshots[old]
+        if trainer.config.keep == "best":
+            for old in set(self.snapshots) - {
+                step,
+                self.best_step(state),
+            }:  # whole models are large
+                del self.snapshots[old]
 
     def best_step(self, state: TrainerState) -> int:
         """The step of the best evaluation so far."""
         rows = [row for row in state.log_history if "elbo" in row]
         return int(rows[max(self.monitor.best_step, 0)]["step"])
-
-    def own_steps(self, state: TrainerState) -> list[int]:
-        """The step of each expert's own best evaluation so far, once responsibilities are no longer tempered; none
-        unless it is asked for."""
-        rows = pd.DataFrame([row for row in state.log_history if "elbo" in row])
-        names = [f"validation_loglik_{k}" for k in range(self.trainer.policy.n_experts)]
-        if self.trainer.config.keep != "each" or not set(names) <= set(rows):
-            return []
-        exact = rows[rows["responsibility_temperature"] == 1]
-        rows = exact if len(exact) else rows
-        scores = rows[names].fillna(-math.inf)
-        return [int(rows.loc[scores[name].idxmax(), "step"]) for name in names]
 
     @staticmethod
     def _write(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -342,12 +329,11 @@ class Watch(TrainerCallback):
         self.stop_reason = self.monitor.step(score, usage, row["elbo"])
 
     def needed(self, state: TrainerState) -> list[int]:
-        """Steps whose snapshots a checkpoint needs: all evaluated ones with keep="all", else the best, each expert's own
-        best where that is kept, and the last."""
+        """Steps whose snapshots a checkpoint needs: all evaluated ones with keep="all", else the best and the last."""
         every = [int(row["step"]) for row in state.log_history if "elbo" in row]
         if self.trainer.config.keep == "all":
             return sorted(set(every))
-        return sorted({every[-1], self.best_step(state), *self.own_steps(state)})
+        return sorted({every[-1], self.best_step(state)})
 
     def recall(self, state: TrainerState) -> str | None:
         """What a checkpoint knows of earlier evaluations; returns the reason for which the fit has ended, if any."""

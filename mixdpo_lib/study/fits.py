@@ -36,7 +36,7 @@ from ..store import (
 from .judges.contract import REWARDS
 from .judges.panel import Judges, judges, score_texts
 
-VERSION = 7
+VERSION = 6
 FIT_NAMES = {  # flat names of choices that stand in a part of FitConfig
     "start_temperature": "start__temperature",
     "tempering_passes": "start__tempering_passes",
@@ -132,7 +132,6 @@ def kept_fit(
         facts = {
             "stop_reason": result.stop_reason,
             "best_step": result.best_step,
-            "own_steps": result.own_steps,
             "summary": result.summary,
         }
         write_json_atomic(folder / "result.json", {**facts, "seconds": time.monotonic() - began})
@@ -163,7 +162,6 @@ def kept_fit(
         restarts,
         snapshots,
         summary=facts["summary"],
-        own_steps=facts["own_steps"],
     )
     result.restore(policy)
     return result, load_file(folder / "rewards.safetensors")["rewards"], float(facts["seconds"])

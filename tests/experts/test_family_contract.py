@@ -96,25 +96,6 @@ def test_a_description_makes_equal_experts(experts, tiny_base, data):
     torch.testing.assert_close(found, wanted)
 
 
-def test_one_expert_may_be_taken_from_a_state(experts, tiny_base, data):
-    """As a fit does that keeps every expert at its own best step: the other one stays."""
-    other = make_experts(experts.describe(), lambda *_: tiny_base)
-    other.fit_state(experts.state_dict())
-    other.load_state_dict(experts.state_dict())
-    with torch.no_grad():
-        for p in other.parameters():
-            p.mul_(0.9)
-    ids = torch.arange(len(data.texts))
-    before, _ = other.all_text_logps(other.constants(data.texts), ids)
-    wanted, _ = experts.all_text_logps(experts.constants(data.texts), ids)
-    other.take(1, experts.state_dict())
-    found, _ = other.all_text_logps(other.constants(data.texts), ids)
-    assert torch.equal(found[:, 0], before[:, 0]) and not torch.allclose(before, wanted)
-    torch.testing.assert_close(found[:, 1], wanted[:, 1])
-    with pytest.raises(ValueError, match="k=2: expected an expert from 0 to 1"):
-        other.take(2, experts.state_dict())
-
-
 def test_voices_say_what_texts_score(experts, data, tiny_base):
     """The first token of a response: its logit under each expert against the text's own first step."""
     prompt = data.rows[0]["prompt"]

@@ -713,38 +713,6 @@ def test_the_best_step_is_put_back_and_any_kept_one_can_be(tiny_base, data):
     assert set(last.snapshots) >= {20}
 
 
-def test_every_expert_may_be_kept_at_its_own_best_step(tiny_base, data, tmp_path):
-    """The best of its validation likelihood, pairs weighed by its responsibilities, once tempering is over."""
-    config = CONFIG.change(
-        passes=20.0, learning_rate=0.02, keep="each", start__tempering_passes=4.0
-    )
-    valid, policy = Pairs.of(preference_rows(8, seed=14)), make(tiny_base, data)
-    result = fit(policy, data, config, validation=valid)
-    every = fit(make(tiny_base, data), data, config.change(keep="all"), validation=valid)
-    rows = every.history[every.history["responsibility_temperature"] == 1].set_index("step")
-    own = [int(rows[f"validation_loglik_{k}"].idxmax()) for k in range(2)]
-    assert (
-        result.own_steps == own and len({*own, rows.index[-1]}) == 3
-    )  # they differ, or it tests nothing
-    assert set(result.snapshots) == {*own, result.best_step, rows.index[-1]}
-    for k, step in enumerate(own):
-        for name in ("up", "down", "sharpness"):
-            kept = every.snapshots[step][f"experts.{name}"][k]
-            assert torch.equal(getattr(policy.experts, name)[k], kept)
-    assert f"of the experts their own, {own[0]}, {own[1]}" in result.summary
-    result.restore(policy, "last")
-    assert torch.equal(policy.experts.up, every.snapshots[int(rows.index[-1])]["experts.up"])
-    # what is weighed: by hand, at the last evaluation
-    log_q, users = policy.log_posterior(data)
-    place = [users.index(user) for user in valid.rows["user"]]
-    q, loglik = log_q[place].exp(), policy.loglik(valid)
-    by_hand = (q * loglik).sum(0) / q.sum(0)
-    last = every.history.iloc[-1]
-    assert [last[f"validation_loglik_{k}"] for k in range(2)] == pytest.approx(
-        by_hand.tolist(), abs=1e-4
-    )
-
-
 def test_a_fit_ends_with_a_sentence_for_people(tiny_base, data, capsys):
     short = fit(make(tiny_base, data), data, CONFIG.change(passes=0.25, learning_rate=1e-4))
     assert "almost nothing was learned: raise passes, min_steps or learning_rate" in short.summary
