@@ -11,7 +11,6 @@ tokens, weighed by their probability under the base: to first order in s_k their
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,17 +24,14 @@ from ..base.features import TextFeatures, gather_positions, text_features
 from ..base.head import HeadConstants, reference_constants
 from ..base.model import Base
 from ..data.pairs import Pairs, Texts
+from .active import ActiveHead
 from .contract import Experts, Voices, check_chosen
 from .head_voices import HeadGroup, HeadVoices
-from .leaving import replace_head, shared_copy, with_lora_head
+from .leaving import head_as_adapter, head_as_model
 from .low_rank import Workspace, corrected_logits, low_rank_text_logps
 
 
-def _forget_head_rows(experts: HeadExperts, _: object) -> None:
-    experts.forget_head_rows()  # the active tokens that were loaded may be others
-
-
-class HeadExperts(Experts):
+class HeadExperts(ActiveHead):
     """K low-rank heads on one frozen base.
 
     Parameters
@@ -46,20 +42,18 @@ class HeadExperts(Experts):
     active : "responses" (tokens of the training responses, see `activate`) or "all".
     min_count : with "responses", how often a token has to occur in them to be active. Tokens seen once are half of all,
         and the head's cost grows with their number.
-    sharpness : whether each expert has a number s_k besides, 0 at the start: 1 + s_k is an inverse temperature of the
-        base's own distribution over the active tokens, pi_k proportional to pi_ref^(1 + s_k) where B_k = 0 and all are
-        active. No head of low rank can say that. `sharpness` is then a parameter (K,), else None.
+    sharpness : whether each expert has a number s_k, 0 at the start: pi_k is proportional to pi_ref^(1 + s_k) where
+        B_k = 0 and all tokens are active. No head of low rank can say that. `sharpness` is a parameter (K,), or None.
     sharpness_rate : learning rate of s_k as a share of the head's.
-    weight_decay : >= 0, strength of a Gaussian prior on B_k: the optimiser's own weight decay of B, divided by K, since
-        an expert owns about 1/K of the pairs.
+    weight_decay : >= 0, strength of a Gaussian prior on B_k: the optimiser's weight decay of B, divided by K, since an
+        expert owns about 1/K of the pairs.
 
     Notes
     -----
     All experts start with the same A and B_k = 0, which is the reference; equal experts cannot part by themselves (see
-    `perturb` and `FitConfig.start`). A is random until `activate_responses` has seen the training
-    responses: then its rows read the mean and the first r - 1 principal directions of their hidden states, each with
-    mean square 1/r (after Paischer et al. 2024, arXiv 2410.07170, who start LoRA so). On frozen features a head learns
-    little that A does not read at the start, and a step is of the same size for every rank.
+    `FitConfig.start`). A is random until `activate_responses` has seen the training responses: then its rows read the
+    mean and the first r - 1 principal directions of their hidden states, each with mean square 1/r (after Paischer et
+    al. 2024, arXiv 2410.07170, who start LoRA so). On frozen features a head learns little that A does not read then.
     """
 
     rates = {"adamw": 3e-3, "sgd": 0.03}  # on 30 pairs and on the study, see docs/log.md
@@ -75,13 +69,9 @@ class HeadExperts(Experts):
         sharpness_rate: float | int = 1 / 3,
         weight_decay: float | int = 0.0,
     ) -> None:
-        super().__init__(base, n_experts)
+        super().__init__(base, n_experts, active, min_count)
         if rank < 1:
             raise ValueError(f"rank={rank}: each head needs a rank of at least 1")
-        if active not in ("responses", "all"):
-            raise ValueError(
-                f"active={active!r}: possible are 'responses' (tokens of the training responses) and 'all'"
-            )
         if not 0 < sharpness_rate < float("inf"):
             raise ValueError(
                 f"sharpness_rate={sharpness_rate}: expected above 0, a share of the head's rate; sharpness=False leaves "
@@ -89,31 +79,23 @@ class HeadExperts(Experts):
             )
         if not 0 <= weight_decay < float("inf"):
             raise ValueError(f"weight_decay={weight_decay}: expected 0 (none) or above")
-        self.rank, self.active, self.min_count = rank, active, min_count
+        self.rank = rank
         self.sharpness_rate, self.weight_decay = sharpness_rate, weight_decay
-        self._map = logit_map(base.model.config.get_text_config())
         generator = torch.Generator().manual_seed(0)
         down = torch.randn(1, rank, base.hidden_size, generator=generator) / base.hidden_size**0.5
         self.down = nn.Parameter(down.repeat(n_experts, 1, 1))
         self.up = nn.Parameter(torch.zeros(n_experts, base.hidden_size, rank))
         start = nn.Parameter(torch.zeros(n_experts)) if sharpness else None
         self.register_parameter("sharpness", start)
-        self.register_buffer("active_ids", torch.zeros(0, dtype=torch.long))
         self._workspace = Workspace()
-        self._head_rows: Tensor | None = None
-        self.register_load_state_dict_post_hook(_forget_head_rows)
-        if active == "all":
-            self.activate(torch.arange(self._head.weight.shape[0]))
 
-    active_ids: Tensor
     sharpness: nn.Parameter | None
 
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters."""
         names = ("n_experts", "rank", "active", "min_count", "sharpness_rate", "weight_decay")
-        return {name: getattr(self, name) for name in names} | {
-            "sharpness": self.sharpness is not None
-        }
+        sharpness = self.sharpness is not None
+        return {name: getattr(self, name) for name in names} | {"sharpness": sharpness}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], find_base: Callable[..., Base]) -> Experts:
@@ -123,17 +105,11 @@ class HeadExperts(Experts):
     def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
         """A and B at the rate, B with its decay, s at `sharpness_rate` of the rate."""
         decay = self.weight_decay / self.n_experts
-        groups: list[dict[str, Any]] = [
-            {"params": [self.down], "lr": rate},
-            {"params": [self.up], "lr": rate, "weight_decay": decay},
-        ]
+        groups: list[dict[str, Any]] = [{"params": [self.down], "lr": rate}]
+        groups.append({"params": [self.up], "lr": rate, "weight_decay": decay})
         if self.sharpness is not None:
             groups.append({"params": [self.sharpness], "lr": rate * self.sharpness_rate})
         return groups
-
-    @property
-    def _head(self) -> Any:
-        return self._base.model.get_output_embeddings()
 
     # ------------------------------------------------------------------------------------------------ active tokens
 
@@ -141,19 +117,6 @@ class HeadExperts(Experts):
         """Choose the active tokens and A by these training responses, unless it was done (`activate_responses`)."""
         if len(self.active_ids) == 0 or (self.active == "all" and not bool(self.up.any())):
             self.activate_responses(data)
-
-    def fit_state(self, state: Mapping[str, Tensor]) -> None:
-        """The saved active tokens, on which the size of a buffer depends."""
-        self.activate(saved_tokens(state["active_ids"], self._head.weight.shape[0]))
-
-    def constants_key(self) -> str:
-        """Of the active tokens."""
-        return str(hash(self.active_ids.cpu().numpy().tobytes()))
-
-    def activate(self, token_ids: Int[Tensor, "tokens"]) -> None:
-        """Set the tokens whose logits the experts may change (sorted, distinct; part of the saved mixture)."""
-        self.active_ids = torch.unique(token_ids)
-        self.forget_head_rows()
 
     def activate_responses(self, data: Pairs) -> None:
         """Start from these training responses: A reads their hidden states, and with active="responses" the active
@@ -168,27 +131,6 @@ class HeadExperts(Experts):
         rows = reading_directions(hidden, self.rank)
         with torch.no_grad():
             self.down[:, : len(rows)] = rows.to(self.down.device)
-
-    def forget_head_rows(self) -> None:
-        """The head's rows of the active tokens are looked up anew."""
-        self._head_rows = None
-
-    def active_head(self) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens"] | None]:
-        """Weight and bias (None: it has none) of the head for the active tokens, float32.
-
-        Raises
-        ------
-        ValueError : no tokens are active yet.
-        """
-        if self._head_rows is None:
-            if len(self.active_ids) == 0:
-                raise ValueError(
-                    "the experts have no active tokens yet: call fit, or activate_responses, first"
-                )
-            rows = self._head.weight[self.active_ids.to(self._head.weight.device)]
-            self._head_rows = rows.float().contiguous()
-        bias = getattr(self._head, "bias", None)
-        return self._head_rows, None if bias is None else bias[self.active_ids.to(bias.device)]
 
     def perturb(self, scale: float, generator: torch.Generator) -> None:
         """Symmetry breaking "random_heads": B_k ~ N(0, scale^2), drawn for each expert; A stays."""
@@ -219,14 +161,11 @@ class HeadExperts(Experts):
         ids, place = torch.unique(pairs, return_inverse=True)
         hidden, positions, segment = gather_positions(features, ids)
         tokens = torch.from_numpy(features.tokens)[positions]
-        active_ids = self.active_ids.cpu()
-        slot = torch.searchsorted(active_ids, tokens).clamp(max=len(active_ids) - 1)
-        target = torch.where(active_ids[slot] == tokens, slot, torch.full_like(slot, -1))
         token_logit = torch.from_numpy(head.token_logit)[positions]
         logps = token_logit - torch.from_numpy(head.lse)[positions]
         return {
             "hidden": hidden,
-            "target": target,
+            "target": self.place_among_active(tokens),
             "token_logit": token_logit,
             "lse_inactive": torch.from_numpy(head.lse_inactive)[positions],
             "mean_active": torch.from_numpy(head.mean_active)[positions],
@@ -282,54 +221,15 @@ class HeadExperts(Experts):
         return 0.0 if self.sharpness is None else float(self.sharpness[k])
 
     def as_adapter(self, k: int) -> Any:
-        """Expert k as LoRA on the output head: lora_A = A, lora_B = W B where a token is active and 0 elsewhere.
-
-        Raises
-        ------
-        ValueError : s_k is not 0, which no LoRA can hold.
-        """
-        if s := self._sharpness_of(k):
-            raise ValueError(
-                f"expert {k} has the sharpness {s:.3g}, which is of full rank: no LoRA can hold it; use merge(k, folder) "
-                '(with active="all"), as_causal_lm(), or fit with HeadExperts(..., sharpness=False)'
-            )
-        return with_lora_head(shared_copy(self._base.model), *self.head_correction(k))
+        """Expert k as LoRA on the output head; refused where s_k is not 0. See `leaving.head_as_adapter`."""
+        return head_as_adapter(k, self._base.model, *self.head_correction(k), self._sharpness_of(k))
 
     def as_model(self, k: int) -> Any:
-        """Expert k as a plain model with the head (1 + s) W + W B A; a head that was tied to the embeddings is untied.
-
-        Raises
-        ------
-        ValueError : s_k is not 0, and some tokens are not active or the model does something to its head's output: no
-            head says that.
-        """
-        s, (down, up) = self._sharpness_of(k), self.head_correction(k)
-        if s and (len(self.active_ids) < len(up) or self._map is not None):
-            why = (
-                "the model scales or caps its head's output"
-                if self._map
-                else "not all tokens are active"
-            )
-            raise ValueError(
-                f"expert {k} has the sharpness {s:.3g}, and {why}: no plain head says the same; use as_causal_lm(), or "
-                'fit with HeadExperts(..., sharpness=False) or, where nothing is scaled, active="all"'
-            )
-        return replace_head(copy.deepcopy(self._base.model), up @ down, 1 + s)
-
-
-def saved_tokens(ids: Tensor, size: int) -> Int[Tensor, "tokens"]:
-    """Active tokens as they were saved: whole numbers from 0 to `size` - 1, rising.
-
-    Raises
-    ------
-    ValueError : others.
-    """
-    whole = ids.dtype == torch.long and ids.dim() == 1
-    if not whole or bool((ids[1:] <= ids[:-1]).any()) or bool(((ids < 0) | (ids >= size)).any()):
-        raise ValueError(
-            f"experts.active_ids: expected rising tokens from 0 to {size - 1} (int64), found others ({ids.dtype})"
+        """Expert k as a plain model; refused where no plain head says the same. See `leaving.head_as_model`."""
+        whole = len(self.active_ids) == self._head.weight.shape[0] and self._map is None
+        return head_as_model(
+            k, self._base.model, *self.head_correction(k), self._sharpness_of(k), whole
         )
-    return ids
 
 
 def reading_directions(

@@ -105,3 +105,49 @@ def replace_head(model: Any, change: Float[Tensor, "tokens hidden"], factor: flo
     model._tied_weights_keys = {}  # noqa: SLF001  (transformers has no other way)
     model.all_tied_weights_keys = {}
     return model
+
+
+def head_as_adapter(
+    k: int,
+    model: Any,
+    down: Float[Tensor, "rank hidden"],
+    up: Float[Tensor, "tokens rank"],
+    sharpness: float,
+) -> Any:
+    """Expert k as LoRA on the output head: lora_A = A, lora_B = W B where a token is active and 0 elsewhere.
+
+    Raises
+    ------
+    ValueError : a sharpness that is not 0, which no LoRA can hold.
+    """
+    if sharpness:
+        raise ValueError(
+            f"expert {k} has the sharpness {sharpness:.3g}, which is of full rank: no LoRA can hold it; use "
+            'merge(k, folder) (with active="all"), as_causal_lm(), or fit with HeadExperts(..., sharpness=False)'
+        )
+    return with_lora_head(shared_copy(model), down, up)
+
+
+def head_as_model(
+    k: int,
+    model: Any,
+    down: Float[Tensor, "rank hidden"],
+    up: Float[Tensor, "tokens rank"],
+    sharpness: float,
+    whole: bool,
+) -> Any:
+    """Expert k as a plain model with the head (1 + s) W + W B A; a head that was tied to the embeddings is untied.
+
+    whole : all tokens are active, and the model neither scales nor caps its head's output.
+
+    Raises
+    ------
+    ValueError : a sharpness that is not 0, and not `whole`: no head says that.
+    """
+    if sharpness and not whole:
+        raise ValueError(
+            f"expert {k} has the sharpness {sharpness:.3g}, and not all tokens are active or the model scales or caps its "
+            "head's output: no plain head says the same; use as_causal_lm(), or fit with "
+            'HeadExperts(..., sharpness=False) or, where nothing is scaled or capped, active="all"'
+        )
+    return replace_head(copy.deepcopy(model), up @ down, 1 + sharpness)

@@ -27,7 +27,7 @@ class FitResult:
     """What a fit leaves: one row an evaluation, why it stopped, every restart, parameters of evaluated steps.
 
     history : step, pairs_seen, elbo and the other columns of docs/reading-your-result.md.
-    best_step : of the best validation likelihood (without validation pairs: of the best bound).
+    best_step : of the best validation likelihood, or what `Stop.by` says (without validation pairs: of the best bound).
     snapshots : parameters by step, of the best and the last evaluation; of all with keep="all".
     losses : of each step since the start or the last resumption, nats per pair.
     summary : one sentence: steps, bound from and to, whether experts parted, what to turn if nothing was learned.

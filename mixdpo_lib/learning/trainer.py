@@ -325,7 +325,8 @@ class Watch(TrainerCallback):
     def judge(self, row: dict[str, Any]) -> None:
         """Let the monitor see one row of the history."""
         usage = [value for name, value in row.items() if name.startswith("usage_")]
-        score = row.get("validation_loglik", row["elbo"])
+        name = {"likelihood": "validation_loglik", "accuracy": "validation_accuracy"}
+        score = row.get(name[self.trainer.config.stop.by], row["elbo"])
         self.stop_reason = self.monitor.step(score, usage, row["elbo"])
 
     def needed(self, state: TrainerState) -> list[int]:

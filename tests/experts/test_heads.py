@@ -642,6 +642,6 @@ def test_what_leaves_with_sharpness(tiny_base, data, tmp_path):
     )
     with pytest.raises(ValueError, match=r"no LoRA can hold it; use merge\(k, folder\)"):
         experts.export_adapter(0, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="not all tokens are active: no plain head says the same"):
+    with pytest.raises(ValueError, match="not all tokens are active or .*: no plain head"):
         make(tiny_base, data, 1).merge(0, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
