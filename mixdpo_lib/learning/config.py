@@ -31,17 +31,17 @@ class Stop:
 
     patience : evaluations without a better validation likelihood; 0: never.
     min_usage : in [0, 1), mean responsibility below which an expert ends the fit as dead; 0: reported, never fatal.
-    by : what says on validation pairs which evaluation is best. "likelihood" asks for probabilities that are right;
-        "accuracy", the share predicted right, goes on where experts still improve but grow too sure of themselves.
+    best : which evaluation is called the best, and put back where there are validation pairs: that of their largest
+        "likelihood", or the "last", which predicts better where experts still improve but grow too sure of themselves.
     """
 
     patience: int = 0
     min_usage: float | int = 0.0
-    by: str = "likelihood"
+    best: str = "likelihood"
 
     def __post_init__(self) -> None:
-        if self.by not in ("likelihood", "accuracy"):
-            raise ValueError(f"by={self.by!r}: possible are 'likelihood' and 'accuracy'")
+        if self.best not in ("likelihood", "last"):
+            raise ValueError(f"best={self.best!r}: possible are 'likelihood' and 'last'")
         if self.patience < 0:
             raise ValueError(f"patience={self.patience}: expected 0 (never) or more evaluations")
         if not 0 <= self.min_usage < 1:
@@ -50,7 +50,7 @@ class Stop:
 
 @dataclass
 class Monitor:
-    """Watches a score that should rise (of validation pairs, see `Stop.by`) and says when and why to stop.
+    """Watches a score that should rise (validation log-likelihood, nats per pair) and says when and why to stop.
 
     >>> watch = Monitor(patience=2)
     >>> [watch.step(score) for score in (-0.70, -0.60, -0.61, -0.62)]

@@ -100,8 +100,8 @@ def fit(
     train : preference set; with latent="unit" its unit column says which pairs share a latent.
     config : see `FitConfig`; its defaults where none is given.
     validation : pairs of the same units; the step at which their likelihood (by each unit's own training pairs) is
-        best is put back into the policy. Without them the last step stays, unless the fit diverged: then the best
-        finite one is put back.
+        best is put back into the policy, unless `Stop.best` says the last. Without them the last step stays, unless the
+        fit diverged: then the best finite one is put back.
     folder : where checkpoints are written (twice a pass) and gone on from; none by default. It belongs to one fit: the
         same data, policy (made anew, as at first) and configuration go on from the newest whole checkpoint, to the
         same bits. More `passes` go on too, where `min_steps` stretches neither; the rate then falls to 0 over the new
@@ -158,10 +158,12 @@ def fit(
         "elbo",
     ]  # a checkpoint sorts the columns: one order, resumed or not
     history = history[leading + sorted(set(history) - set(leading))]
+    why = ending(watch.stop_reason, history)
+    last = config.stop.best == "last" and why not in FAILED
     result = FitResult(
         history=history,
-        stop_reason=ending(watch.stop_reason, history),
-        best_step=watch.best_step(trainer.state),
+        stop_reason=why,
+        best_step=int(history["step"].iloc[-1]) if last else watch.best_step(trainer.state),
         restarts=restarts,
         snapshots=watch.snapshots,
         losses=trainer.losses,

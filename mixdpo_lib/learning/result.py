@@ -27,7 +27,7 @@ class FitResult:
     """What a fit leaves: one row an evaluation, why it stopped, every restart, parameters of evaluated steps.
 
     history : step, pairs_seen, elbo and the other columns of docs/reading-your-result.md.
-    best_step : of the best validation likelihood, or what `Stop.by` says (without validation pairs: of the best bound).
+    best_step : of the best validation likelihood (without validation pairs: of the best bound), or the last (`Stop.best`).
     snapshots : parameters by step, of the best and the last evaluation; of all with keep="all".
     losses : of each step since the start or the last resumption, nats per pair.
     summary : one sentence: steps, bound from and to, whether experts parted, what to turn if nothing was learned.
@@ -166,9 +166,9 @@ def summarise(
         return "; ".join(said) + "."
     if kept_step is not None:
         at = history[history["step"] == kept_step].iloc[0]
-        said.append(
-            f"step {kept_step} is kept, the best on validation pairs ({at['validation_loglik']:.3f} nats)"
-        )
+        best = at["validation_loglik"] >= history["validation_loglik"].max()
+        which = "the best on validation pairs" if best else "as was chosen"
+        said.append(f"step {kept_step} is kept, {which} ({at['validation_loglik']:.3f} nats)")
     n_experts = log_q.shape[1]
     turned = last["elbo"] - first["elbo"] < LEARNED
     if last["elbo"] - first["elbo"] < -LEARNED:

@@ -308,7 +308,7 @@ class Watch(TrainerCallback):
                 del self.snapshots[old]
 
     def best_step(self, state: TrainerState) -> int:
-        """The step of the best evaluation so far."""
+        """The step of the likeliest evaluation so far."""
         rows = [row for row in state.log_history if "elbo" in row]
         return int(rows[max(self.monitor.best_step, 0)]["step"])
 
@@ -325,8 +325,7 @@ class Watch(TrainerCallback):
     def judge(self, row: dict[str, Any]) -> None:
         """Let the monitor see one row of the history."""
         usage = [value for name, value in row.items() if name.startswith("usage_")]
-        name = {"likelihood": "validation_loglik", "accuracy": "validation_accuracy"}
-        score = row.get(name[self.trainer.config.stop.by], row["elbo"])
+        score = row.get("validation_loglik", row["elbo"])
         self.stop_reason = self.monitor.step(score, usage, row["elbo"])
 
     def needed(self, state: TrainerState) -> list[int]:

@@ -41,6 +41,7 @@ FIT_NAMES = {  # flat names of choices that stand in a part of FitConfig
     "start_temperature": "start__temperature",
     "tempering_passes": "start__tempering_passes",
     "restarts": "start__restarts",
+    "best_step": "stop__best",
 }
 _NOT_FLAT = ("seed", "name", "latent")  # said by the study itself, or ambiguous
 ConfigT = TypeVar("ConfigT")

