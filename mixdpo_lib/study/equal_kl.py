@@ -17,7 +17,7 @@ from .fits import Fitted
 from .review_users import ReviewUsers
 from .texts import candidates_on, rewritten, sampled_texts
 
-N_KL_TEXTS = 4  # sampled on each validation prompt, for each correction
+N_KL_TEXTS = 2  # sampled on each validation prompt, for each correction
 N_CORRECTIONS = 2
 SCALES = np.geomspace(0.05, 2.0, 24)  # factors between which a match is interpolated
 SHARPNESS = np.geomspace(0.001, 4.0, 28)  # and s of the controls, likewise

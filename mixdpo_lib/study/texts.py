@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -120,13 +121,17 @@ def rewritten(
 def texts_of(study: ReviewUsers, policies: pd.DataFrame, n_texts: int) -> pd.DataFrame:
     """Sample `n_texts` texts of every row of `equal_kl.matched_scales` on test prompts; the evaluation judges score them.
 
+    What stands beside DPO and the experts (plain DPO and the controls) writes half as many.
+
     One row a text: design, policy, seed, prompt_id, prompt, text, one column a reward, log_ratio, ref_logp, ...
     """
     test = list(study.splits["test"])
-    prompt_ids = [test[i % len(test)] for i in range(n_texts)]
-    prompts = [study.prompts[i] for i in prompt_ids]
     parts = []
     for row in policies.itertuples():
+        compared = row.policy == "dpo" or row.policy.startswith("expert_")
+        size = n_texts if compared else math.ceil(n_texts / 2)
+        prompt_ids = [test[i % len(test)] for i in range(size)]
+        prompts = [study.prompts[i] for i in prompt_ids]
         fitted = study.fitted(row.method, row.seed, row.design)
         generated = sampled_texts(
             study, fitted, row.policy, row.expert, row.scale, row.sharpness, prompt_ids
