@@ -99,8 +99,8 @@ class ReviewUsersConfig:
     min_count: int = 2  # occurrences of an active token in the training responses
     beta: float = 0.1
     sharpness: bool = True  # each head has an s of its own, see `HeadExperts`
-    weight_decay: float = 0.0  # of B_k, see `HeadExperts`
-    lapse: float | str = 0.0  # rate of answers at random, or "learn", see `MixturePolicy`
+    weight_decay: float = 0.1  # of B_k, see `HeadExperts`
+    lapse: float | str = 0.1  # rate of answers at random, or "learn", see `MixturePolicy`
     fit: FitConfig = STUDY_FIT
 
     def __post_init__(self) -> None:
