@@ -13,7 +13,8 @@ def _quoted(values: Mapping[str, Mapping[str, Any]], name: str, digits: int) -> 
     if name not in values:
         return "–"
     value = values[name]
-    signed = f"{value['value']:+.{digits}f}" if "gain" in name else f"{value['value']:.{digits}f}"
+    difference = "gain" in name or "over_base" in name
+    signed = f"{value['value']:+.{digits}f}" if difference else f"{value['value']:.{digits}f}"
     return (
         signed
         if not value["interval"]
@@ -42,12 +43,12 @@ def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     )
     results += [
         "",
-        "| texts at matched KL, evaluation judges | gain over DPO | KL, nats (DPO) | perplexity (DPO) |",
-        "|---|---|---|---|",
+        "| texts at matched KL, evaluation judges | gain over DPO | over the base | KL, nats (DPO) | perplexity (DPO) |",
+        "|---|---|---|---|---|",
     ]
     for reward in ("sentiment", "informativeness", "grammar"):
         results.append(
-            f"| {reward} of the expert that serves it | {q('reward_gain_' + reward)} | "
+            f"| {reward} of the expert that serves it | {q('reward_gain_' + reward)} | {q('reward_over_base_' + reward)} | "
             f"{q('kl_expert_' + reward, 1)} ({q('kl_dpo', 1)}) | "
             f"{q('perplexity_expert_' + reward, 0)} ({q('perplexity_dpo', 0)}) |"
         )
