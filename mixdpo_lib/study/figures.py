@@ -323,6 +323,7 @@ def expert_sharpness(sharpness: pd.DataFrame, ax: Axes) -> Axes:
     points(sharpness, ax, "served", "sharpness", "method", METHOD_STYLE, places, horizontal=True)
     ax.set_yticks(range(len(places)), [SERVED_LABELS.get(place, place) for place in places])
     ax.axvline(0, color="black", linestyle=":", zorder=1)
+    ax.locator_params(axis="x", nbins=5)
     legend_above(ax)
     ax.set(xlabel="sharpness s (1 + s: power of the base)", ylabel="whom the expert serves")
     return ax
@@ -375,7 +376,8 @@ def reward_gains(text_summary: pd.DataFrame, ax: Axes) -> Axes:
         judged = table[table["policy"] != "base"]  # the base has its candidates alone
         seeds = table["seed"].nunique() if "seed" in table and not mean_rows(table).any() else 1
         each = "policy and seed" if seeds > 1 else "policy"
-        notes += f"\nn = {int(judged['n'].min()):,} texts per {each}"
+        sizes = dict.fromkeys([f"{int(judged['n'].min()):,}", f"{int(judged['n'].max()):,}"])
+        notes += f"\nn = {' to '.join(sizes)} texts per {each}"
         notes += "; KL to the reference in nats per text" if len(kl) else ""
     size = mpl.rcParams["xtick.labelsize"]
     ax.text(0, -0.04, notes, transform=ax.transAxes, va="top", fontsize=size)
