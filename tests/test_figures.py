@@ -277,7 +277,7 @@ def test_reward_gains_have_a_panel_and_scale_for_each_reward(ax, gains):
         ]
         assert filled.count("white") == 3  # the expert that serves this reward is filled
     assert legend_labels(ax)[0] == "DPO (KL 1.5)"
-    assert "n = 1,602 texts per policy" in ax.texts[0].get_text()
+    assert "n = 1,602 to 1,604 texts per policy" in ax.texts[0].get_text()
 
 
 def test_reward_gains_show_seeds_as_points(ax, gains):
