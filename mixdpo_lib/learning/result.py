@@ -49,7 +49,7 @@ class FitResult:
 
         Raises
         ------
-        ValueError : a step whose parameters were not kept; those that were are named.
+        ValueError : a step whose parameters were not kept; those that were are named. A policy that lacks some of them.
         """
         last = max(self.snapshots, default=0)
         number = (
@@ -62,7 +62,13 @@ class FitResult:
                 f"step={step!r}: kept are {sorted(self.snapshots)}, 'best' and 'last'; fit with keep='all' keeps every "
                 "evaluated step"
             )
-        policy.load_state_dict(self.snapshots[int(number)], strict=False)
+        state = self.snapshots[int(number)]
+        if foreign := sorted(set(state) - set(policy.state_dict())):
+            raise ValueError(
+                f"the policy has no {', '.join(foreign)}, which the fit's had; make it as the fitted one was (a learned "
+                'lapse rate: lapse="learn")'
+            )
+        policy.load_state_dict(state, strict=False)
 
     def plot(self) -> Any:
         """Bound, validation likelihood and usage of the experts along the fit: a matplotlib figure."""

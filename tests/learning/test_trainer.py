@@ -709,6 +709,10 @@ def test_the_best_step_is_put_back_and_any_kept_one_can_be(tiny_base, data):
         close(state(policy), result.snapshots[number], rtol=0, atol=0)
     with pytest.raises(ValueError, match="step=1: kept are .* keep='all' keeps every"):
         result.restore(policy, 1)
+    with pytest.raises(
+        ValueError, match=r"the policy has no experts\.sharpness, which the fit's had"
+    ):
+        result.restore(make(tiny_base, data, sharpness=False))
     last = fit(make(tiny_base, data), data, CONFIG)  # without validation pairs the last step stays
     assert set(last.snapshots) >= {20}
 
