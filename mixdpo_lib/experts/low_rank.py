@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-BLOCK = 256  # positions whose logits are made and used at once
+BLOCK = 256  # positions whose logits are made and used at once: they stay in the processor's cache
+LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 
 class LowRankTokenLogps(torch.autograd.Function):
     """log pi_k(token) of every position and expert, (positions, experts); gradients for A, E = W B and s.
 
-    Written by hand because the logits of all experts are the largest tensors of a step: exp(logit) is kept once per
-    expert in a buffer that is used again, and the backward pass reads it in two matrix products. `groups` holds the
-    positions of each expert, or is None: all positions for all experts. What is not asked for is 0 in the result.
+    Written by hand because the logits of all experts are the largest tensors of a step. One such tensor is kept for the
+    backward pass, whatever K is: the base's logits z. There the expert's, (1 + s) z + E A h, are made from it once
+    more, in blocks that stay in the cache until all gradients are read from them. `groups` holds the positions of each
+    expert, rising, or is None: all positions for all experts. What is not asked for is 0 in the result.
 
-    Sharpness costs the forward pass nothing: logits (1 + s) z + E A h come from the same product, and the constant
-    s x mean_active of a position, which active tokens lose, is given to all others instead.
+    Sharpness costs the forward pass nothing: the constant s x mean_active of a position, which active tokens lose, is
+    given to all others instead.
     """
 
     @staticmethod
@@ -43,83 +46,105 @@ class LowRankTokenLogps(torch.autograd.Function):
         n_experts, n_positions = len(down), len(hidden)
         sharper = [0.0] * n_experts if sharpness is None else sharpness.tolist()
         if groups is None:
-            sizes = [n_positions] * n_experts
-            states = list(torch.einsum("pd,krd->kpr", hidden, down))
+            states = (down.flatten(0, 1) @ hidden.T).view(n_experts, -1, n_positions)
         else:
-            sizes = [len(at) for at in groups]
-            states = [hidden[at] @ down[k].T for k, at in enumerate(groups)]
+            states = [own @ hidden[at].T for own, at in zip(down, groups, strict=True)]
         keep = any(ctx.needs_input_grad[1:4])
-        size = sum(sizes) if keep else BLOCK
-        flat = workspace.take("experts", (size, len(head)), hidden)
-        buffers = flat.split(sizes) if keep else [flat] * n_experts
-        room = workspace.take("base", (BLOCK, len(head)), hidden)
-        logps = hidden.new_zeros(n_positions, n_experts)
-        totals = [hidden.new_empty(n) for n in sizes]
-        expected = [hidden.new_empty(n) for n in sizes] if ctx.needs_input_grad[3] else None
-        for start in range(0, n_positions, BLOCK):  # each stays in the processor's cache
-            stop = min(start + BLOCK, n_positions)
-            base_logits = torch.mm(hidden[start:stop], head.T, out=room[: stop - start])
+        base = workspace.take("base", (n_positions if keep else BLOCK, len(head)), hidden)
+        room = workspace.take("expert", (BLOCK, len(head)), hidden)
+        found = [hidden.new_empty(3, own.shape[1]) for own in states]
+        place = target.clamp(min=0)[:, None]
+        for block, parts in _blocks(n_positions, n_experts, groups):
+            plain = base[block] if keep else base[: block.stop - block.start]
+            torch.mm(hidden[block], head.T, out=plain)
             if bias is not None:
-                base_logits += bias
-            for k in range(n_experts):
-                if groups is None:
-                    own, at, plain = slice(start, stop), slice(start, stop), base_logits
-                else:
-                    low, high = torch.searchsorted(
-                        groups[k], torch.tensor([start, stop], device=hidden.device)
-                    ).tolist()
-                    own, at = slice(low, high), groups[k][low:high]
-                    plain = base_logits[at - start]
-                z = buffers[k][own] if keep else buffers[k][: len(plain)]
-                torch.addmm(plain, states[k][own], up[k].T, beta=1 + sharper[k], out=z)
-                lifted = mean_active[at] * sharper[k]
-                token, known = token_logit[at] + lifted, target[at] >= 0
-                token[known] = z[known, target[at][known]]
-                others = lse_inactive[at] + lifted
-                top = torch.maximum(z.amax(1), others)
-                z.sub_(top[:, None]).exp_()
-                inside = z.sum(1)
-                total = totals[k][own] = inside + (others - top).exp()
-                logps[at, k] = token - top - total.log()
-                if (
-                    expected is not None
-                ):  # sum_v pi_k(v) (z_v - mean_active) - (z_token - mean_active): - d logp / ds
-                    moved = (torch.linalg.vecdot(z, plain) - mean_active[at] * inside) / total
-                    moved[known] -= plain[known, target[at][known]] - mean_active[at][known]
-                    expected[k][own] = moved
-        ctx.save_for_backward(hidden, up, target)
-        ctx.groups = [slice(None)] * n_experts if groups is None else groups
-        ctx.states, ctx.totals, ctx.expected = states, totals, expected
-        ctx.buffers, ctx.ticket, ctx.workspace = buffers, workspace.ticket(), workspace
+                plain += bias
+            for k, own in parts:
+                at = block if groups is None else groups[k][own]
+                rows = plain if groups is None else plain[at - block.start]
+                bits = _bits(rows, states[k][:, own], up[k], sharper[k], room)
+                token, top, total = found[k][:, own]
+                torch.gather(bits, 1, place[at], out=token[:, None])
+                torch.amax(bits, 1, out=top)
+                torch.sum(bits.sub_(top[:, None]).exp2_(), 1, out=total)
+        logps, lses, shares = hidden.new_zeros(n_positions, n_experts), [], []
+        for k, (token, top, total) in enumerate(found):
+            at = slice(None) if groups is None else groups[k]
+            lifted = mean_active[at] * sharper[k]
+            active = top * LN_2 + total.log()
+            lse = torch.logaddexp(active, lse_inactive[at] + lifted)
+            logps[at, k] = torch.where(target[at] < 0, token_logit[at] + lifted, token * LN_2) - lse
+            lses.append(lse)
+            shares.append((active - lse).exp())
+        ctx.save_for_backward(hidden, up, target, mean_active)
+        ctx.groups, ctx.sharper, ctx.states, ctx.lses, ctx.shares = (
+            groups,
+            sharper,
+            states,
+            lses,
+            shares,
+        )
+        ctx.base, ctx.room, ctx.workspace, ctx.ticket = base, room, workspace, workspace.ticket()
         return logps
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        """Gradients for A, E and s, from the probabilities that were kept."""
-        hidden, up, target = ctx.saved_tensors
+        """Gradients for A, E and s, from - d log pi / d logits = probabilities - 1[token]."""
+        hidden, up, target, mean_active = ctx.saved_tensors
         if ctx.ticket != ctx.workspace.ticket():
             raise RuntimeError(
-                "the experts' logits were overwritten by a later call before backward() was reached"
+                "the base's logits were overwritten by a later call before backward() was reached"
             )
-        grad_down = torch.zeros(
-            len(up), up.shape[2], hidden.shape[1], dtype=hidden.dtype, device=hidden.device
-        )
+        n_experts, groups = len(up), ctx.groups
+        whole = [slice(None)] * n_experts if groups is None else groups
+        weights = [-grad[at, k] for k, at in enumerate(whole)]
+        weighed = [own * weight for own, weight in zip(ctx.states, weights, strict=True)]
+        place, known = target.clamp(min=0)[:, None], (target >= 0).to(hidden.dtype)
         grad_up = torch.zeros_like(up)
-        grad_sharpness = None if ctx.expected is None else up.new_zeros(len(up))
-        for k, (at, probability) in enumerate(zip(ctx.groups, ctx.buffers, strict=True)):
-            own, states = grad[at, k], ctx.states[k]
-            weight = (own / ctx.totals[k])[:, None]
-            torch.mm(probability.T, states * weight, out=grad_up[k])
-            grad_up[k].neg_()
-            grad_state = (probability @ up[k]) * -weight
-            rows = (target[at] >= 0).nonzero().squeeze(1)
-            columns = target[at][rows]
-            grad_up[k].index_add_(0, columns, states[rows] * own[rows, None])
-            grad_state.index_add_(0, rows, up[k][columns] * own[rows, None])
-            torch.mm(grad_state.T, hidden[at], out=grad_down[k])
-            if grad_sharpness is not None:
-                grad_sharpness[k] = -(own @ ctx.expected[k])
+        grad_states = [torch.empty_like(own) for own in weighed]
+        moved = [torch.empty_like(own) for own in weights]
+        for block, parts in _blocks(len(hidden), n_experts, groups):
+            for k, own in parts:
+                at = block if groups is None else groups[k][own]
+                rows = ctx.base[at]
+                bits = _bits(rows, ctx.states[k][:, own], up[k], ctx.sharper[k], ctx.room)
+                slope = bits.sub_(ctx.lses[k][own, None] * LOG2_E).exp2_()
+                slope.scatter_add_(1, place[at], -known[at, None])
+                grad_up[k].addmm_(weighed[k][:, own], slope)
+                torch.mm(up[k], slope.T, out=grad_states[k][:, own])
+                if ctx.needs_input_grad[3]:
+                    torch.sum(slope.mul_(rows), 1, out=moved[k][own])
+        grad_down = torch.empty(n_experts, up.shape[1], hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+        for k, at in enumerate(whole):
+            torch.mm(grad_states[k].mul_(weights[k]), hidden[at], out=grad_down[k])
+        grad_sharpness = None
+        if ctx.needs_input_grad[3]:  # all active logits less their mean
+            grad_sharpness = grad.new_zeros(n_experts)
+            for k, at in enumerate(whole):
+                moved[k] -= mean_active[at] * (ctx.shares[k] - known[at])
+                grad_sharpness[k] = weights[k] @ moved[k]
         return None, grad_down, grad_up, grad_sharpness, *(None,) * 8
+
+
+def _blocks(
+    n_positions: int, n_experts: int, groups: list[Tensor] | None
+) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+    """Blocks of positions, and for each the experts that have positions there and which of their own these are."""
+    starts = list(range(0, n_positions, BLOCK))
+    blocks = [slice(start, min(start + BLOCK, n_positions)) for start in starts]
+    if groups is None:
+        yield from ((block, [(k, block) for k in range(n_experts)]) for block in blocks)
+        return
+    edges = [torch.searchsorted(at, at.new_tensor([*starts, n_positions])).tolist() for at in groups]
+    for i, block in enumerate(blocks):
+        parts = [(k, slice(edge[i], edge[i + 1])) for k, edge in enumerate(edges)]
+        yield block, [(k, own) for k, own in parts if own.stop > own.start]
+
+
+def _bits(plain: Tensor, states: Tensor, up: Tensor, sharper: float, room: Tensor) -> Tensor:
+    """(1 + s) z + E A h in bits, (rows, tokens), written to `room`: 2^x costs half of what e^x does."""
+    out = room[: len(plain)]
+    return torch.addmm(plain, states.T, up, beta=(1 + sharper) * LOG2_E, alpha=LOG2_E, out=out)
 
 
 class Workspace:
@@ -184,15 +209,16 @@ def low_rank_text_logps(
             workspace,
         )
 
+    up = (up.mT.flatten(0, 1) @ head.T).view(*down.shape[:2], len(head))
     if chosen is None or bool(chosen.all()):
-        logps = token_logps(down, head @ up, sharpness, None)
+        logps = token_logps(down, up, sharpness, None)
         return logps.new_zeros(n_texts, n_experts).index_add(0, inputs["segment"], logps)
     asked = chosen[inputs["segment"]]
     here, speak = asked.any(1).nonzero().squeeze(1), asked.any(0).nonzero().squeeze(1)
     inputs = {name: values[here] for name, values in inputs.items()}
     groups = [asked[here, k].nonzero().squeeze(1) for k in speak]
     sharper = None if sharpness is None else sharpness[speak]
-    logps = token_logps(down[speak], head @ up[speak], sharper, groups)
+    logps = token_logps(down[speak], up[speak], sharper, groups)
     sums = logps.new_zeros(n_texts, len(speak)).index_add(0, inputs["segment"], logps)
     return sums.new_zeros(chosen.shape).index_copy(1, speak, sums).masked_fill(~chosen, -torch.inf)
 
@@ -233,7 +259,7 @@ def _mapped_token_logps(
     columns = []
     for k in range(len(down)):
         at = every if groups is None else groups[k]
-        shift = (inputs["hidden"][at] @ down[k].T) @ up[k].T
+        shift = (inputs["hidden"][at] @ down[k].T) @ up[k]
         own_sharpness = None if sharpness is None else sharpness[k]
         mean = inputs["mean_active"][at]
         z = corrected_logits(plain[at], shift, own_sharpness, mean, mapped)
