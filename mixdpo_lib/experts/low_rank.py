@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-BLOCK = 256  # positions whose logits are made and used at once: they stay in the processor's cache
+BLOCK = 256  # positions whose logits are made and used at once
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 
@@ -18,9 +18,10 @@ class LowRankTokenLogps(torch.autograd.Function):
     """log pi_k(token) of every position and expert, (positions, experts); gradients for A, E = W B and s.
 
     Written by hand because the logits of all experts are the largest tensors of a step. One such tensor is kept for the
-    backward pass, whatever K is: the base's logits z. There the expert's, (1 + s) z + E A h, are made from it once
-    more, in blocks that stay in the cache until all gradients are read from them. `groups` holds the positions of each
-    expert, rising, or is None: all positions for all experts. What is not asked for is 0 in the result.
+    backward pass, whatever K is: the base's logits z. There those of the experts, (1 + s) z + E A h, are made from it
+    once more, in blocks that stay in the cache until every gradient is read from them; in bits (x / log 2), since 2^x
+    costs half of what e^x does. E comes as (experts, rank, tokens). `groups` holds the positions of each expert, rising,
+    or is None: all positions for all experts. What is not asked for is 0 in the result.
 
     Sharpness costs the forward pass nothing: the constant s x mean_active of a position, which active tokens lose, is
     given to all others instead.
@@ -77,13 +78,8 @@ class LowRankTokenLogps(torch.autograd.Function):
             lses.append(lse)
             shares.append((active - lse).exp())
         ctx.save_for_backward(hidden, up, target, mean_active)
-        ctx.groups, ctx.sharper, ctx.states, ctx.lses, ctx.shares = (
-            groups,
-            sharper,
-            states,
-            lses,
-            shares,
-        )
+        ctx.groups, ctx.sharper, ctx.states = groups, sharper, states
+        ctx.lses, ctx.shares = lses, shares
         ctx.base, ctx.room, ctx.workspace, ctx.ticket = base, room, workspace, workspace.ticket()
         return logps
 
@@ -95,7 +91,7 @@ class LowRankTokenLogps(torch.autograd.Function):
             raise RuntimeError(
                 "the base's logits were overwritten by a later call before backward() was reached"
             )
-        n_experts, groups = len(up), ctx.groups
+        n_experts, groups, sharp = len(up), ctx.groups, ctx.needs_input_grad[3]
         whole = [slice(None)] * n_experts if groups is None else groups
         weights = [-grad[at, k] for k, at in enumerate(whole)]
         weighed = [own * weight for own, weight in zip(ctx.states, weights, strict=True)]
@@ -112,15 +108,13 @@ class LowRankTokenLogps(torch.autograd.Function):
                 slope.scatter_add_(1, place[at], -known[at, None])
                 grad_up[k].addmm_(weighed[k][:, own], slope)
                 torch.mm(up[k], slope.T, out=grad_states[k][:, own])
-                if ctx.needs_input_grad[3]:
+                if sharp:
                     torch.sum(slope.mul_(rows), 1, out=moved[k][own])
-        grad_down = torch.empty(n_experts, up.shape[1], hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+        grad_down = hidden.new_zeros(n_experts, up.shape[1], hidden.shape[1])
+        grad_sharpness = grad.new_zeros(n_experts) if sharp else None
         for k, at in enumerate(whole):
-            torch.mm(grad_states[k].mul_(weights[k]), hidden[at], out=grad_down[k])
-        grad_sharpness = None
-        if ctx.needs_input_grad[3]:  # all active logits less their mean
-            grad_sharpness = grad.new_zeros(n_experts)
-            for k, at in enumerate(whole):
+            torch.mm(grad_states[k] * weights[k], hidden[at], out=grad_down[k])
+            if grad_sharpness is not None:  # z counts from the mean of the active tokens
                 moved[k] -= mean_active[at] * (ctx.shares[k] - known[at])
                 grad_sharpness[k] = weights[k] @ moved[k]
         return None, grad_down, grad_up, grad_sharpness, *(None,) * 8
@@ -135,14 +129,16 @@ def _blocks(
     if groups is None:
         yield from ((block, [(k, block) for k in range(n_experts)]) for block in blocks)
         return
-    edges = [torch.searchsorted(at, at.new_tensor([*starts, n_positions])).tolist() for at in groups]
+    edges = [
+        torch.searchsorted(at, at.new_tensor([*starts, n_positions])).tolist() for at in groups
+    ]
     for i, block in enumerate(blocks):
         parts = [(k, slice(edge[i], edge[i + 1])) for k, edge in enumerate(edges)]
         yield block, [(k, own) for k, own in parts if own.stop > own.start]
 
 
 def _bits(plain: Tensor, states: Tensor, up: Tensor, sharper: float, room: Tensor) -> Tensor:
-    """(1 + s) z + E A h in bits, (rows, tokens), written to `room`: 2^x costs half of what e^x does."""
+    """Logits of an expert in bits, (rows, tokens), written to `room`."""
     out = room[: len(plain)]
     return torch.addmm(plain, states.T, up, beta=(1 + sharper) * LOG2_E, alpha=LOG2_E, out=out)
 
@@ -192,6 +188,7 @@ def low_rank_text_logps(
     def token_logps(
         down: Tensor, up: Tensor, sharpness: Tensor | None, groups: list[Tensor] | None
     ) -> Tensor:
+        up = (up.mT.flatten(0, 1) @ head.T).view(*down.shape[:2], len(head))  # one product, E
         if mapped is not None:
             return _mapped_token_logps(inputs, down, up, sharpness, head, bias, groups, mapped)
         return LowRankTokenLogps.apply(
@@ -209,7 +206,6 @@ def low_rank_text_logps(
             workspace,
         )
 
-    up = (up.mT.flatten(0, 1) @ head.T).view(*down.shape[:2], len(head))
     if chosen is None or bool(chosen.all()):
         logps = token_logps(down, up, sharpness, None)
         return logps.new_zeros(n_texts, n_experts).index_add(0, inputs["segment"], logps)
