@@ -12,7 +12,7 @@ K = 1 of the same repeat. A line of JSON for every K and length:
     peak_mb, increment_mb largest resident memory of a process that makes three steps, and how much of it came with the
                           first step (Linux; elsewhere null)
 
-OMP_NUM_THREADS says how many threads compute. Two minutes.
+OMP_NUM_THREADS says how many threads compute. Some minutes.
 """
 
 from __future__ import annotations
