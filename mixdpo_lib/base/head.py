@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from .architecture import logit_map
 from .features import TextFeatures, ids_key, padded, tokenised
 from .model import Base
 
-VERSION = 2
+VERSION = 3
+RARER = (1, 2, 5)  # rising; numbers of occurrences under which tokens are left out of active sets
+POSITIONS_AT_ONCE, TOKENS_AT_ONCE = 2048, 1024  # a block of logits stays in the processor's cache
 
 
 def head_logits(
@@ -52,46 +56,123 @@ def mean_logit(logits: Float[Tensor, "rows tokens"]) -> Float[Tensor, "rows"]:
     >>> mean_logit(torch.tensor([[0.0, 0.0], [2.0, -1e4]]))
     tensor([0., 2.])
     """
-    return (logits.softmax(1) * logits).sum(1)
+    top = logits.detach().amax(1, keepdim=True)  # what rounding leaves of a large logit's share
+    return top.squeeze(1) + (logits.softmax(1) * (logits - top)).sum(1)
 
 
-def reference_constants(
-    base: Base, texts: TextFeatures, active: np.ndarray, block: int = 2048
-) -> HeadConstants:
-    """The frozen head's constants for every position of `texts`, for this set of active tokens, from the cache.
+def _mapped(base: Base, logits: Tensor) -> Tensor:
+    mapped = logit_map(base.model.config.get_text_config())
+    return logits if mapped is None else mapped(logits)
 
-    What an empty set gives is all that the reference needs: `lse_inactive` (-inf) and `mean_active` (0) are then not
-    filled.
+
+def _some_logits(
+    base: Base, hidden: Float[Tensor, "rows hidden"], tokens: np.ndarray
+) -> Iterator[tuple[Int[Tensor, "some"], Float[Tensor, "rows some"]]]:
+    """Blocks of these tokens, and the logits of each block, float32."""
+    head: Any = base.model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    for start in range(0, len(tokens), TOKENS_AT_ONCE):
+        ids = torch.from_numpy(tokens[start : start + TOKENS_AT_ONCE]).to(hidden.device)
+        own = None if bias is None else bias[ids].float()
+        yield ids, _mapped(base, nn.functional.linear(hidden, head.weight[ids].float(), own))
+
+
+def _lse(logits: Float[Tensor, "rows tokens"]) -> Float[Tensor, "rows"]:
+    """logsumexp by row; overwrites the logits."""
+    top = logits.amax(1)
+    return logits.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
+
+
+def _lse_over(
+    base: Base,
+    hidden: Float[Tensor, "rows hidden"],
+    tokens: np.ndarray,
+    sought: tuple[Int[Tensor, "rows"], Float[Tensor, "rows"]] | None = None,
+) -> Float[Tensor, "rows"]:
+    """logsumexp over these tokens; -inf over none.
+
+    sought : a token of each row, and where its logit is written if it is among these.
     """
-    digest = hashlib.sha256(active.tobytes()).hexdigest()
-    rows = base.model.get_output_embeddings().weight.shape[0]
-    inactive = np.setdiff1d(np.arange(rows), active) if len(active) else active
+    found = [hidden.new_full((len(hidden),), -torch.inf)]
+    for ids, logits in _some_logits(base, hidden, tokens):
+        if sought is not None:
+            place = torch.searchsorted(ids, sought[0]).clamp(max=len(ids) - 1)
+            rows = (ids[place] == sought[0]).nonzero().squeeze(1)
+            sought[1][rows] = logits[rows, place[rows]]
+        found.append(_lse(logits))
+    return torch.stack(found).logsumexp(0)
+
+
+def _mean_over(
+    base: Base, hidden: Float[Tensor, "rows hidden"], tokens: np.ndarray
+) -> Float[Tensor, "rows"]:
+    """`mean_logit` over these tokens; 0 over none."""
+    if len(tokens) == 0:
+        return hidden.new_zeros(len(hidden))
+    parts = [(mean_logit(z), _lse(z)) for _, z in _some_logits(base, hidden, tokens)]
+    means, lses = map(torch.stack, zip(*parts, strict=True))
+    return (lses.softmax(0) * means).sum(0)
+
+
+def _by_position(
+    base: Base,
+    texts: TextFeatures,
+    parameters: dict[str, Any],
+    compute: Callable[[Tensor, slice], list[Tensor]],
+) -> Float[np.ndarray, "numbers positions"]:
+    """`compute(hidden states, their places)` of every position, float32, from the cache."""
 
     def build(folder: Path) -> None:
-        n = len(texts.tokens)
-        out = np.empty((4, n), dtype=np.float32)
-        inactive_ids, active_ids = torch.from_numpy(inactive), torch.from_numpy(active)
-        for start in range(0, n, block):
-            stop = min(start + block, n)
-            hidden = torch.from_numpy(np.array(texts.hidden[start:stop])).to(
-                base.device, base.model.dtype
-            )
+        n, rows = len(texts.tokens), []
+        for start in range(0, n, POSITIONS_AT_ONCE):
+            at = slice(start, min(start + POSITIONS_AT_ONCE, n))
             with torch.inference_mode():
-                logits = head_logits(base, hidden).cpu()
-                tokens = torch.from_numpy(texts.tokens[start:stop])
-                out[0, start:stop] = logits.gather(1, tokens[:, None]).squeeze(1)
-                out[1, start:stop] = logits.logsumexp(1)
-                out[2, start:stop] = (
-                    logits.index_select(1, inactive_ids).logsumexp(1) if len(inactive) else -np.inf
-                )
-                out[3, start:stop] = (
-                    mean_logit(logits.index_select(1, active_ids)) if len(active) else 0.0
-                )
-            progress("head constants", stop, n, "positions")
-        np.save(folder / "constants.npy", out, allow_pickle=False)
+                hidden = torch.from_numpy(np.array(texts.hidden[at])).to(base.device)
+                rows.append(torch.stack(compute(hidden, at)).cpu())
+            progress("head constants", at.stop, n, "positions")
+        np.save(folder / "constants.npy", torch.cat(rows, 1).numpy(), allow_pickle=False)
 
-    folder = cached("head", VERSION, {"active": digest}, build, inputs=[texts.key])
-    return HeadConstants(*np.load(folder / "constants.npy", allow_pickle=False))
+    folder = cached("head", VERSION, parameters, build, inputs=[texts.key])
+    return np.load(folder / "constants.npy", allow_pickle=False)
+
+
+def reference_constants(base: Base, texts: TextFeatures, active: np.ndarray) -> HeadConstants:
+    """The frozen head's constants for every position of `texts`, for this set of active tokens, from the cache.
+
+    active : (tokens,) int64, rising.
+
+    Notes
+    -----
+    The whole vocabulary is passed over once for a set of texts. Kept is the logsumexp of the tokens that occur in them
+    less often than each number of `RARER`: an active set that holds none of those then costs the logits of the frequent
+    tokens alone. It is a sum and no difference, so that a small inactive mass is as exact as a large one. Products are
+    float32 whatever the base is computed in.
+    """
+    rows = len(base.model.get_output_embeddings().weight)
+    counts = np.bincount(texts.tokens, minlength=rows)
+    edges = [0, *RARER, len(texts.tokens) + 1]
+    bands = [np.flatnonzero((counts >= a) & (counts < b)) for a, b in pairwise(edges)]
+
+    def of_texts(hidden: Tensor, at: slice) -> list[Tensor]:
+        ids = torch.from_numpy(texts.tokens[at]).to(hidden.device)
+        logit = torch.empty(len(hidden), device=hidden.device)
+        sums = [_lse_over(base, hidden, band, (ids, logit)) for band in bands]
+        return [logit, *accumulate(sums, torch.logaddexp)]
+
+    token, *sums, lse = _by_position(base, texts, {"rarer": list(RARER)}, of_texts)
+    outside, rest = np.delete(np.arange(rows), active), np.full_like(lse, -np.inf)
+    for least, those in zip(RARER, sums, strict=True):
+        if len(active) and counts[active].min() >= least:
+            outside, rest = np.setdiff1d(np.flatnonzero(counts >= least), active), those
+
+    def of_active(hidden: Tensor, at: slice) -> list[Tensor]:
+        inactive = torch.from_numpy(rest[at]).to(hidden.device)
+        inactive = torch.logaddexp(inactive, _lse_over(base, hidden, outside))
+        return [inactive, _mean_over(base, hidden, active)]
+
+    digest = hashlib.sha256(active.tobytes()).hexdigest()
+    inactive, mean = _by_position(base, texts, {"active": digest}, of_active)
+    return HeadConstants(token, lse, inactive, mean)
 
 
 def place_of(rows: Int[Tensor, "chosen"], n: int) -> Int[Tensor, "rows"]:

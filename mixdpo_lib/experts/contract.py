@@ -41,7 +41,12 @@ def chosen_texts(
 
 
 class Voices(ABC):
-    """Next-token logits of several experts at once; keeps its own cache."""
+    """Next-token logits of several experts at once; keeps its own cache.
+
+    moved : the tokens (rising, distinct) whose logits alone differ from the reference's; None: any may.
+    """
+
+    moved: Tensor | None = None
 
     @abstractmethod
     def reorder(self, source: Int[Tensor, "rows"]) -> None:

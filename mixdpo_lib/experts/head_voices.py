@@ -34,13 +34,12 @@ class HeadGroup:
         mapped: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "own tokens"]:
         """The expert's logits of its rows. plain : the head's output; mapped : what the model does to it."""
-        own = plain[self.rows]
-        logits = own.clone() if mapped is None else mapped(own)
+        logits = plain[self.rows]
+        own = logits[:, self.active]
+        logits = logits if mapped is None else mapped(logits)
         mean = None if self.sharpness is None else mean_logit(logits[:, self.active])
         shift = (hidden[self.rows] @ self.down.T) @ self.up.T
-        logits[:, self.active] = corrected_logits(
-            own[:, self.active], shift, self.sharpness, mean, mapped
-        )
+        logits[:, self.active] = corrected_logits(own, shift, self.sharpness, mean, mapped)
         return logits
 
 
@@ -52,6 +51,7 @@ class HeadVoices(Voices):
 
     def __init__(self, base: Base, groups: Sequence[HeadGroup] = ()) -> None:
         self._base, self._groups = base, groups
+        self.moved = groups[0].active if groups else None  # all share one active set
         self._cache: Any = None
         self._map = logit_map(base.model.config.get_text_config())
 

@@ -14,6 +14,40 @@ from ..experts.head_voices import HeadVoices
 from .sampling import truncated_log_probs
 
 
+def divergence(
+    logits: Float[Tensor, "rows tokens"], ref_logits: Float[Tensor, "rows tokens"]
+) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+    """logsumexp of both, and KL(softmax(logits) || softmax(ref_logits)), nats; a logit of -inf has no share in it."""
+    lse, lse_ref = logits.logsumexp(1), ref_logits.logsumexp(1)
+    log_p = logits - lse[:, None]
+    p = log_p.exp()
+    kl = torch.where(p > 0, p * (log_p - ref_logits + lse_ref[:, None]), 0.0).sum(1)
+    return lse, lse_ref, kl
+
+
+def divergence_of_some(
+    logits: Float[Tensor, "rows tokens"],
+    ref_logits: Float[Tensor, "rows tokens"],
+    moved: Int[Tensor, "moved"],
+) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+    """The same where only the logits of `moved` differ: all other tokens share one log ratio, lse_ref - lse.
+
+    >>> ref = torch.tensor([[0.1, 0.2, 0.7]]).log()
+    >>> one = divergence_of_some(ref + torch.tensor([0.0, 1.0, 0.0]), ref, torch.tensor([1]))
+    >>> other = divergence(ref + torch.tensor([0.0, 1.0, 0.0]), ref)
+    >>> all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one, other))
+    True
+    """
+    rest = ref_logits.index_fill(1, moved, -torch.inf).logsumexp(1)
+    own, ref = logits[:, moved], ref_logits[:, moved]
+    lse = torch.logaddexp(rest, own.logsumexp(1))
+    lse_ref = torch.logaddexp(rest, ref.logsumexp(1))
+    ratio = lse_ref - lse
+    p = (own - lse[:, None]).exp()
+    kl = torch.where(p > 0, p * (own - ref + ratio[:, None]), 0.0).sum(1)
+    return lse, lse_ref, kl + (rest - lse).exp() * ratio
+
+
 class NextToken:
     """Stateful next-token function of a base with optional expert heads, for `sampling.sample`.
 
@@ -34,7 +68,7 @@ class NextToken:
                 chosen = nn.functional.one_hot(expert.clamp(min=0), experts.n_experts) > 0
                 chosen &= (expert >= 0)[:, None]
             self._voices = experts.voices(chosen)
-        self._spoken = False
+        self._moved, self._spoken = self._voices.moved, False
         self._logits: Tensor | None = None
         self._ref_logits: Tensor | None = None
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -46,7 +80,9 @@ class NextToken:
         """Logits (rows, vocabulary), float32, of each row's expert or the reference."""
         logits, said = self._voices(input_ids, attention_mask)
         self._ref_logits, self._spoken = logits, bool(said)
-        if said:
+        if len(said) == 1 and len(said[0][1]) == len(logits):
+            logits = said[0][2]  # one expert speaks in every row
+        elif said:
             logits = logits.clone()
             for _, rows, own in said:
                 logits[rows] = own
@@ -57,15 +93,16 @@ class NextToken:
     def observe(self, tokens: Int[Tensor, "rows"]) -> None:
         """Keep what policy and reference say of the tokens just drawn from the last logits."""
         logits, ref_logits = self.last_logits()
-        log_ref = ref_logits.log_softmax(1)
-        ref = log_ref.gather(1, tokens[:, None]).squeeze(1)
-        own, kl = ref, torch.zeros_like(ref)
-        if self._spoken:
-            log_p = logits.log_softmax(1)
-            own = log_p.gather(1, tokens[:, None]).squeeze(1)
-            p = log_p.exp()
-            kl = torch.where(p > 0, p * (log_p - log_ref), 0.0).sum(1)
-        self._seen.append((own - ref, ref, kl))
+        ref = ref_logits.gather(1, tokens[:, None]).squeeze(1)
+        own = logits.gather(1, tokens[:, None]).squeeze(1)
+        if not self._spoken:
+            lse = lse_ref = ref_logits.logsumexp(1)
+            kl = torch.zeros_like(ref)
+        elif self._moved is None:
+            lse, lse_ref, kl = divergence(logits, ref_logits)
+        else:
+            lse, lse_ref, kl = divergence_of_some(logits, ref_logits, self._moved)
+        self._seen.append((own - lse - ref + lse_ref, ref - lse_ref, kl))
 
     def last_logits(self) -> tuple[Tensor, Tensor]:
         """Logits of the last call: of what speaks, and of the reference.
@@ -128,6 +165,7 @@ class MixtureNextToken(NextToken):
         log_w = log_w.detach()
         check_log_w(log_w)
         self._voices = experts.voices(log_w > -torch.inf)
+        self._moved = None  # weighted and truncated, any log-probability may differ
         self._spoken = True
         self._log_q = [log_w.log_softmax(-1)]
         self._options = (temperature, top_k, top_p)

@@ -18,9 +18,7 @@ from torch import Tensor
 
 NextTokenFunction = Callable[[Tensor, Tensor], Tensor]
 BLOCK = 256  # the vocabulary is summed in blocks of this many tokens, so that a draw reads one block and the block sums
-NUCLEUS_GUESS = (
-    200  # most nuclei are smaller; larger ones are looked for among 8 times as many, up to all
-)
+RARE = 1e-4  # most nuclei hold no token of a smaller probability
 
 
 @dataclass(frozen=True)
@@ -106,18 +104,24 @@ def draw(shares: Float[Tensor, "rows tokens"], u: Float[Tensor, "rows"]) -> Int[
 
 
 def _nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """``(token ids, shares)`` of the smallest set of tokens by row that holds at least ``top_p`` of the probability."""
-    log_total = logits.logsumexp(-1, keepdim=True)
-    width = min(NUCLEUS_GUESS, logits.shape[-1])
-    while True:
-        values, ids = logits.topk(width, dim=-1)
-        shares = (values - log_total).exp()
-        upto = shares.double().cumsum(-1)
-        if width == logits.shape[-1] or bool((upto[:, -1] >= top_p).all()):
-            break
-        width = min(8 * width, logits.shape[-1])
+    """``(token ids, shares)`` of the smallest set of tokens by row that holds at least ``top_p`` of the probability.
+
+    Largest shares first; at the end of a row stand tokens with a share of 0, which may be any.
+    """
+    shares = logits.softmax(-1)
+    # the tokens below `least` hold less than 1 - top_p together, so that the nucleus lies among the others
+    sure = 0.5 * (1 - top_p) / logits.shape[-1]
+    common = shares.masked_fill(shares < RARE, 0.0).sum(-1, keepdim=True)
+    least = torch.where(common > top_p + 1e-4, max(RARE, sure), sure)
+    row, token = (shares >= least).nonzero(as_tuple=True)
+    counts = row.bincount(minlength=len(shares))
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    ids = token.new_zeros(len(shares), int(counts.max())).index_put((row, place), token)
+    found = shares.new_zeros(ids.shape).index_put((row, place), shares[row, token])
+    found, order = found.sort(dim=-1, descending=True, stable=True)
+    before = found.double().cumsum(-1) - found
     # a token stays while the tokens before it hold less than top_p: the first one always does
-    return ids, shares.masked_fill(upto - shares >= top_p, 0.0)
+    return ids.gather(1, order), found.masked_fill(before >= top_p, 0.0)
 
 
 def _check_truncation(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -201,9 +205,8 @@ def truncated_log_probs(
     ids, shares = _shares(logits, temperature, top_k, top_p)
     if ids is None:
         return (logits / temperature).log_softmax(-1)
-    return torch.full_like(logits, -math.inf).scatter(
-        1, ids, (shares / shares.sum(-1, keepdim=True)).log()
-    )
+    log_p = (shares / shares.sum(-1, keepdim=True)).log()
+    return torch.full_like(logits, -math.inf).scatter_reduce(1, ids, log_p, "amax")
 
 
 @torch.no_grad()

@@ -270,3 +270,16 @@ def test_bad_prompts_and_logits_are_refused():
             sampling.sample(lambda i, m, logits=logits: logits, [[0], [1]], 2, generator=seeded())
     with pytest.raises(RuntimeError, match="row 0: the largest logit is -inf"):
         sampling.sample(lambda i, m: torch.full((1, 3), -math.inf), [[0]], 2, generator=seeded())
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0, 12.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.9, 0.9999])
+def test_the_nucleus_is_that_of_a_whole_sort(spread, top_p):
+    logits = torch.randn(40, 5000, generator=seeded()) * spread
+    ids, shares = sampling._nucleus(logits, top_p)  # noqa: SLF001
+    p, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    p = p.masked_fill(p.double().cumsum(-1) - p >= top_p, 0.0)
+    width = ids.shape[1]
+    assert (p[:, width:] == 0).all()
+    torch.testing.assert_close(shares, p[:, :width])
+    assert torch.equal(ids[shares > 0], order[:, :width][p[:, :width] > 0])
