@@ -13,7 +13,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,26 +74,32 @@ def lora(model: Any, last: int) -> Any:
     )
 
 
+def trl_model(folder: str, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer as TRL takes them, float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
+    return model.to(device), tokenizer
+
+
 def trl_trainer(
     name: str,
-    folder: str,
+    loaded: tuple[Any, Any],
     rows: list[dict[str, str]],
     batch: int,
     scratch: str,
-    device: str = "cpu",
     held_out: list[dict[str, str]] | None = None,
     **options: Any,
 ) -> Any:
     """TRL's trainer of DPO at its fastest: float32, no checkpointing of activations, reference precomputed."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False
-    ).to(device)
+    model, tokenizer = loaded
     choices = {
         "beta": 0.1,
         "learning_rate": 1e-4,
@@ -108,7 +113,7 @@ def trl_trainer(
         "save_strategy": "no",
         "logging_strategy": "no",
         "report_to": [],
-        "use_cpu": device == "cpu",
+        "use_cpu": model.device.type == "cpu",
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
         **options,
@@ -169,11 +174,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
-        make: Callable[[], Any]
         if chosen.name in TRL:
-            trainer = trl_trainer(
-                chosen.name, given["folder"], given["rows"], chosen.batch, scratch, chosen.device
-            )
+            loaded = trl_model(given["folder"], chosen.device)
+            trainer = trl_trainer(chosen.name, loaded, given["rows"], chosen.batch, scratch)
         else:
             trainer = own_trainer(
                 chosen.name, given["base"], given["rows"], given["active"], chosen.batch, scratch,

@@ -7,21 +7,27 @@ of pairs is a process of its own with an empty cache.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.material import as_pairs, word_base, word_rows
-from benchmarks.speed.measuring import Row, exponent_row, peak_gib, row
+from benchmarks.speed.measuring import Row, exponent_row, in_own_process, peak_gib, row
+from benchmarks.speed.records import remembered
 
-SETTINGS: dict[str, Any] = {"pairs": [1000, 3000, 10_000, 30_000, 100_000], "words": 4096, "batch": 32}
+SETTINGS: dict[str, Any] = {
+    "pairs": [1000, 3000, 10_000, 30_000, 100_000],
+    "words": 4096,
+    "batch": 32,
+}
 QUICK = {"pairs": [200, 400, 800], "words": 512}
 
 
-def _fit(n: int, words: int, batch: int, device: str, answer: Any) -> None:
+def whole_pass(n: int, words: int, batch: int, device: str) -> tuple[float, float]:
+    """Seconds and peak memory (GiB) of a fit of one pass over n pairs, in this process, with an empty cache."""
     import mixdpo_lib as mx
     from mixdpo_lib.gates.weights import FixedWeights
 
@@ -34,24 +40,26 @@ def _fit(n: int, words: int, batch: int, device: str, answer: Any) -> None:
         start = time.perf_counter()
         policy = mx.MixturePolicy(mx.HeadExperts(base, 1, 8), FixedWeights.uniform(1))
         config = mx.FitConfig(
-            latent="pair", batch_by="pair", batch_size=batch, passes=1, min_steps=0,
-            evaluations_per_pass=1, evaluate_training=False,
-        )  # fmt: skip
+            latent="pair",
+            batch_by="pair",
+            batch_size=batch,
+            passes=1,
+            min_steps=0,
+            evaluate_training=False,
+        )
         mx.fit(policy, as_pairs(rows), config)
-        answer.put((time.perf_counter() - start, peak_gib(device)))
+        return time.perf_counter() - start, peak_gib(device)
 
 
 def measure(settings: dict[str, Any], device: str, folder: Path) -> list[Row]:
-    """Seconds and peak memory by number of pairs."""
+    """Seconds and peak memory by number of pairs; each is kept, so that the part goes on where it was stopped."""
     times, peaks = [], []
-    context = multiprocessing.get_context("spawn")
     for n in settings["pairs"]:
-        answer = context.Queue()
-        given = (n, settings["words"], settings["batch"], device, answer)
-        process = context.Process(target=_fit, args=given)
-        process.start()
-        seconds, peak = answer.get(timeout=3600)
-        process.join()
+        given = (n, settings["words"], settings["batch"], device)
+        identity = {"given": given, "of": os.environ.get("MIXDPO_BENCH_OF", "")}
+        seconds, peak = remembered(
+            folder / f"{n}.json", identity, partial(in_own_process, whole_pass, *given)
+        )
         print(f"[bench] pairs: {n:,} in {seconds:.0f} s, {peak:.2f} GiB", flush=True)
         times.append(row(f"a pass over {n:,} pairs", "s", [seconds], x=n, line="pairs"))
         aim = ("<=", 8.0) if n >= 100_000 else None

@@ -46,7 +46,9 @@ def length_rows(base: Base, n: int, prompt: int = 8, answer: int = 32) -> list[d
         before = ids
         if len(rows) == n:
             return rows
-    raise ValueError(f"{len(rows)} pairs of {prompt} and {answer} tokens in the reviews, {n} wanted")
+    raise ValueError(
+        f"{len(rows)} pairs of {prompt} and {answer} tokens in the reviews, {n} wanted"
+    )
 
 
 def usual_tokens(base: Base, answer: int = 32) -> list[int]:
@@ -112,7 +114,9 @@ def word_rows(
     draw = torch.Generator().manual_seed(seed)
 
     def words(count: int) -> str:
-        return " ".join(f"w{i}" for i in torch.randint(2, distinct, (count,), generator=draw).tolist())
+        return " ".join(
+            f"w{i}" for i in torch.randint(2, distinct, (count,), generator=draw).tolist()
+        )
 
     rows: list[dict[str, str]] = []
     while len(rows) < n:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import random
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,15 @@ def row(
 
 def absent(what: str, why: str) -> Row:
     """A line for what could not be measured here, such as "not installed"."""
-    return {"what": what, "unit": "", "values": [], "aim": None, "note": why, "x": None, "line": None}
+    return {
+        "what": what,
+        "unit": "",
+        "values": [],
+        "aim": None,
+        "note": why,
+        "x": None,
+        "line": None,
+    }
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -101,6 +111,12 @@ def wait_for(device: str) -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def in_own_process(function: Callable[..., Any], *given: Any) -> Any:
+    """What a function gives in a fresh process, so that its peak memory is its own; errors come through."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *given).result()
 
 
 def peak_gib(device: str = "cpu") -> float:

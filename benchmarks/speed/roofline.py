@@ -23,7 +23,9 @@ QUICK = {"experts": [1], "batch": 8, "turns": 2, "side": 256}
 def work(positions: int, width: int, active: int, rank: int, n_experts: int) -> tuple[float, float]:
     """Operations and bytes of a step: see the top. float32."""
     base = 2.0 * positions * width * active
-    one = 2.0 * positions * rank * active * 3  # the correction, and the two products of its gradient
+    one = (
+        2.0 * positions * rank * active * 3
+    )  # the correction, and the two products of its gradient
     one += 2.0 * active * width * rank * 2  # E = W B, and the gradient of B
     one += 2.0 * positions * width * rank * 2  # A h, and the gradient of A
     read = 4.0 * (active * width + positions * width)

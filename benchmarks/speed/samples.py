@@ -35,7 +35,9 @@ def ours(base: Any, ids: list[list[int]], tokens: int, top_p: float | None) -> C
     return call
 
 
-def theirs(base: Any, ids: list[list[int]], tokens: int, top_p: float | None) -> Callable[[int], int]:
+def theirs(
+    base: Any, ids: list[list[int]], tokens: int, top_p: float | None
+) -> Callable[[int], int]:
     """`generate`, drawing, without any other processing of logits."""
     from mixdpo_lib.policy.sampling import left_pad
 
@@ -73,7 +75,10 @@ def measure(settings: dict[str, Any], device: str, folder: Path) -> list[Row]:
     prompts = [one["prompt"] for one in length_rows(base, settings["prompts"])]
     ids, tokens, rows = [base.prompt_ids(p) for p in prompts], settings["tokens"], []
     for name, top_p in (("untruncated", None), ("top_p = .9", 0.9)):
-        calls = {"ours": ours(base, ids, tokens, top_p), "generate": theirs(base, ids, tokens, top_p)}
+        calls = {
+            "ours": ours(base, ids, tokens, top_p),
+            "generate": theirs(base, ids, tokens, top_p),
+        }
         rate: dict[str, list[float]] = {side: [] for side in calls}
         order = random.Random(0)
         for turn in range(settings["turns"] + 1):

@@ -5,7 +5,6 @@ A step is the batch, forward, backward and SGD of the heads alone, without the t
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -23,7 +22,15 @@ from benchmarks.speed.material import (
     word_base,
     word_rows,
 )
-from benchmarks.speed.measuring import Row, exponent_row, in_turns, peak_gib, ratios, row
+from benchmarks.speed.measuring import (
+    Row,
+    exponent_row,
+    in_own_process,
+    in_turns,
+    peak_gib,
+    ratios,
+    row,
+)
 
 SETTINGS: dict[str, Any] = {
     "experts": [1, 2, 4, 8, 16, 32],
@@ -62,8 +69,8 @@ def head_step(policy: Any, pairs: Any, batch: int) -> Callable[[], float]:
     return step
 
 
-def _peak(n_experts: int, batch: int, device: str, answer: Any) -> None:
-    """Of a process that made three steps with so many experts."""
+def peak(n_experts: int, batch: int, device: str) -> float:
+    """Peak memory of this process after three steps with so many experts, GiB."""
     import mixdpo_lib as mx
 
     base = mx.load_base(device=device)
@@ -71,18 +78,7 @@ def _peak(n_experts: int, batch: int, device: str, answer: Any) -> None:
     step = head_step(head_policy(base, n_experts, pairs, usual_tokens(base)), pairs, batch)
     for _ in range(3):
         step()
-    answer.put(peak_gib(device))
-
-
-def memory(n_experts: int, batch: int, device: str) -> float:
-    """Peak memory of steps with so many experts, in a process of its own, GiB."""
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=_peak, args=(n_experts, batch, device, answer))
-    process.start()
-    found = answer.get(timeout=600)
-    process.join()
-    return float(found)
+    return peak_gib(device)
 
 
 def in_experts(base: Any, settings: dict[str, Any], device: str) -> list[Row]:
@@ -99,9 +95,11 @@ def in_experts(base: Any, settings: dict[str, Any], device: str) -> list[Row]:
     aims = {8: 2.5, 32: 8.0}
     for k in counts[1:]:
         aim = ("<=", aims[k]) if k in aims else None
-        rows.append(row(f"a step, K = {k} / K = 1", "times", ratios(seconds[str(k)], seconds["1"]), aim))
+        rows.append(
+            row(f"a step, K = {k} / K = 1", "times", ratios(seconds[str(k)], seconds["1"]), aim)
+        )
     if 8 in counts:
-        peaks = {k: memory(k, batch, device) for k in (1, 8)}
+        peaks = {k: in_own_process(peak, k, batch, device) for k in (1, 8)}
         rows += [row(f"peak memory of steps, K = {k}", "GiB", [peaks[k]]) for k in (1, 8)]
         what = "peak memory of steps, K = 8 / K = 1"
         rows.append(row(what, "times", [peaks[8] / peaks[1]], ("<=", 1.3)))
@@ -114,7 +112,9 @@ def in_lengths(base: Any, settings: dict[str, Any], device: str) -> list[Row]:
     for length in settings["lengths"]:
         pairs = as_pairs(length_rows(base, 2 * batch, answer=length))
         steps[length] = head_step(head_policy(base, 1, pairs, active), pairs, batch)
-    seconds = in_turns({str(n): s for n, s in steps.items()}, settings["turns"], least_s=0.5, device=device)
+    seconds = in_turns(
+        {str(n): s for n, s in steps.items()}, settings["turns"], least_s=0.5, device=device
+    )
     points = [
         row(f"a step, answers of {n}", "s", seconds[str(n)], x=n, line="tokens of an answer")
         for n in steps
@@ -168,7 +168,9 @@ def in_vocabulary(settings: dict[str, Any], device: str, scratch: Path) -> list[
         step = {"own": head_step(head_policy(base, 1, pairs, usual_tokens(base)), pairs, batch)}
         own = in_turns(step, settings["turns"], least_s=0.3, device=device)["own"]
         name = Path(given).name
-        rows.append(row(f"a step, {name}, vocabulary of {base.vocab_size:,}", "s", own, note="a real model"))
+        rows.append(
+            row(f"a step, {name}, vocabulary of {base.vocab_size:,}", "s", own, note="a real model")
+        )
     return rows
 
 

@@ -139,7 +139,7 @@ def rows_of(groups: dict[int, dict[str, Any]], pairs: int, active: int) -> list[
         best[name] = max(rate[name], key=lambda b: statistics.median(rate[name][b]))
         b = best[name]
         note = f"batches of {b}" + (f", {active:,} active tokens" if "heads" in name else "")
-        rows.append(row(name, "pairs/s", rate[name][b], note=note, line="throughput"))
+        rows.append(row(name, "pairs/s", rate[name][b], note=note, x=b, line="throughput"))
         rows.append(row(name, "GiB", [max(o["peak_gib"] for o in there.values())], note="peak"))
         note = f"before the first step: model, then features or reference of {pairs} pairs"
         rows.append(row(name, "s", [one["ready"] for one in there.values()], note=note))
