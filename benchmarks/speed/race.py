@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "trl": "TRL, LoRA in the last two",  # with its batch, where no record of throughput says which is fastest
     "batch": 8,
     "seeds": [0, 1, 2],
-    "trl_rates": [3e-4, 1e-3, 3e-3],
+    "trl_rates": [1e-3, 3e-3, 1e-2],
     "trl_passes": 2.0,
     "trl_evaluations": 3,  # a pass
     "own_rates": [1e-3, 3e-3, 1e-2],

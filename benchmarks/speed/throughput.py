@@ -18,8 +18,8 @@ from benchmarks.speed.contenders import OURS, TRL
 from benchmarks.speed.measuring import Row, absent, ratios, row
 from benchmarks.speed.records import ROOT, remembered
 
-SETTINGS: dict[str, Any] = {"pairs": 64, "batches": [8, 32], "turns": 5, "warm_up": 3, "own": 20}
-QUICK = {"pairs": 16, "batches": [8], "turns": 2, "warm_up": 1, "own": 3}
+SETTINGS: dict[str, Any] = {"pairs": 64, "batches": [8, 32], "turns": 5, "warm_up": 3, "heads": 20}
+QUICK = {"pairs": 16, "batches": [8], "turns": 2, "warm_up": 1, "heads": 3}
 AIMS = {  # ours, theirs, at least so many times
     ("heads, K = 1", "TRL, full"): 250,
     ("heads, K = 1", "TRL's fastest LoRA"): 100,
@@ -46,7 +46,6 @@ class Contender:
             text=True,
             env=os.environ | {"PYTHONPATH": path},
         )
-        self.own = name in OURS
         self.first = self.answer()
 
     def answer(self) -> dict[str, Any]:
@@ -82,14 +81,14 @@ def group(batch: int, file: Path, settings: dict[str, Any], device: str) -> dict
             if "absent" in found[name]:
                 running.pop(name).end()
         for name, one in list(running.items()):
-            answer = one.steps(settings["own"] if one.own else settings["warm_up"])
+            answer = one.steps(settings["warm_up"])
             found[name] |= {"seconds": [], **({} if "seconds" in answer else answer)}
             if "absent" in answer:
                 running.pop(name).end()
         order = random.Random(0)
         for _ in range(settings["turns"]):
             for name in order.sample(list(running), len(running)):
-                answer = running[name].steps(settings["own"] if running[name].own else 1)
+                answer = running[name].steps(settings["heads"] if name.startswith("heads") else 1)
                 if "absent" in answer:
                     found[name] |= answer
                     running.pop(name).end()
