@@ -86,7 +86,8 @@ def group(batch: int, file: Path, settings: dict[str, Any], device: str) -> dict
             if "absent" in answer:
                 running.pop(name).end()
         order = random.Random(0)
-        for _ in range(settings["turns"]):
+        for turn in range(settings["turns"]):
+            print(f"[bench] throughput: batches of {batch}, turn {turn + 1}", flush=True)
             for name in order.sample(list(running), len(running)):
                 answer = running[name].steps(settings["heads"] if name.startswith("heads") else 1)
                 if "absent" in answer:
