@@ -16,7 +16,6 @@ from tiny import preference_rows
 
 from benchmarks.speed import __main__ as driver
 from benchmarks.speed import (
-    many_pairs,
     measuring,
     picture,
     race,
@@ -209,6 +208,7 @@ def test_without_records_there_is_no_table(tmp_path):
         driver.publish(tmp_path, None)
     with pytest.raises(SystemExit):
         driver.main(["--parts", "nothing"])
+    assert picture.draw({"race": record("race", [])}, tmp_path / "a.png") is None
 
 
 # ----------------------------------------------------------------------------------------------------- table and figure
@@ -279,10 +279,6 @@ def test_a_page_without_markers_is_left_alone(tmp_path):
     with pytest.raises(MixDPOError, match="put them back"):
         table.into(page, "text")
     assert page.read_text() == "nothing"
-
-
-def test_records_without_anything_to_draw_have_no_figure(tmp_path):
-    assert picture.draw({"race": record("race", [])}, tmp_path / "a.png") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -384,10 +380,6 @@ def test_stages_are_read_from_manifests(tmp_path, monkeypatch):
         ("default: 03_dpo", [1.5]),
         ("default: all of these", [1.5]),
     ]
-
-
-def test_a_hundred_thousand_pairs_have_a_limit_of_memory():
-    assert many_pairs.SETTINGS["pairs"][-1] == 100_000
 
 
 # -------------------------------------------------------------------------------------------------------------- project
