@@ -273,12 +273,10 @@ def test_table_and_figure_of_records(tmp_path):
     assert page.read_text() == text
 
 
-def test_a_page_without_markers_is_left_alone(tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text("nothing")
+def test_a_page_without_markers_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(MixDPOError, match="put them back"):
-        table.into(page, "text")
-    assert page.read_text() == "nothing"
+        table.into(tmp_path / "README.md", "text")
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -335,8 +333,7 @@ def test_the_time_to_an_accuracy_is_that_of_the_first_evaluation_with_it():
 
 
 def test_the_race_is_against_the_lora_that_was_fastest(tmp_path):
-    path = tmp_path / "throughput.json"
-    assert race.fastest(path) == {}
+    assert race.fastest(path := tmp_path / "throughput.json") == {}
     records.write(path, **record())
     assert race.fastest(path) == {"trl": "TRL, LoRA in the last two", "batch": 8}
 
