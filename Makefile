@@ -5,12 +5,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help reproduce reproduce-all test test-faults lab audit clean
+.PHONY: help reproduce reproduce-all test test-faults bench lab audit clean
 
 PROFILE ?= default
 CORES ?= 2
+BENCH ?=
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-export PROFILE CORES PYTHON
+export PROFILE CORES PYTHON BENCH
 unexport PYTHONDONTWRITEBYTECODE  # set, every notebook would compile torch and all the rest again: 15 s each
 READY := .venv/.ready
 
@@ -19,6 +20,7 @@ help:
 	@echo "make reproduce-all                                     the same, ablations and further studies"
 	@echo "make test                                              environment, then lint, types and every test"
 	@echo "make test-faults                                       200 kills, full disks, 480 damaged files, 2,400 changed texts"
+	@echo "make bench                                             speed beside TRL and transformers: table and figure; can be stopped"
 	@echo "make lab                                               JupyterLab on the notebooks"
 	@echo "make audit                                             known weaknesses of the pinned packages; needs the network"
 	@echo "make clean                                             remove results and caches; keeps .venv and downloads"
@@ -40,6 +42,9 @@ test: $(READY)
 
 test-faults: $(READY)
 	@OMP_NUM_THREADS=1 .venv/bin/python tests/faults/harness.py --long
+
+bench: $(READY)
+	@.venv/bin/python -m benchmarks.speed --readme $$BENCH
 
 lab: $(READY)
 	@.venv/bin/python -m jupyterlab --notebook-dir=notebooks

@@ -22,6 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+SPEED = sorted((ROOT / "benchmarks" / "speed").glob("*.py"))
 WINGS = sorted(
     path
     for path in (ROOT / "mixdpo_lib").iterdir()
@@ -81,7 +82,7 @@ def test_every_direct_dependency_is_pinned_once_and_has_a_reason():
 def test_all_is_every_extra():
     (everything,) = EXTRAS["all"]
     assert everything == f"mixdpo[{','.join(EVERYTHING)}]"
-    assert set(EVERYTHING) == {"study", "runner", "lab", "test"}
+    assert set(EVERYTHING) == {"study", "runner", "lab", "test", "bench"}
 
 
 def test_conda_has_the_same_pins():
@@ -102,7 +103,7 @@ def foreign(source):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.add(node.module.split(".")[0])
-    own = {"mixdpo_lib"} | {
+    own = {"mixdpo_lib", "benchmarks"} | {
         p.stem for at in ("tests", "scripts") for p in (ROOT / at).rglob("*.py")
     }
     return found - sys.stdlib_module_names - own
@@ -132,6 +133,7 @@ PLACES = {
         for wing in WINGS
     },
     **{f"benchmarks/{file.stem}": (file.read_text(), []) for file in BENCHMARKS},
+    **{f"benchmarks/speed/{file.stem}": (file.read_text(), EVERYTHING) for file in SPEED},
     **{f"notebooks/{file.stem}": (code(file), ["study", "runner", "lab"]) for file in NOTEBOOKS},
     **{
         f"tests/{file.relative_to(ROOT / 'tests')}": (file.read_text(), EVERYTHING)
