@@ -6,13 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from .. import store
 from ..store import MixDPOError
 from .notebooks import nearest
+
+if TYPE_CHECKING:  # half of the time of `mixdpo --help`
+    import pandas as pd
 
 _AGAIN = "run the notebook again"
 _NONE = type(None)
@@ -46,6 +47,8 @@ def load_table(where: str | Path, notebook: str, name: str) -> pd.DataFrame:
             f"{folder}: no table {name!r}; expected one of {', '.join(known)}"
             + nearest(name, known)
         )
+    import pandas as pd
+
     verify_output(folder, file, outputs[file])
     return pd.read_csv(folder / file)
 
@@ -97,6 +100,8 @@ def _values(path: Path) -> dict[str, dict[str, Any]]:
 
 def values_table(values: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Quoted numbers as a table: name, value, low, high, unit, n, seeds (how many)."""
+    import pandas as pd
+
     rows = []
     for name, v in sorted(values.items()):
         low, high = v["interval"] or (None, None)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 _UNKNOWN = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _BLOCK = 1 << 20
@@ -21,6 +23,8 @@ def large_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
     ------
     OSError : no space for all of it (disk, quota, largest file); `store.writing_to` says it clearly.
     """
+    import numpy as np
+
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     with open(path, "r+b") as file:
         _reserve(file.fileno(), int(array.offset), os.fstat(file.fileno()).st_size)

@@ -1,6 +1,8 @@
 """The command line: every error is one line, with a status that is not zero."""
 
 import importlib.metadata
+import subprocess
+import sys
 
 import pytest
 
@@ -116,3 +118,9 @@ def test_clean_removes_what_can_be_made_again(project, capsys):
     )
     assert call("clean", "--all") == 0
     assert not (project / "data/raw").exists() and (project / "data/titles").exists()
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys, mixdpo_lib.cli; print(*{'torch', 'pandas', 'numpy'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == ""
