@@ -45,7 +45,8 @@ class TabularExperts(RewardTable):
     prior_scale : > 0, standard deviation of the prior, in units of reward; 2.0 by default, the spread of a reward that
         decides most pairs clearly.
     log_ref : (answers,) float64, nats; uniform by default. Normalised within each prompt.
-    answers, base : what the answers are, see `of`; without them all answers belong to one prompt that has no words.
+    answers, base : what the answers are, see `of`; without answers all belong to one prompt that has no words; without
+        a base they are judged, and not spoken.
 
     >>> experts = TabularExperts(n_answers=2, n_experts=1)
     >>> pairs = torch.tensor([[0, 1]] * 3 + [[1, 0]])                     # answer 0 wins three of four
@@ -141,7 +142,7 @@ class TabularExperts(RewardTable):
 
     def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
         """See `Experts.voices`: exact next-token distributions of a table of texts, each of which ends after itself."""
-        if not self.answers:
+        if not self.answers or self.base[0] is None:
             raise ValueError(
                 "this table has numbers, no words: make it by TabularExperts.of(base, pairs)"
             )

@@ -73,6 +73,14 @@ class IndependentExperts(Experts):
             [find_base(*one) for one in zip(options["bases"], options["fingerprints"], strict=True)]
         )
 
+    def own(self, k: int) -> dict[str, Tensor]:
+        """See `Experts.own`."""
+        return {name: p.data for name, p in self._models[k].named_parameters()}
+
+    def of_number(self, parts: Sequence[tuple[Experts, int]]) -> Experts:
+        """Copies of the bases that these experts started from."""
+        return IndependentExperts([experts.bases[k] for experts, k in parts])  # type: ignore[attr-defined]
+
     def model(self, k: int) -> Any:
         """The model of expert k (transformers)."""
         return self._models[k]
