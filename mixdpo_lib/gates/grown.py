@@ -20,7 +20,7 @@ class GrownGate(Gate):
     Parameters
     ----------
     before : the gate of the first experts; it stays as it is.
-    after : the gate of all experts, the first ones among them; the M-step moves it by the users who are not named.
+    after : the gate of all experts, the first ones among them; the M-step moves it, by the responsibilities of all.
     units : names of the users who keep their weights. column : the column of the data that names the user.
 
     Raises
@@ -123,10 +123,7 @@ class GrownGate(Gate):
         entropy_weight: float = 0.0,
         balance_weight: float = 0.0,
     ) -> None:
-        """See `Gate.m_step`: the gate of the others moves towards the responsibilities of the others."""
-        moved = ~inputs["kept"].bool()[place]
-        if bool(moved.any()):
-            own, at = self._part(inputs, "after"), place[moved]
-            at = at if own else torch.zeros_like(at)
-            terms = (entropy_weight, balance_weight)
-            self.after.m_step(own, log_q[moved], at, share, max_iter, frozen, *terms)
+        """See `Gate.m_step`: `after` moves, by the users who keep their weights too: what a new user is likely to be."""
+        own = self._part(inputs, "after")
+        at = place if own else torch.zeros_like(place)
+        self.after.m_step(own, log_q, at, share, max_iter, frozen, entropy_weight, balance_weight)

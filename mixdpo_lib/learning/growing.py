@@ -26,6 +26,7 @@ from .config import FitConfig
 from .teaching import Sets, Teaching, teaching, unit_inputs
 
 BIRTH_SHARE = 0.25  # of the units: those that the mixture serves worst are taught a new expert
+LEAST = 0.01  # nats a unit that an expert is worth at least: of one that nobody is served by, gain and error are both 0
 GATE_ITERATIONS = 20  # of EM for the weights, each time responsibilities are asked for
 
 
@@ -34,7 +35,7 @@ class Growth:
     """When growth believes a proposal, and when it ends.
 
     errors : > 0; a split or birth is kept when the held-out log-likelihood per unit rises by more than so many standard
-        errors of the paired difference, a merge when it falls by less.
+        errors of the paired difference, a merge when it falls by less; by `LEAST` nats in any case.
     refusals : >= 1 splits and births that are refused in a row end growth; as many merges and retirements are tried.
     max_experts : >= 2; growth ends there.
     """
@@ -312,10 +313,10 @@ class _Growing:
         tried = self._tried(proposal)
         gains = self.score(tried) - self.score(before)
         gain, error = float(gains.mean()), float(gains.std(ddof=1)) / len(gains) ** 0.5
-        kept = {
-            "retire": gain >= 0,
-            "merge": gain > -self.growth.errors * error,
-        }.get(proposal.kind, gain > self.growth.errors * error)
+        allowed = self.growth.errors * error
+        kept = {"retire": gain > -LEAST, "merge": gain > -max(allowed, LEAST)}.get(
+            proposal.kind, gain > max(allowed, LEAST)
+        )
         if kept:
             self.policy.experts, self.policy.gate, self.now = tried.experts, tried.gate, tried
             self._settle(short=True)

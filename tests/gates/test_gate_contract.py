@@ -132,7 +132,7 @@ def test_users_who_keep_their_weights_give_none_to_new_experts():
     w = gate.log_w(inputs).exp()
     assert w[0].tolist() == [0.25, 0.75, 0.0]
     own = LearnedWeights(3)
-    own.m_step({}, log_q[1:], torch.zeros(2, dtype=torch.long))
+    own.m_step({}, log_q, torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(w[1:], own.log_w().exp().expand(2, 3))
     assert gate.user_inputs({}, None)["kept"].tolist() == [False]
     with pytest.raises(ValueError, match=r"inputs\['kept'\] is absent"):

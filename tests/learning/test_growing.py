@@ -46,7 +46,7 @@ def test_one_expert_grows_to_as_many_as_there_are_groups(n_groups):
         ["proposal", "experts", "n_experts", "units", "gain", "error", "kept", "seconds"]
     )
     decided = grown.table[grown.table["proposal"].isin(["split", "birth"])]
-    assert bool((decided["kept"] == (decided["gain"] > decided["error"])).all())
+    assert bool((decided["kept"] == (decided["gain"] > decided["error"].clip(0.01))).all())
     assert decided["kept"].sum() == n_groups - 1 and len(grown.loglik) == 80
     if n_groups > 1:
         found = recovery(policy.posterior(train), [str(int(z)) for z in belongs[:160]])
