@@ -14,17 +14,16 @@ from __future__ import annotations
 import argparse
 import time
 
-import datasets
 import pandas as pd
 import torch
 
 import mixdpo_lib as mx
-from mixdpo_lib.data.pairs import Pairs, Text, Texts
+from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.evaluation import recovery
+from mixdpo_lib.experts.tables import numbered_answers, numbered_pairs
 from mixdpo_lib.learning.routing import Router, dead_in_routing, routed_share
 
-N_ANSWERS, TOPICS, TRAIN, HELD, PASSES, ANNEAL, BATCH = 20, 2, 60, 30, 20, 1.0, 256
-ANSWERS = [Text("which?", f"answer {i}", True) for i in range(N_ANSWERS)]
+N_ANSWERS, TOPICS, TRAIN, HELD, PASSES, ANNEAL, BATCH = 20, 2, 60, 30, 60, 1.0, 768
 REMEDIES = {
     "none": {},
     "noise, constant": {"routing__noise": 0.5},
@@ -45,13 +44,10 @@ def generated(n_groups: int, seed: int) -> tuple[Pairs, Pairs, list[str]]:
     draw = torch.Generator().manual_seed(seed + 100)
     pairs, topic = truth.sample_pairs(group, TRAIN + HELD, draw)
     seen = torch.arange(TRAIN + HELD).repeat(len(group)) < TRAIN
-    texts, found = Texts.of(ANSWERS), []
-    for mask in (seen, ~seen):
-        columns = {"prompt": ["which?"] * int(mask.sum())}
-        for side, name in enumerate(("chosen", "rejected")):
-            columns[name] = [ANSWERS[i].response for i in pairs[mask, side].tolist()]
-        columns["topic"] = [f"topic {t}" for t in topic[mask].tolist()]
-        found.append(Pairs(datasets.Dataset.from_dict(columns), texts, pairs[mask]))
+    found = [
+        numbered_pairs(pairs[mask], N_ANSWERS, topic=[f"topic {t}" for t in topic[mask].tolist()])
+        for mask in (seen, ~seen)
+    ]
     return found[0], found[1], [str(int(g)) for g in group]
 
 
@@ -65,11 +61,11 @@ def passes_of(k: int, anneal: float) -> float:
     return max(anneal, anneal + (2 * PASSES - spent) / 2)
 
 
-def one(k: int, seed: int, arm: str, remedy: str) -> dict:
+def one(k: int, seed: int, arm: str, remedy: str, start: str = "random_responsibilities") -> dict:
     """One fit."""
     train, held, groups = generated(k, seed)
     names = [f"topic {t}" for t in range(len(groups))]
-    experts = mx.TabularExperts(N_ANSWERS, k, answers=ANSWERS)
+    experts = mx.TabularExperts(N_ANSWERS, k, answers=numbered_answers(N_ANSWERS))
     gate = mx.UserGate.from_metadata({"topic": names}, k, weight_scale=3.0)
     policy = mx.MixturePolicy(experts, gate, beta=1.0)
     anneal = ANNEAL if arm == "annealed" else 0.0
@@ -77,7 +73,7 @@ def one(k: int, seed: int, arm: str, remedy: str) -> dict:
     config = config.change(
         passes=passes_of(k, anneal),
         evaluations_per_pass=0.05,
-        start__kind="clusters",
+        start__kind=start,
         start__passes=0.5,
         start__temperature=1.0,
     )
@@ -102,6 +98,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=list(REMEDIES))
+    parser.add_argument("--start", default="random_responsibilities", help="of dense fits too")
     parser.add_argument("--out")
     options = parser.parse_args()
     rows = []
@@ -109,14 +106,25 @@ def main() -> None:
         cases = [("dense", "none")]
         cases += [(arm, name) for arm in ("S = 1", "annealed") for name in options.only]
         for arm, name in cases:
-            rows.append(one(options.k, seed, arm, name))
-            print({n: round(v, 3) if n != "arm" and n != "remedy" else v for n, v in rows[-1].items()}, flush=True)
+            rows.append(one(options.k, seed, arm, name, options.start))
+            print(
+                {
+                    n: round(v, 3) if n != "arm" and n != "remedy" else v
+                    for n, v in rows[-1].items()
+                },
+                flush=True,
+            )
     table = pd.DataFrame(rows)
     if options.out:
         table.to_csv(options.out, index=False)
     numbers = ["dead", "nmi", "bound", "passes", "seconds"]
     print(table.groupby(["arm", "remedy"], sort=False)[numbers].median().round(3).to_string())
-    print(table.groupby(["arm", "remedy"], sort=False)[numbers[:3]].agg(["min", "max"]).round(3).to_string())
+    print(
+        table.groupby(["arm", "remedy"], sort=False)[numbers[:3]]
+        .agg(["min", "max"])
+        .round(3)
+        .to_string()
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/growing.py [--seeds 20] [--first 0] [--ks 2 3 5] [--out FILE.csv]
 
 The data of known_experts.py: 1,000 users, 20 answers, rewards of standard deviation 2, 16 pairs a user; 500 other users
-decide. The rule was made on seeds below 20 and from 1000 on; those from 20 on are reported. `late`: 3 groups, the third of which arrives after a fit of two;
-accuracy on 8 more pairs of each user, by own pairs, against a fit of all from the beginning.
+decide. The rule was made on seeds below 20 and from 1000 on; those from 20 on are reported. `late`: 3 groups, the third
+of which arrives after a fit of two; accuracy on 8 more pairs of each user, by own pairs, against a fit of all from the
+beginning.
 """
 
 from __future__ import annotations
@@ -12,31 +13,22 @@ from __future__ import annotations
 import argparse
 import time
 
-import datasets
 import pandas as pd
 import torch
 
 import mixdpo_lib as mx
 from mixdpo_lib import elbo
-from mixdpo_lib.data.pairs import Pairs, Text, Texts
+from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.evaluation import recovery
+from mixdpo_lib.experts.tables import numbered_answers, numbered_pairs
 from mixdpo_lib.learning.full_batch import full_batch_em
 
 N_USERS, N_HELD_OUT, N_ANSWERS, PAIRS = 1000, 500, 20, 16
-ANSWERS = [Text("which?", f"answer {i}", True) for i in range(N_ANSWERS)]
 
 
 def as_rows(pairs: torch.Tensor, unit: torch.Tensor) -> Pairs:
     """Numbers of answers as a preference set."""
-    rows = datasets.Dataset.from_dict(
-        {
-            "prompt": ["which?"] * len(pairs),
-            "chosen": [f"answer {i}" for i in pairs[:, 0].tolist()],
-            "rejected": [f"answer {i}" for i in pairs[:, 1].tolist()],
-            "user": [f"user {u}" for u in unit.tolist()],
-        }
-    )
-    return Pairs(rows, Texts.of(ANSWERS), pairs)
+    return numbered_pairs(pairs, N_ANSWERS, user=[f"user {u}" for u in unit.tolist()])
 
 
 def generated(n_experts: int, seed: int, per_user: int = PAIRS) -> tuple:
@@ -52,7 +44,7 @@ def generated(n_experts: int, seed: int, per_user: int = PAIRS) -> tuple:
 
 def one_expert() -> mx.MixturePolicy:
     """A table of the answers with one expert."""
-    experts = mx.TabularExperts(N_ANSWERS, 1, answers=ANSWERS)
+    experts = mx.TabularExperts(N_ANSWERS, 1, answers=numbered_answers(N_ANSWERS))
     return mx.MixturePolicy(experts, mx.LearnedWeights(1), beta=1.0)
 
 
@@ -83,7 +75,9 @@ def late(seed: int) -> dict:
     parts = (as_rows(pairs[mask], unit[mask]) for mask in (train & early, held & early))
     first = next(parts)
     mx.grow(policy, first, validation=next(parts))
-    old = [{n: v.clone() for n, v in policy.experts.own(k).items()} for k in range(policy.n_experts)]
+    old = [
+        {n: v.clone() for n, v in policy.experts.own(k).items()} for k in range(policy.n_experts)
+    ]
     n_old, before = policy.n_experts, policy.log_posterior(first)[0].clone()
     everything = as_rows(pairs[train], unit[train])
     users = [f"user {u}" for u in range(N_USERS) if int(belongs[u]) < 2]
@@ -99,10 +93,21 @@ def late(seed: int) -> dict:
     )
     after = policy.log_posterior(first)[0]
     moved = float((after[:, :n_old].exp() - before.exp()).abs().max())
-    experts, gate = mx.TabularExperts(N_ANSWERS, 3, answers=ANSWERS), mx.LearnedWeights(3)
-    full_batch_em(experts, gate, pairs[train], unit[train], restarts=5, max_iter=300, tolerance=1e-7)
+    experts, gate = (
+        mx.TabularExperts(N_ANSWERS, 3, answers=numbered_answers(N_ANSWERS)),
+        mx.LearnedWeights(3),
+    )
+    full_batch_em(
+        experts, gate, pairs[train], unit[train], restarts=5, max_iter=300, tolerance=1e-7
+    )
     whole = mx.MixturePolicy(experts, gate.float(), beta=1.0)
-    row = {"seed": seed, "K before": n_old, "K": policy.n_experts, "old equal": same, "moved": moved}
+    row = {
+        "seed": seed,
+        "K before": n_old,
+        "K": policy.n_experts,
+        "old equal": same,
+        "moved": moved,
+    }
     tested, names = as_rows(pairs[test], unit[test]), [f"user {u}" for u in range(N_USERS)]
     for name, one in (("grown", policy), ("from the beginning", whole)):
         log_q, own = one.log_posterior(everything)
@@ -137,7 +142,11 @@ def main() -> None:
         table = pd.DataFrame(rows)
         decisions = pd.concat(tables)
         table["right"] = table["found"] == table["K"]
-        print(table.groupby("K")[["right", "nmi", "proposals", "seconds"]].agg(["sum", "median", "min"]))
+        print(
+            table.groupby("K")[["right", "nmi", "proposals", "seconds"]].agg(
+                ["sum", "median", "min"]
+            )
+        )
         print(decisions.groupby(["K", "proposal", "kept"]).size().unstack(fill_value=0))
         if options.out:
             table.to_csv(options.out, index=False)

@@ -6,7 +6,7 @@ whole contract of `contract.Experts`: they are fitted, asked and sampled from li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,27 @@ from ..base.model import Base
 from ..data.pairs import Pairs, Text, Texts
 from .contract import Voices
 from .reward_table import RewardTable
+
+
+def numbered_answers(n_answers: int) -> list[Text]:
+    """Answers 0 ... n - 1 to one question, for generated data that is fitted like any preference set.
+
+    >>> numbered_answers(2)[1].response
+    'answer 1'
+    """
+    return [Text("which?", f"answer {i}", True) for i in range(n_answers)]
+
+
+def numbered_pairs(
+    pairs: Int[Tensor, "pairs 2"], n_answers: int, **columns: Sequence[Any]
+) -> Pairs:
+    """Numbers of answers (`RewardTable.sample_pairs`) as a preference set, with columns such as user=[...]."""
+    answers = numbered_answers(n_answers)
+    rows = {"prompt": [answers[0].prompt] * len(pairs)}
+    for side, name in enumerate(("chosen", "rejected")):
+        rows[name] = [answers[i].response for i in pairs[:, side].tolist()]
+    named = {name: [str(value) for value in values] for name, values in columns.items()}
+    return Pairs(Dataset.from_dict({**rows, **named}), Texts.of(answers), pairs)
 
 
 class TableConstants(NamedTuple):

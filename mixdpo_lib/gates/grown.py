@@ -39,7 +39,9 @@ class GrownGate(Gate):
     ) -> None:
         reads = [*before.reads, *after.reads, column]
         of_prompt = [*before.of_prompt, *after.of_prompt]
-        super().__init__(after.n_experts, list(dict.fromkeys(reads)), list(dict.fromkeys(of_prompt)))
+        super().__init__(
+            after.n_experts, list(dict.fromkeys(reads)), list(dict.fromkeys(of_prompt))
+        )
         if before.n_experts > after.n_experts or not units:
             raise ValueError(
                 f"before has {before.n_experts} experts, after {after.n_experts}, for {len(units)} users: expected no "

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from datasets import Dataset
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ..data.pairs import Pairs

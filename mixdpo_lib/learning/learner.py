@@ -25,7 +25,9 @@ GATE_ITERATIONS = (
     5  # of L-BFGS in each M-step of a gate that reads: the responsibilities move on anyway
 )
 
-REVIVAL_STEP = 0.05  # how far a revived expert stands from the one it copies, as a share of each number
+REVIVAL_STEP = (
+    0.05  # how far a revived expert stands from the one it copies, as a share of each number
+)
 
 
 def latent_inputs(

@@ -1,34 +1,31 @@
 """Growth: how many experts, which decisions, what stays to the bit, what is refused."""
 
-import datasets
 import pytest
 import torch
 from tiny import plain_fit, preference_rows
 
 import mixdpo_lib as mx
-from mixdpo_lib.data.pairs import Pairs, Text, Texts
+from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.elbo import log_responsibilities
 from mixdpo_lib.evaluation import recovery
+from mixdpo_lib.experts.tables import numbered_answers, numbered_pairs
 from mixdpo_lib.learning.growing import Growth, grow
 from mixdpo_lib.learning.teaching import BySteps, ByTable, Sets
 
-ANSWERS = [Text("which?", f"answer {i}", True) for i in range(8)]
+N_ANSWERS = 8
 
 
 def rows(pairs, unit):
-    columns = {"prompt": ["which?"] * len(pairs), "user": [f"u{u}" for u in unit.tolist()]}
-    for side, name in enumerate(("chosen", "rejected")):
-        columns[name] = [ANSWERS[i].response for i in pairs[:, side].tolist()]
-    return Pairs(datasets.Dataset.from_dict(columns), Texts.of(ANSWERS), pairs)
+    return numbered_pairs(pairs, N_ANSWERS, user=[f"u{u}" for u in unit.tolist()])
 
 
 def table(n_experts=1):
-    experts = mx.TabularExperts(len(ANSWERS), n_experts, answers=ANSWERS)
+    experts = mx.TabularExperts(N_ANSWERS, n_experts, answers=numbered_answers(N_ANSWERS))
     return mx.MixturePolicy(experts, mx.LearnedWeights(n_experts), beta=1.0)
 
 
 def generated(n_groups, seed, users=240, per_user=12):
-    truth = mx.TabularExperts(len(ANSWERS), n_groups)
+    truth = mx.TabularExperts(N_ANSWERS, n_groups)
     truth.perturb(3.0, torch.Generator().manual_seed(seed))
     belongs = torch.arange(users) % n_groups
     pairs, unit = truth.sample_pairs(belongs, per_user, torch.Generator().manual_seed(seed + 1))
@@ -147,8 +144,11 @@ def test_growth_that_cannot_be_decided_is_refused(changed, said):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"errors": 0}, "errors=0: expected above 0"), ({"refusals": 0}, "refusals=0: expected at"),
-     ({"max_experts": 1}, "max_experts=1: expected at least 2")],
+    [
+        ({"errors": 0}, "errors=0: expected above 0"),
+        ({"refusals": 0}, "refusals=0: expected at"),
+        ({"max_experts": 1}, "max_experts=1: expected at least 2"),
+    ],
 )
 def test_bad_choices_of_growth_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
