@@ -25,14 +25,13 @@ from mixdpo_lib.learning.routing import Router, dead_in_routing, routed_share
 
 N_ANSWERS, TOPICS, TRAIN, HELD, PASSES, ANNEAL, BATCH = 20, 2, 60, 30, 60, 1.0, 768
 REMEDIES = {
-    "none": {},
-    "noise, constant": {"routing__noise": 0.5},
-    "noise, falling": {"routing__noise": mx.Annealed(2.0, 0.05)},
-    "noise, effective experts": {"routing__noise": mx.EffectiveExperts(2.0)},
-    "balance": {"routing__balance": 1.0},
-    "bias": {"routing__bias": 0.01},
-    "tempering": {"start__temperature": 4.0, "start__tempering_passes": 5.0},
-    "revival": {"routing__revival": True},
+    "none": {"routing__balance": 0.0},
+    "balance": {},
+    "tempering": {
+        "routing__balance": 0.0,
+        "start__temperature": 4.0,
+        "start__tempering_passes": 5.0,
+    },
 }
 
 

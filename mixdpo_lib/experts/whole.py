@@ -79,7 +79,8 @@ class IndependentExperts(Experts):
 
     def of_number(self, parts: Sequence[tuple[Experts, int]]) -> Experts:
         """Copies of the bases that these experts started from."""
-        return IndependentExperts([experts.bases[k] for experts, k in parts])  # type: ignore[attr-defined]
+        found: list[tuple[Any, int]] = list(parts)
+        return IndependentExperts([experts.bases[k] for experts, k in found])
 
     def model(self, k: int) -> Any:
         """The model of expert k (transformers)."""

@@ -14,7 +14,7 @@ from ..gates.inputs import distinct_rows
 from ..policy.mixture import MixturePolicy
 from .config import FitConfig
 from .inference import Exact, Moment
-from .routing import Router, dead_in_routing, routed_share
+from .routing import Router
 from .starts import cluster_log_q, random_log_q
 from .table import LoglikTable
 
@@ -164,7 +164,7 @@ class Learner(nn.Module):
             return None
         now = self.now()
         passes = now.step / self.steps_per_pass
-        return self.router.chosen(self.routing_weights(row, log_w), passes, now.share, now.step)
+        return self.router.chosen(self.routing_weights(row, log_w), passes, now.step)
 
     def forward(
         self,
@@ -203,29 +203,7 @@ class Learner(nn.Module):
         if self.training and last:
             self._m_step(log_w)
             self.steps += 1
-            passed = int(self.steps) % max(1, round(self.steps_per_pass)) == 0
-            if self.options.routing.revival and passed and not self.starting():
-                self._revive()
         return {"loss": scale * (penalty - (q * loglik.masked_fill(q == 0, 0.0)).sum(1).mean())}
-
-    @torch.no_grad()
-    def _revive(self) -> None:
-        """Dead experts go on as copies of the busiest one, set a step apart, with half of its inputs each."""
-        experts, draw = self.policy.experts, torch.Generator().manual_seed(int(self.steps))
-        log_w = self.log_w()
-        for k in dead_in_routing(routed_share(log_w, self.options.routing.top_s or 1)):
-            busiest = int(routed_share(log_w, 1).argmax())
-            own = experts.own(busiest)
-            for name, value in experts.own(k).items():
-                noise = torch.randn(value.shape, generator=draw).to(value)
-                value.copy_(own[name] * (1 + REVIVAL_STEP * noise))
-            self.table.loglik[:, k] = self.table.loglik[:, busiest]
-            half = torch.rand(int(self.gate_place.max()) + 1, generator=draw) < 0.5
-            rows = half.to(self.gate_place.device)[self.gate_place].nonzero().squeeze(1)
-            log_q = self.table.log_q(log_w)
-            log_q[rows[:, None], [k, busiest]] = log_q[rows[:, None], [busiest, k]]
-            self.policy.gate.m_step(self.inputs, log_q, self.gate_place)
-            log_w = self.log_w()
 
     def now(self) -> Moment:
         """Where this step stands."""
@@ -257,5 +235,5 @@ class Learner(nn.Module):
             share=share,
             max_iter=GATE_ITERATIONS,
             entropy_weight=self.options.routing.entropy,
-            balance_weight=self.options.routing.balance,
+            balance_weight=self.options.routing.balance_weight,
         )

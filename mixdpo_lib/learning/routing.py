@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..elbo import keep_top_s
 from ..gates.contract import Gate
-from .inference import Annealed, EffectiveExperts
 
 DEAD_SHARE = 0.1  # of 1/K: an expert that is routed to less often is dead in a sparse fit
 
@@ -23,14 +22,10 @@ class Routing:
         computed too, which keeps the table of last-seen likelihoods fresh.
     anneal : >= 0, passes in which the number of experts computed falls from K to `top_s`; 0: `top_s` from the first
         step on.
-    noise : temperature of Gumbel noise on the weights by which experts are chosen: a number, `Annealed` or
-        `EffectiveExperts`; 0: none.
-    bias : >= 0, how far a step moves a number for each expert that is added to its log-weight where experts are chosen,
-        up where it was chosen too rarely; it carries no gradient (Wang et al. 2024, arXiv 2408.15664).
-    revival : whether a dead expert restarts after each pass as a copy of the busiest one, with half of its inputs.
     entropy : >= 0, weight of the entropy of single rows in the gate's loss: keeps routing undecided.
     balance : >= 0, weight of KL(mean weight || uniform) in it: keeps any expert from starving (Shazeer et al. 2017,
-        arXiv 1701.06538, balance the load of sparse experts).
+        arXiv 1701.06538, balance the load of sparse experts). None: 1 with `top_s`, where experts die without
+        (docs/log.md), 0 otherwise.
 
     >>> Routing(top_s=0)
     Traceback (most recent call last):
@@ -40,38 +35,33 @@ class Routing:
 
     top_s: int | None = None
     anneal: float | int = 0.0
-    noise: float | int | Annealed | EffectiveExperts = 0.0
-    bias: float | int = 0.0
-    revival: bool = False
     entropy: float | int = 0.0
-    balance: float | int = 0.0
+    balance: float | int | None = None
 
     def __post_init__(self) -> None:
         if self.top_s is not None and self.top_s < 1:
             raise ValueError(
                 f"top_s={self.top_s}: expected at least 1 expert, or None for all of them"
             )
-        for name in ("anneal", "noise", "bias", "entropy", "balance"):
+        for name in ("anneal", "entropy", "balance"):
             value = getattr(self, name)
-            if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value}: expected 0 or above; 0 leaves it out")
-        if self.top_s is None:
-            for name in ("anneal", "noise", "bias", "revival"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} without top_s: it acts on which experts are computed; give "
-                        "top_s, or leave it out"
-                    )
-        if self.bias and self.balance:
+        if self.top_s is None and self.anneal:
             raise ValueError(
-                f"bias={self.bias} with balance={self.balance}: the bias moves choices that the gate does not follow, "
-                "the balance moves the gate; give one of the two"
+                f"anneal={self.anneal} without top_s: it says when so few experts are computed; give top_s, or leave it "
+                "out"
             )
-        if self.noise and self.entropy:
+        if self.top_s is not None and self.entropy:
             raise ValueError(
-                f"noise={self.noise} with entropy={self.entropy}: noise that falls lets routing decide, the entropy "
-                "keeps it undecided; give one of the two"
+                f"entropy={self.entropy} with top_s={self.top_s}: the one keeps single rows undecided, the other decides "
+                "them; give one of the two"
             )
+
+    @property
+    def balance_weight(self) -> float:
+        """`balance`, or what stands for None."""
+        return float(self.balance if self.balance is not None else self.top_s is not None)
 
     def check(self, gate: Gate) -> None:
         """Refuse what this gate cannot do: all of it acts on gates that read.
@@ -91,17 +81,13 @@ class Routing:
             )
 
 
-class Router(nn.Module):
-    """Chooses the experts of rows, and holds the bias. Draws depend on seed and step alone, so that a fit resumes."""
-
-    bias: Tensor
+class Router:
+    """Chooses the experts of rows. Draws depend on seed and step alone, so that a fit resumes."""
 
     def __init__(self, routing: Routing, n_experts: int, seed: int) -> None:
-        super().__init__()
         self.routing, self.n_experts, self.seed = routing, n_experts, seed
-        self.register_buffer("bias", torch.zeros(n_experts))
 
-    def n_routed(self, passes: float) -> int:
+    def n_routed(self, passes: float | int) -> int:
         """How many experts a pair is routed to after so many passes: geometric from K to `top_s`.
 
         >>> router = Router(Routing(top_s=1, anneal=2.0), 16, seed=0)
@@ -116,25 +102,17 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def chosen(
-        self, log_w: Float[Tensor, "rows experts"], passes: float, share: float, step: int
+        self, log_w: Float[Tensor, "rows experts"], passes: float | int, step: int
     ) -> Bool[Tensor, "rows experts"] | None:
         """Which experts are computed for these rows: those routed to, and one at random. None: all.
 
-        passes, share, step : where the fit stands.
+        passes, step : where the fit stands.
         """
         s = self.n_routed(passes)
         if s >= self.n_experts:
             return None
+        routed = keep_top_s(log_w, s) > -torch.inf
         draw = torch.Generator().manual_seed(1_000_003 * self.seed + step)
-        scores, noise = log_w + self.bias, self.routing.noise
-        if noise:
-            t = noise if isinstance(noise, (int, float)) else noise.at(share, log_w, draw)
-            exponential = torch.empty(log_w.shape).exponential_(generator=draw).clamp_min(1e-30)
-            scores = scores - t * exponential.log().to(log_w)
-        routed = keep_top_s(scores, s) > -torch.inf
-        if self.training and self.routing.bias:
-            used = routed.float().mean(0)
-            self.bias += self.routing.bias * (used.mean() - used).sign()
         other = torch.rand(log_w.shape, generator=draw).to(log_w.device).masked_fill(routed, -1.0)
         return routed.scatter(1, other.argmax(1, keepdim=True), True)
 

@@ -10,7 +10,7 @@ from mixdpo_lib.learning.routing import Router, Routing, dead_in_routing, routed
 
 
 def chosen(routing, log_w, step=0, passes=0.0):
-    return Router(routing, log_w.shape[1], seed=1).chosen(log_w, passes, 0.0, step)
+    return Router(routing, log_w.shape[1], seed=1).chosen(log_w, passes, step)
 
 
 def test_those_of_largest_weight_and_one_at_random_are_computed():
@@ -40,6 +40,11 @@ def test_dead_experts_by_hand():
     assert dead_in_routing(share) == [2]
 
 
+def test_sparse_fits_are_balanced_unless_told_otherwise():
+    weights = [Routing(), Routing(top_s=1), Routing(top_s=1, balance=0.0), Routing(balance=0.5)]
+    assert [one.balance_weight for one in weights] == [0.0, 1.0, 0.0, 0.5]
+
+
 def topics(n_groups, seed=0):
     truth = mx.TabularExperts(6, n_groups)
     truth.perturb(3.0, torch.Generator().manual_seed(seed))
@@ -54,9 +59,7 @@ def topics(n_groups, seed=0):
 def test_a_sparse_fit_of_tables_learns_and_no_expert_dies():
     policy, data = topics(4)
     config = plain_fit(latent="pair", batch_by="pair", batch_size=80, passes=20.0)
-    config = config.change(
-        start__kind="clusters", routing=Routing(top_s=1, balance=1.0), learning_rate=0.1
-    )
+    config = config.change(start__kind="clusters", routing=Routing(top_s=1), learning_rate=0.1)
     result = mx.fit(policy, data, config)
     assert result.history["dead_experts"].iloc[-1] == 0
     assert result.history["elbo"].iloc[-1] > -0.45
@@ -66,7 +69,8 @@ def test_a_sparse_fit_of_tables_learns_and_no_expert_dies():
     ("options", "said"),
     [
         ({"top_s": 0}, "top_s=0: expected at least 1 expert"),
-        ({"anneal": 1.0}, "anneal=1.0 without top_s: it acts on which experts are computed"),
+        ({"anneal": 1.0}, "anneal=1.0 without top_s: it says when so few experts"),
+        ({"top_s": 1, "entropy": 0.1}, "entropy=0.1 with top_s=1: the one keeps single rows"),
         ({"top_s": 1, "anneal": -1.0}, "anneal=-1.0: expected 0 or above"),
     ],
 )
