@@ -36,6 +36,8 @@ _HOME = {
     "Recognition": "learning.inference",
     "Annealed": "learning.inference",
     "EffectiveExperts": "learning.inference",
+    "grow": "learning.growing",
+    "Growth": "learning.growing",
     "MixDPOTrainer": "learning.trainer",
     "Gate": "gates.contract",
     "Experts": "experts.contract",

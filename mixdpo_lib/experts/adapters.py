@@ -152,6 +152,10 @@ class AdapterExperts(Experts):
         """The adapter of expert k by the names under which peft saves it."""
         return adapter_tensors(self._peft[0], self._names[k])
 
+    def own(self, k: int) -> dict[str, Tensor]:
+        """See `Experts.own`."""
+        return {name: p.data for name, p in self.tensors(k).items()}
+
     # ------------------------------------------------------------------------------------------------- likelihoods
 
     def constants(self, texts: Texts) -> AdapterConstants:

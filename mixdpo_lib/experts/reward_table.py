@@ -36,9 +36,9 @@ class RewardTable(Experts, family=False):
         for name, value in (("beta", beta), ("prior_scale", prior_scale)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}: expected a positive number")
-        if (answers is None) != (base is None) or len(answers or range(n_answers)) != n_answers:
+        if (base and not answers) or len(answers or range(n_answers)) != n_answers:
             raise ValueError(
-                f"n_answers={n_answers}: expected as many answers and their base, or neither"
+                f"n_answers={n_answers}: expected as many answers, and with a base at least two; or neither"
             )
         self.n_answers, self.beta, self.prior_scale = n_answers, beta, prior_scale
         self.answers = tuple(answers or ())

@@ -6,7 +6,7 @@ whole contract of `contract.Experts`: they are fitted, asked and sampled from li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,27 @@ from ..base.model import Base
 from ..data.pairs import Pairs, Text, Texts
 from .contract import Voices
 from .reward_table import RewardTable
+
+
+def numbered_answers(n_answers: int) -> list[Text]:
+    """Answers 0 ... n - 1 to one question, for generated data that is fitted like any preference set.
+
+    >>> numbered_answers(2)[1].response
+    'answer 1'
+    """
+    return [Text("which?", f"answer {i}", True) for i in range(n_answers)]
+
+
+def numbered_pairs(
+    pairs: Int[Tensor, "pairs 2"], n_answers: int, **columns: Sequence[Any]
+) -> Pairs:
+    """Numbers of answers (`RewardTable.sample_pairs`) as a preference set, with columns such as user=[...]."""
+    answers = numbered_answers(n_answers)
+    rows = {"prompt": [answers[0].prompt] * len(pairs)}
+    for side, name in enumerate(("chosen", "rejected")):
+        rows[name] = [answers[i].response for i in pairs[:, side].tolist()]
+    named = {name: [str(value) for value in values] for name, values in columns.items()}
+    return Pairs(Dataset.from_dict({**rows, **named}), Texts.of(answers), pairs)
 
 
 class TableConstants(NamedTuple):
@@ -45,7 +66,8 @@ class TabularExperts(RewardTable):
     prior_scale : > 0, standard deviation of the prior, in units of reward; 2.0 by default, the spread of a reward that
         decides most pairs clearly.
     log_ref : (answers,) float64, nats; uniform by default. Normalised within each prompt.
-    answers, base : what the answers are, see `of`; without them all answers belong to one prompt that has no words.
+    answers, base : what the answers are, see `of`; without answers all belong to one prompt that has no words; without
+        a base they are judged, and not spoken.
 
     >>> experts = TabularExperts(n_answers=2, n_experts=1)
     >>> pairs = torch.tensor([[0, 1]] * 3 + [[1, 0]])                     # answer 0 wins three of four
@@ -141,7 +163,7 @@ class TabularExperts(RewardTable):
 
     def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
         """See `Experts.voices`: exact next-token distributions of a table of texts, each of which ends after itself."""
-        if not self.answers:
+        if not self.answers or self.base[0] is None:
             raise ValueError(
                 "this table has numbers, no words: make it by TabularExperts.of(base, pairs)"
             )

@@ -73,6 +73,15 @@ class IndependentExperts(Experts):
             [find_base(*one) for one in zip(options["bases"], options["fingerprints"], strict=True)]
         )
 
+    def own(self, k: int) -> dict[str, Tensor]:
+        """See `Experts.own`."""
+        return {name: p.data for name, p in self._models[k].named_parameters()}
+
+    def of_number(self, parts: Sequence[tuple[Experts, int]]) -> Experts:
+        """Copies of the bases that these experts started from."""
+        found: list[tuple[Any, int]] = list(parts)
+        return IndependentExperts([experts.bases[k] for experts, k in found])
+
     def model(self, k: int) -> Any:
         """The model of expert k (transformers)."""
         return self._models[k]

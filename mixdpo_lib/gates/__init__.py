@@ -1,6 +1,7 @@
 """Which expert is asked? Gates give log w, the weights of the experts; importing this makes all of them known."""
 
 from .contract import GATES, Gate, make_gate
+from .grown import GrownGate
 from .membership import MixedMembershipGate
 from .prompt import ContextGate
 from .user import UserGate
@@ -11,6 +12,7 @@ __all__ = [
     "ContextGate",
     "FixedWeights",
     "Gate",
+    "GrownGate",
     "LearnedWeights",
     "MixedMembershipGate",
     "UserGate",

@@ -85,6 +85,17 @@ class Gate(nn.Module, ABC):
         """`options` with the gate's name, from which `make_gate` makes an equal gate."""
         return {"gate": type(self).__name__, **self.options()}
 
+    @torch.no_grad()
+    def resized(self, n_experts: int) -> Gate:
+        """An equal gate for so many experts, which reads the same and has learned nothing."""
+        made = make_gate({**self.describe(), "n_experts": n_experts})
+        more = dict(make_gate({**self.describe(), "n_experts": n_experts + 1}).named_buffers())
+        own = self.state_dict()
+        for name, buffer in made.named_buffers():
+            if more[name].shape == buffer.shape:  # no number an expert: of what is read
+                buffer.copy_(own[name])
+        return made
+
     def log_w(self, inputs: Mapping[str, Tensor] | None = None) -> Float[Tensor, "rows experts"]:
         """Weights of each row of the inputs, nats, normalised; one row where the gate reads nothing."""
         return self.logits(inputs or {}).log_softmax(-1)

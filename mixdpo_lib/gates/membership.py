@@ -83,6 +83,11 @@ class MixedMembershipGate(Gate):
         """An equal gate as at the start."""
         return cls(**{**options, "gates": [make_gate(one) for one in options["gates"]]})
 
+    def resized(self, n_experts: int) -> Gate:
+        """See `Gate.resized`."""
+        gates = [gate.resized(n_experts) for gate in self._gates]
+        return MixedMembershipGate(gates, n_experts, self.units, self.offset_scale, self.column)
+
     @property
     def _gates(self) -> list[Gate]:
         return list(self.gates)  # type: ignore[arg-type]

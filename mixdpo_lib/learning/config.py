@@ -166,6 +166,12 @@ class FitConfig:
                 f"top_s={self.routing.top_s} with {self.inference}: expected Exact(), or no top_s"
             )
 
+        if self.routing.top_s is not None and self.latent == "unit":
+            raise ValueError(
+                f"top_s={self.routing.top_s} with latent='unit': the responsibilities of a {self.unit} need what every "
+                f"expert says of all its pairs, which a sparse fit does not compute; expected latent='pair', or no top_s"
+            )
+
     def change(self, **choices: Any) -> FitConfig:
         """The same with other choices; those of a part are named after it, with two underscores.
 

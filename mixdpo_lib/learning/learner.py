@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.pairs import Pairs
-from ..elbo import keep_top_s
 from ..gates.inputs import distinct_rows
 from ..policy.mixture import MixturePolicy
 from .config import FitConfig
 from .inference import Exact, Moment
+from .routing import Router
 from .starts import cluster_log_q, random_log_q
 from .table import LoglikTable
 
@@ -23,6 +23,10 @@ GATE_EXPONENT = (
 )
 GATE_ITERATIONS = (
     5  # of L-BFGS in each M-step of a gate that reads: the responsibilities move on anyway
+)
+
+REVIVAL_STEP = (
+    0.05  # how far a revived expert stands from the one it copies, as a share of each number
 )
 
 
@@ -123,6 +127,7 @@ class Learner(nn.Module):
             self.register_buffer(f"gate_{name}", value, persistent=False)
         if start.kind == "clusters" and policy.n_experts > 1:  # the gate starts from them
             policy.gate.m_step(self.inputs, self.start_log_q, self.gate_place)
+        self.router = Router(config.routing, policy.n_experts, config.seed)
         inference = config.inference if policy.n_experts > 1 else Exact()
         self.inference = inference.part(self.table, data, policy.base, config.seed)
 
@@ -148,12 +153,18 @@ class Learner(nn.Module):
         given = start.given and self.policy.n_experts > 1
         return given and bool(self.steps < start.passes * self.steps_per_pass)
 
+    def routing_weights(self, row: Tensor, log_w: Tensor) -> Tensor:
+        """By which experts are chosen for these rows: the gate's, or at first those that break the symmetry."""
+        weights = self.start_log_q if self.starting() else log_w
+        return weights[self.table.unit[row]]
+
     def chosen(self, row: Tensor, log_w: Tensor) -> Tensor | None:
-        """Which experts are computed for these rows: all, or the `top_s` of largest weight once tempering is over."""
-        top_s = self.options.routing.top_s
-        if top_s is None or self.starting() or self.temperature() > 1:
+        """Which experts are computed for these rows; None: all of them."""
+        if self.options.routing.top_s is None:
             return None
-        return keep_top_s(log_w[self.table.unit[row]], top_s) > -torch.inf
+        now = self.now()
+        passes = now.step / self.steps_per_pass
+        return self.router.chosen(self.routing_weights(row, log_w), passes, now.step)
 
     def forward(
         self,
@@ -180,12 +191,15 @@ class Learner(nn.Module):
             return {}
         loglik = self.policy.with_lapse(log_sigma)
         penalty = loglik.new_zeros(())
-        if self.starting():
+        if chosen is not None:  # a latent a pair, exact: the row itself says all
+            joint = self.routing_weights(row, log_w).masked_fill(~chosen, -torch.inf)
+            if not self.starting():
+                joint = joint + loglik.detach() / self.temperature()
+            q = joint.softmax(1)
+        elif self.starting():
             q = self.start_log_q[self.table.unit[row]].exp()
         else:
-            top_s = self.options.routing.top_s
-            kept = log_w if chosen is None or top_s is None else keep_top_s(log_w, top_s)
-            q, penalty = self.inference.weights(row, kept, self.now(), described)
+            q, penalty = self.inference.weights(row, log_w, self.now(), described)
         if self.training and last:
             self._m_step(log_w)
             self.steps += 1
@@ -221,5 +235,5 @@ class Learner(nn.Module):
             share=share,
             max_iter=GATE_ITERATIONS,
             entropy_weight=self.options.routing.entropy,
-            balance_weight=self.options.routing.balance,
+            balance_weight=self.options.routing.balance_weight,
         )

@@ -24,6 +24,7 @@ from ..store import progress, writing_to
 from .checkpoints import Checkpoints
 from .config import FitConfig, Monitor
 from .learner import Learner
+from .routing import dead_in_routing, routed_share
 
 WARMUP = 0.05  # share of the steps in which the rate rises to its full size
 
@@ -255,6 +256,8 @@ class MixDPOTrainer(Trainer):
                 table.read(), log_w, config.routing.top_s, unit, lapse=policy.lapse, validate=False
             )
             row["certified_gap"] = float(gap.mean())
+            share = routed_share(log_w, config.routing.top_s)
+            row["dead_experts"] = len(dead_in_routing(share))
         row |= learner.inference.measure(log_w, self.data.index)
         log_q = table.log_q(log_w)
         row["train_accuracy"] = float(

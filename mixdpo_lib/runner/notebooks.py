@@ -13,6 +13,8 @@ from .. import store
 from ..store import MixDPOError
 from .plain_yaml import read_groups
 
+GENERATED = ("theory", "beyond")  # folders of notebooks on generated data
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -32,10 +34,10 @@ def notebook_path(name: str) -> Path:
     """
     folder = store.project_root() / "notebooks"
     short = name.removeprefix("notebooks/").removesuffix(".ipynb")
-    path = folder / f"{short}.ipynb"
-    if not path.exists():
-        path = folder / "theory" / f"{short.removeprefix('theory/')}.ipynb"
-    if not path.exists():
+    bare = short.split("/")[-1] if short.split("/")[0] in GENERATED else short
+    places = [folder / f"{short}.ipynb", *(folder / one / f"{bare}.ipynb" for one in GENERATED)]
+    path = next((path for path in places if path.exists()), None)
+    if path is None:
         known = notebook_names() + theory_names()
         raise MixDPOError(
             f"notebook {name!r}: not found in {folder}; expected one of "
@@ -51,9 +53,9 @@ def notebook_names() -> list[str]:
 
 
 def theory_names() -> list[str]:
-    """Names of the theory notebooks: they need no reviews and no model, and nothing needs them."""
-    folder = store.project_root() / "notebooks" / "theory"
-    return sorted(path.stem for path in folder.glob("*.ipynb"))
+    """Names of the notebooks on generated data: they need no reviews and no model, and nothing needs them."""
+    folder = store.project_root() / "notebooks"
+    return [path.stem for one in GENERATED for path in sorted((folder / one).glob("*.ipynb"))]
 
 
 def listed_notebooks() -> dict[str, Listed]:

@@ -126,3 +126,31 @@ def test_a_number_that_is_no_experts_is_refused(experts, k, tmp_path):
     for leave in (experts.export_adapter, experts.merge):
         with pytest.raises(ValueError, match=f"k={k}: expected an expert from 0 to 1"):
             leave(k, tmp_path / "out")
+
+
+def test_experts_are_copied_added_and_dropped(experts, data):
+    """Gathered experts score as those they are copies of, to the bit, and hold tensors of their own."""
+    order = [1, 0, 1]
+    made = experts.gathered([(experts, k) for k in order])
+    assert type(made) is type(experts) and made.n_experts == 3
+    ids = torch.arange(len(data.texts))
+    wanted, refs = experts.all_text_logps(experts.constants(data.texts), ids)
+    found, own_refs = made.all_text_logps(made.constants(data.texts), ids)
+    torch.testing.assert_close(found, wanted[:, order], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(own_refs[:, 0], refs[:, 0])
+    for place, k in enumerate(order):
+        one, copy = experts.own(k), made.own(place)
+        assert set(one) == set(copy) and all(bool((one[n] == copy[n]).all()) for n in one)
+    for value in made.own(0).values():
+        value.add_(1.0)
+    assert all(bool((experts.own(1)[n] == made.own(2)[n]).all()) for n in experts.own(1))
+    with pytest.raises(ValueError, match="k=2: expected an expert from 0 to 1"):
+        experts.gathered([(experts, 2)])
+    with pytest.raises(ValueError, match="expected at least one expert to copy"):
+        experts.gathered([])
+
+
+def test_experts_of_other_options_are_not_gathered(tiny_base):
+    one, other = HeadExperts(tiny_base, 1, rank=2), HeadExperts(tiny_base, 1, rank=3)
+    with pytest.raises(ValueError, match="expert 0 of HeadExperts .* expected one of the options"):
+        one.gathered([(other, 0)])

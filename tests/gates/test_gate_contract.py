@@ -8,6 +8,7 @@ import torch
 
 from mixdpo_lib.elbo import elbo_terms
 from mixdpo_lib.gates import GATES, make_gate
+from mixdpo_lib.gates.grown import GrownGate
 from mixdpo_lib.gates.membership import MixedMembershipGate
 from mixdpo_lib.gates.prompt import ContextGate
 from mixdpo_lib.gates.user import UserGate
@@ -23,6 +24,7 @@ MAKE = {  # how each gate is made for n experts; a new gate needs a line here
     "ContextGate": lambda n: ContextGate(4, n),
     "UserGate": lambda n: UserGate.from_metadata(METADATA, n),
     "MixedMembershipGate": lambda n: MixedMembershipGate([ContextGate(4, n)], n, ["ann", "bob"]),
+    "GrownGate": lambda n: GrownGate(LearnedWeights(1), LearnedWeights(n), ["ann"]),
 }
 BAD = {
     "FixedWeights": [{"weights": [0.5, 0.6]}, {"weights": [math.nan, 1.0]}],
@@ -32,6 +34,10 @@ BAD = {
     "MixedMembershipGate": [
         {"gates": [], "n_experts": 2, "units": ["a"], "offset_scale": s} for s in (0, math.inf)
     ],
+    "GrownGate": [
+        {"before": LearnedWeights(b), "after": LearnedWeights(2), "units": units}
+        for b, units in ((3, ["ann"]), (1, []))
+    ],
 }
 
 
@@ -39,6 +45,8 @@ def read_by(gate):
     """Inputs of twelve rows; nothing for a gate that reads nothing."""
     if isinstance(gate, MixedMembershipGate):
         return {"0/state": STATE, "unit": torch.arange(ROWS) % 2}
+    if isinstance(gate, GrownGate):
+        return gate.inputs({"user": ["ann", "eve", "bob"] * (ROWS // 3)}, None)
     if isinstance(gate, ContextGate):
         return {"state": STATE}
     return gate.inputs(METADATA, None)
@@ -75,6 +83,8 @@ def test_a_description_makes_an_equal_gate(name):
 def test_an_m_step_never_lowers_the_bound(name):
     gate = MAKE[name](K)
     inputs = read_by(gate)
+    if isinstance(gate, GrownGate):  # where nobody keeps other weights: those count for `after` too
+        inputs["kept"] = torch.zeros(ROWS, dtype=torch.bool)
     place = torch.arange(ROWS) if inputs else torch.zeros(ROWS, dtype=torch.long)
     generator = torch.Generator().manual_seed(1)
     log_q = (2 * torch.randn(ROWS, K, generator=generator)).log_softmax(1)
@@ -100,3 +110,32 @@ def test_bad_numbers_are_refused(name):
     for options in BAD[name]:
         with pytest.raises(ValueError):
             GATES[name](**options)
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_a_gate_of_another_size_reads_the_same(name):
+    gate = MAKE[name](K)
+    if name == "ContextGate":
+        gate.mean.fill_(0.5)
+    other = gate.resized(K + 1)
+    assert type(other) is type(gate) and other.reads == gate.reads and other.n_experts == K + 1
+    log_w = other.log_w(read_by(gate))
+    torch.testing.assert_close(log_w.logsumexp(1), torch.zeros(len(log_w)))
+    if name == "ContextGate":
+        assert bool((other.mean == 0.5).all())
+
+
+def test_users_who_keep_their_weights_give_none_to_new_experts():
+    before = FixedWeights([0.25, 0.75])
+    gate = GrownGate(before, LearnedWeights(3), ["ann"])
+    inputs = gate.inputs({"user": ["ann", "eve", "bob"]}, None)
+    log_q = torch.tensor([[0.1, 0.1, 0.8], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]]).log()
+    gate.m_step(inputs, log_q, torch.arange(3))
+    w = gate.log_w(inputs).exp()
+    assert w[0].tolist() == [0.25, 0.75, 0.0]
+    own = LearnedWeights(3)
+    own.m_step({}, log_q, torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(w[1:], own.log_w().exp().expand(2, 3))
+    assert gate.user_inputs({}, None)["kept"].tolist() == [False]
+    with pytest.raises(ValueError, match=r"inputs\['kept'\] is absent"):
+        gate.log_w({})

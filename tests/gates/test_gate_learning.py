@@ -300,7 +300,7 @@ def test_only_the_kept_experts_are_computed_in_training(tiny_base, data, monkeyp
     config = CONFIG.change(routing__top_s=1, start__kind="none", evaluate_training=True)
     result = fit(policy, data, config)
     kept = [chosen for chosen in asked if chosen is not None]  # evaluations compute all
-    assert len(kept) == 36 and all((chosen.sum(1) == 1).all() for chosen in kept)
+    assert len(kept) == 36 and all((chosen.sum(1) == 2).all() for chosen in kept)  # one at random
     assert (result.history["certified_gap"] > 0).all() and result.history["elbo"].iloc[
         -1
     ] > -math.log(2)
@@ -323,7 +323,7 @@ def test_degenerate_routing_trains(tiny_base, data):
     start = policy.experts.up.detach().clone()
     result = fit(policy, data, CONFIG.change(routing__top_s=1, start__kind="none"))
     assert not torch.equal(policy.experts.up[0], start[0])
-    assert torch.equal(policy.experts.up[1:], start[1:])
+    torch.testing.assert_close(policy.experts.up[1:].detach(), start[1:])  # e^-50 of a weight
     assert torch.isfinite(policy.experts.up).all() and math.isfinite(
         result.history["elbo"].iloc[-1]
     )

@@ -16,6 +16,8 @@ SMALL = {
         "reward_scales": [2.0],
         "max_experts": 4,
     },
+    "1_extreme_sparsity": {"n_groups": 6, "seeds": [0], "passes": 20},
+    "2_growing_experts": {"seeds": [0], "n_users": 200},
 }
 
 
@@ -88,3 +90,19 @@ def test_one_bad_answer_gives_a_user_away_only_without_lapses(theory):
     nats = table.set_index(["lapse rate", "answers"])["that user (nats)"]
     lost = nats[:, "as answered"] - nats[:, "one bad answer"]
     assert lost[0.02] < np.log(2 / 0.02) < lost[0.0]
+
+
+def test_growth_finds_the_groups_and_leaves_the_old_users_alone(theory):
+    decisions = pd.read_csv(theory["2_growing_experts"] / "tables" / "decisions.csv")
+    assert decisions["kept"].sum() == 2 and decisions["gain"][decisions["kept"]].min() > 0.1
+    late = pd.read_csv(theory["2_growing_experts"] / "tables" / "late.csv")
+    assert late["old experts equal"].all()
+    accuracy = late.set_index(["users", "fit"])["accuracy"]
+    for users in ("old users", "new users"):
+        assert abs(accuracy[users, "grown"] - accuracy[users, "from the beginning"]) < 0.03
+
+
+def test_few_experts_die_where_one_is_drawn_at_random(theory):
+    fits = pd.read_csv(theory["1_extreme_sparsity"] / "tables" / "fits.csv").set_index("fit")
+    assert (fits["dead"] <= 1).all() and fits.loc["dense", "computed a pair"] == 6
+    assert (fits["computed a pair"] < 6).sum() == 3

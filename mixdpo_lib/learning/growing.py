@@ -1,0 +1,365 @@
+"""How does a mixture find its own number of experts? Split, birth, merge, retire, each decided by held-out units."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor
+
+from ..data.pairs import Pairs
+from ..experts.contract import Experts
+from ..gates.contract import Gate
+from ..gates.grown import GrownGate
+from ..gates.m_step import gate_em
+from ..policy.mixture import MixturePolicy
+from ..store import note
+from .config import FitConfig
+from .teaching import Sets, Teaching, teaching, unit_inputs
+
+BIRTH_SHARE = 0.25  # of the units: those that the mixture serves worst are taught a new expert
+LEAST = 0.01  # nats a unit that an expert is worth at least: of one that nobody is served by, gain and error are both 0
+GATE_ITERATIONS = 20  # of EM for the weights, each time responsibilities are asked for
+
+
+@dataclass(frozen=True)
+class Growth:
+    """When growth believes a proposal, and when it ends.
+
+    errors : > 0; a split or birth is kept when the held-out log-likelihood per unit rises by more than so many standard
+        errors of the paired difference, a merge when it falls by less; by `LEAST` nats in any case.
+    refusals : >= 1 splits and births that are refused in a row end growth; as many merges and retirements are tried.
+    max_experts : >= 2; growth ends there.
+    """
+
+    errors: float | int = 1.0
+    refusals: int = 3
+    max_experts: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.errors < math.inf:
+            raise ValueError(f"errors={self.errors}: expected above 0; 1 is one standard error")
+        for name, low in (("refusals", 1), ("max_experts", 2)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {low}")
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What growth leaves.
+
+    table : a row a decision: proposal (split, birth, merge, retire), experts it takes the place of, K before, units
+        whose held-out pairs decided, gain of the mean held-out log-likelihood a unit (nats) and its standard error,
+        kept, seconds.
+    n_experts : K at the end. loglik : (held-out units,), nats of all held-out pairs of each, at the end. The pairs that
+        decided flatter the result: how good it is, other pairs say (`report`).
+    """
+
+    table: pd.DataFrame
+    n_experts: int
+    loglik: pd.Series = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """Experts and gate, and the log-likelihood of the units' training and held-out pairs under each expert."""
+
+    experts: Experts
+    gate: Gate
+    train: Float[Tensor, "units experts"]
+    held: Float[Tensor, "held_units experts"]
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    """Experts that go, and new ones: each a copy of an expert, with the units that it is taught at first."""
+
+    kind: str
+    gone: tuple[int, ...]
+    copies: tuple[int, ...] = ()
+    weight: Float[Tensor, "units new"] | None = None
+
+
+def grow(
+    policy: MixturePolicy,
+    pairs: Dataset | Pairs,
+    config: FitConfig | None = None,
+    *,
+    validation: Dataset | Pairs | None = None,
+    growth: Growth | None = None,
+    freeze_others: bool = False,
+    freeze_users: Sequence[str] = (),
+) -> Grown:
+    """Let `policy` find its number of experts, in place, from the experts that it has (one, to begin with).
+
+    A **split** parts the units of an expert by the sign of the leading direction of their gradients; a **birth** takes
+    the quarter of the units with the lowest log-likelihood per validation pair. The new experts are taught a short
+    while and kept when the held-out log-likelihood **per unit** rises by more than a standard error of the paired
+    difference. At the end a **merge** of two experts stands when it loses less than that, and an expert is **retired**
+    when nothing is lost. Log-likelihood of a held-out unit: log sum_k q_uk prod_n exp(loglik_nk), q_u by its training
+    pairs, or the gate's weights where it has none. Source: docs/method.md.
+
+    Parameters
+    ----------
+    policy : its gate learns and does not read the prompt. One that is still its reference is fitted first.
+    pairs : training pairs with the unit column. validation : pairs that decide, of the same units or of others.
+    config : how experts are fitted, and `unit`; a proposal takes a pass, what is kept all passes once growth has ended.
+    growth : see `Growth`.
+    freeze_others : the experts that the policy has stay as they are, to the bit; new ones come beside them, for tastes
+        that arrive later. Users' predictions move a little, since a new expert takes weight.
+    freeze_users : names of users who keep their weights, 0 on new experts; with `freeze_others` nothing moves for them.
+
+    Raises
+    ------
+    ValueError : no validation pairs, or of fewer than two units; a latent per pair; a gate that reads the prompt, or
+        does not learn; a user who is not in the training pairs.
+    """
+    config, growth = config or FitConfig(), growth or Growth()
+    _check(policy, config, validation)
+    train, held = policy.prepare(pairs), policy.prepare(validation)  # type: ignore[arg-type]
+    sets = Sets.of(train, held, config.unit)
+    if len(sets.held_names) < 2:
+        raise ValueError(
+            f"validation has {len(sets.held_names)} unit in column {config.unit!r}; expected at least 2: growth is "
+            "decided by a standard error over units; give pairs of more of them"
+        )
+    if absent := [name for name in freeze_users if name not in set(sets.names)]:
+        raise ValueError(
+            f"freeze_users={absent[:3]}: no training pairs of them in column {config.unit!r}; name users who have some"
+        )
+    found = _Growing(policy, sets, config, growth, freeze_others, list(freeze_users))
+    rows = found.run()
+    table = pd.DataFrame(rows, columns=_COLUMNS)
+    kept = int(table["kept"].sum())
+    note(f"grown to K={policy.n_experts}: {kept} of {len(table)} proposals kept.")
+    loglik = pd.Series(found.score(found.now), sets.held_names).rename_axis(config.unit)
+    return Grown(table, policy.n_experts, loglik)
+
+
+_COLUMNS = ["proposal", "experts", "n_experts", "units", "gain", "error", "kept", "seconds"]
+
+
+def _check(policy: MixturePolicy, config: FitConfig, validation: Any) -> None:
+    if validation is None:
+        raise ValueError(
+            "validation: found none; every proposal is decided by pairs that no step was taken on: give validation=..., "
+            "pairs of at least two units"
+        )
+    if config.latent != "unit":
+        raise ValueError(
+            f"latent={config.latent!r}: expected 'unit': experts grow by what the pairs of a {config.unit} say together"
+        )
+    if policy.gate.of_prompt or not policy.gate.learns:
+        what = "reads the prompt" if policy.gate.of_prompt else "does not learn"
+        raise ValueError(
+            f"{type(policy.gate).__name__} {what}: expected weights of units that can make room for a new expert, "
+            "such as LearnedWeights or UserGate"
+        )
+
+
+class _Growing:
+    """The course of one growth."""
+
+    def __init__(
+        self,
+        policy: MixturePolicy,
+        sets: Sets,
+        config: FitConfig,
+        growth: Growth,
+        freeze_others: bool,
+        freeze_users: list[str],
+    ) -> None:
+        self.policy, self.sets, self.growth = policy, sets, growth
+        self.teacher: Teaching = teaching(policy, sets, config)
+        policy.experts.start(sets.train)
+        if not bool(policy.text_rewards(sets.train.texts).any()):  # still the reference
+            self.teacher.settle(short=False)
+        self.held_back = policy.n_experts if freeze_others else 0
+        kept = set(freeze_users)
+        self.moving = torch.tensor([name not in kept for name in sets.names])
+        if freeze_users:
+            after = policy.gate.resized(policy.n_experts)
+            policy.gate = GrownGate(policy.gate, after, freeze_users, config.unit)
+        self.now = self.measured()
+        self.rows: list[list[Any]] = []
+
+    # ------------------------------------------------------------------------------------------------ what is known
+
+    def measured(self) -> _Mixture:
+        """The policy as it is."""
+        return _Mixture(
+            self.policy.experts, self.policy.gate, *self.teacher.logliks(self.policy.experts)
+        )
+
+    def _gate_inputs(self, gate: Gate, held: bool = False) -> dict[str, Tensor]:
+        policy, own = self.policy, self.policy.gate
+        policy.gate = gate
+        try:
+            if held:
+                return unit_inputs(policy, self.sets.held, self.sets.held_unit)
+            return unit_inputs(policy, self.sets.train, self.sets.unit)
+        finally:
+            policy.gate = own
+
+    def log_q(self, mixture: _Mixture) -> Float[Tensor, "units experts"]:
+        """Responsibilities of the training units, nats."""
+        log_w = mixture.gate.log_w(self._gate_inputs(mixture.gate)).detach()
+        return (log_w + mixture.train).log_softmax(1)
+
+    def score(self, mixture: _Mixture) -> Float[Any, "held_units"]:
+        """Log-likelihood of all held-out pairs of each unit, nats."""
+        place = self.sets.place
+        log_w = mixture.gate.log_w(self._gate_inputs(mixture.gate, held=True)).detach().double()
+        log_w = log_w.expand(len(place), -1)
+        prior = torch.where(place[:, None] < 0, log_w, self.log_q(mixture)[place])
+        return (prior + mixture.held).logsumexp(1).numpy()
+
+    # ------------------------------------------------------------------------------------------------- the proposals
+
+    def _birth(self) -> _Proposal:
+        """A new expert for the units that the mixture serves worst."""
+        sets, counts = self.sets, torch.bincount(self.sets.unit).double()
+        log_q = self.log_q(self.now)
+        each = (log_q + self.now.train).logsumexp(1) / counts
+        tested = torch.from_numpy(self.score(self.now)) / torch.bincount(sets.held_unit).double()
+        known = sets.place >= 0
+        each[sets.place[known]] = tested[known]
+        each = each.masked_fill(~self.moving, torch.inf)
+        n = max(1, round(BIRTH_SHARE * int(self.moving.sum())))
+        weight = torch.zeros(len(each), 1, dtype=torch.float64)
+        weight[each.argsort()[:n]] = 1.0
+        nearest = int((log_q.exp() * weight).sum(0).argmax())
+        return _Proposal("birth", (), (nearest,), weight)
+
+    def _split(self, k: int, q: Float[Tensor, "units experts"]) -> tuple[float, _Proposal] | None:
+        """The units of an expert parted by their gradients, with how far they part."""
+        units = (q[:, k] > 0.5).logical_and(self.moving).nonzero().squeeze(1)
+        if len(units) < 4:
+            return None
+        one = self.now.experts.gathered([(self.now.experts, k)])
+        gradients = self.teacher.gradients(one, units).double()
+        values, vectors = torch.linalg.eigh(_gram(gradients - gradients.mean(0)))
+        weight = torch.zeros(len(q), 2, dtype=torch.float64)
+        side = vectors[:, -1] > 0
+        weight[units[side], 0], weight[units[~side], 1] = 1.0, 1.0
+        return float(values[-1]), _Proposal("split", (k,), (k, k), weight * q[:, [k]])
+
+    def _more(self) -> Iterator[_Proposal]:
+        """Splits, the widest parted first, with a birth after the first of them."""
+        q = self.log_q(self.now).exp()
+        every = [self._split(k, q) for k in range(self.held_back, self.policy.n_experts)]
+        splits = sorted((s for s in every if s is not None), key=lambda s: -s[0])
+        yield from (proposal for _, proposal in splits[:1])
+        yield self._birth()
+        yield from (proposal for _, proposal in splits[1:])
+
+    def _fewer(self) -> Iterator[_Proposal]:
+        """The least used expert retired, and merges, the most alike first."""
+        q = self.log_q(self.now).exp()
+        free = range(self.held_back, self.policy.n_experts)
+        if self.policy.n_experts == 1:
+            return
+        if free:
+            yield _Proposal("retire", (min(free, key=lambda k: float(q[:, k].sum())),))
+        per_unit = self.now.train / torch.bincount(self.sets.unit)[:, None]
+        apart = torch.cdist(per_unit.T, per_unit.T)
+        for i, j in sorted(
+            ((i, j) for i in free for j in free if i < j), key=lambda p: float(apart[p])
+        ):
+            larger = i if float(q[:, i].sum()) >= float(q[:, j].sum()) else j
+            yield _Proposal("merge", (i, j), (larger,), (q[:, [i]] + q[:, [j]]))
+
+    # ------------------------------------------------------------------------------------------------- the decisions
+
+    def _tried(self, proposal: _Proposal) -> _Mixture:
+        """The mixture with what is proposed, taught a short while."""
+        now = self.now
+        stay = [k for k in range(now.experts.n_experts) if k not in proposal.gone]
+        n_new = len(proposal.copies)
+        gate = now.gate.resized(len(stay) + n_new)
+        parts = [(now.experts, k) for k in [*stay, *proposal.copies]]
+        experts = now.experts.gathered(parts)
+        train = torch.cat([now.train[:, stay], now.train[:, list(proposal.copies)]], 1)
+        held = torch.cat([now.held[:, stay], now.held[:, list(proposal.copies)]], 1)
+        if n_new == 0 or proposal.weight is None:
+            return self._weighed(_Mixture(experts, gate, train, held))
+        new = now.experts.gathered([(now.experts, k) for k in proposal.copies])
+        weight = proposal.weight
+        for _ in range(self.teacher.rounds):
+            self.teacher.teach(new, weight, short=True)
+            train[:, len(stay) :], held[:, len(stay) :] = self.teacher.logliks(new)
+            tried = self._weighed(_Mixture(experts, gate, train, held))
+            weight = self.log_q(tried).exp()[:, len(stay) :]
+        whole = [(now.experts, k) for k in stay] + [(new, k) for k in range(n_new)]
+        return _Mixture(experts.gathered(whole), gate, train, held)
+
+    def _weighed(self, mixture: _Mixture) -> _Mixture:
+        """With a gate that was moved to its responsibilities."""
+        inputs = self._gate_inputs(mixture.gate)
+        gate_em(mixture.gate, inputs, mixture.train, max_iter=GATE_ITERATIONS, tolerance=1e-4)
+        return mixture
+
+    def decide(self, proposal: _Proposal) -> bool:
+        """Try what is proposed, write the row, and take it where it holds."""
+        began, before = time.monotonic(), self.now
+        tried = self._tried(proposal)
+        gains = self.score(tried) - self.score(before)
+        gain, error = float(gains.mean()), float(gains.std(ddof=1)) / len(gains) ** 0.5
+        allowed = self.growth.errors * error
+        kept = {"retire": gain > -LEAST, "merge": gain > -max(allowed, LEAST)}.get(
+            proposal.kind, gain > max(allowed, LEAST)
+        )
+        if kept:
+            self.policy.experts, self.policy.gate, self.now = tried.experts, tried.gate, tried
+            self._settle(short=True)
+        experts = " and ".join(str(k) for k in proposal.gone or proposal.copies)
+        row = [proposal.kind, experts, before.experts.n_experts, len(gains), gain, error, kept]
+        self.rows.append([*row, time.monotonic() - began])
+        return kept
+
+    def _settle(self, short: bool) -> None:
+        """All experts learn on, or with experts held back the others alone."""
+        if not self.held_back:
+            self.teacher.settle(short)
+        elif self.policy.n_experts > self.held_back:
+            first, n = self.held_back, self.policy.n_experts
+            new = self.now.experts.gathered([(self.now.experts, k) for k in range(first, n)])
+            for _ in range(self.teacher.rounds):
+                self.teacher.teach(new, self.log_q(self.now).exp()[:, first:], short)
+                train, held = self.now.train.clone(), self.now.held.clone()
+                train[:, first:], held[:, first:] = self.teacher.logliks(new)
+                self.now = self._weighed(_Mixture(self.now.experts, self.now.gate, train, held))
+            old = [(self.now.experts, k) for k in range(first)]
+            self.policy.experts = new.gathered([*old, *((new, k) for k in range(n - first))])
+        self.now = self.measured()
+
+    def run(self) -> list[list[Any]]:
+        """Grow until proposals are refused in a row, then shrink while nothing is lost."""
+        refused, grew = 0, True
+        while grew and self.policy.n_experts < self.growth.max_experts:
+            grew = False
+            for proposal in self._more():
+                if grew := self.decide(proposal):
+                    refused = 0
+                    break
+                refused += 1
+                if refused >= self.growth.refusals:
+                    break
+        shrank = True
+        while shrank:
+            shrank = any(map(self.decide, islice(self._fewer(), self.growth.refusals)))
+        if any(row[_COLUMNS.index("kept")] for row in self.rows):
+            self._settle(short=False)
+        return self.rows
+
+
+def _gram(rows: Float[Tensor, "units numbers"]) -> Float[Tensor, "units units"]:
+    return rows @ rows.T

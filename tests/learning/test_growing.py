@@ -1,0 +1,155 @@
+"""Growth: how many experts, which decisions, what stays to the bit, what is refused."""
+
+import pytest
+import torch
+from tiny import plain_fit, preference_rows
+
+import mixdpo_lib as mx
+from mixdpo_lib.data.pairs import Pairs
+from mixdpo_lib.elbo import log_responsibilities
+from mixdpo_lib.evaluation import recovery
+from mixdpo_lib.experts.tables import numbered_answers, numbered_pairs
+from mixdpo_lib.learning.growing import Growth, grow
+from mixdpo_lib.learning.teaching import BySteps, ByTable, Sets
+
+N_ANSWERS = 8
+
+
+def rows(pairs, unit):
+    return numbered_pairs(pairs, N_ANSWERS, user=[f"u{u}" for u in unit.tolist()])
+
+
+def table(n_experts=1):
+    experts = mx.TabularExperts(N_ANSWERS, n_experts, answers=numbered_answers(N_ANSWERS))
+    return mx.MixturePolicy(experts, mx.LearnedWeights(n_experts), beta=1.0)
+
+
+def generated(n_groups, seed, users=240, per_user=12):
+    truth = mx.TabularExperts(N_ANSWERS, n_groups)
+    truth.perturb(3.0, torch.Generator().manual_seed(seed))
+    belongs = torch.arange(users) % n_groups
+    pairs, unit = truth.sample_pairs(belongs, per_user, torch.Generator().manual_seed(seed + 1))
+    seen = unit < users * 2 // 3
+    return belongs, rows(pairs[seen], unit[seen]), rows(pairs[~seen], unit[~seen])
+
+
+@pytest.mark.parametrize("n_groups", [1, 3])
+def test_one_expert_grows_to_as_many_as_there_are_groups(n_groups):
+    belongs, train, held = generated(n_groups, seed=4)
+    policy = table()
+    grown = grow(policy, train, validation=held)
+    assert grown.n_experts == policy.n_experts == policy.gate.n_experts == n_groups
+    assert list(grown.table) == (
+        ["proposal", "experts", "n_experts", "units", "gain", "error", "kept", "seconds"]
+    )
+    decided = grown.table[grown.table["proposal"].isin(["split", "birth"])]
+    assert bool((decided["kept"] == (decided["gain"] > decided["error"].clip(0.01))).all())
+    assert decided["kept"].sum() == n_groups - 1 and len(grown.loglik) == 80
+    if n_groups > 1:
+        found = recovery(policy.posterior(train), [str(int(z)) for z in belongs[:160]])
+        assert found["nmi"] > 0.9
+
+
+def test_too_many_experts_are_merged_or_retired():
+    _, train, held = generated(2, seed=6)
+    policy = table(4)
+    policy.experts.perturb(1.0, torch.Generator().manual_seed(0))
+    grown = grow(policy, train, validation=held)
+    assert grown.n_experts == 2
+    fewer = grown.table[grown.table["kept"] & grown.table["proposal"].isin(["merge", "retire"])]
+    assert len(fewer) >= 2
+
+
+def test_a_taste_that_arrives_later_leaves_the_others_to_the_bit():
+    belongs, train, held = generated(3, seed=4)
+    early, early_held = (
+        data.where([int(belongs[int(u[1:])]) < 2 for u in data.rows["user"]])
+        for data in (train, held)
+    )
+    policy = table()
+    assert grow(policy, early, validation=early_held).n_experts == 2
+    old = [{n: v.clone() for n, v in policy.experts.own(k).items()} for k in range(2)]
+    before, names = policy.log_posterior(early)
+    grown = grow(policy, train, validation=held, freeze_others=True, freeze_users=names)
+    assert grown.n_experts == 3
+    for k in range(2):
+        assert all(bool((policy.experts.own(k)[n] == v).all()) for n, v in old[k].items())
+    after, again = policy.log_posterior(early)
+    assert again == names and bool((after[:, 2] == -torch.inf).all())
+    torch.testing.assert_close(after[:, :2], before.to(after), atol=1e-6, rtol=1e-6)
+    q = policy.posterior(train)
+    third = [f"u{u}" for u in range(160) if int(belongs[u]) == 2]
+    assert float((q.loc[third, 2] > 0.5).mean()) > 0.9
+
+
+def test_heads_grow_by_gradient_steps(tiny_base):
+    data = Pairs.of(preference_rows(96, users=8))
+    config = plain_fit(batch_size=8, passes=3.0, learning_rate=0.03)
+    policy = mx.MixturePolicy(mx.HeadExperts(tiny_base, 1, rank=2), mx.LearnedWeights(1), 0.3)
+    held = data.where([(i // 8) % 4 == 3 for i in range(96)])
+    train = data.where([(i // 8) % 4 < 3 for i in range(96)])
+    grown = grow(policy, train, config, validation=held, growth=Growth(max_experts=2))
+    assert grown.n_experts == 2
+    q = policy.posterior(train)
+    assert recovery(q, ["ab"[int(name[4:]) % 2] for name in q.index])["nmi"] == 1.0
+
+
+def test_gradients_of_units_equal_those_of_plain_autograd(tiny_base):
+    """Both ways: of tables in closed form, of heads by a backward pass a unit."""
+    belongs, train, held = generated(2, seed=2, users=12)
+    policy = table()
+    policy.experts.perturb(0.5, torch.Generator().manual_seed(0))
+    sets = Sets.of(train, held, "user")
+    found = ByTable(policy, sets, mx.FitConfig()).gradients(policy.experts, torch.tensor([3, 5]))
+    slow = BySteps(policy, sets, mx.FitConfig()).gradients(policy.experts, torch.tensor([3, 5]))
+    torch.testing.assert_close(found.float(), slow, atol=1e-5, rtol=1e-4)
+
+
+def test_held_out_likelihood_of_units_by_hand():
+    """Known units by their own training pairs, others by the weights alone."""
+    _, train, held = generated(2, seed=3, users=30)
+    policy = table(2)
+    policy.experts.perturb(1.0, torch.Generator().manual_seed(0))
+    both = train.where([u in ("u0", "u1") for u in train.rows["user"]])
+    grown = grow(policy, train, validation=both, growth=Growth(errors=1e9, refusals=1))
+    log_q, names = policy.log_posterior(train)
+    loglik, (unit, own) = policy.loglik(both).double(), both.units("user")
+    for place, name in enumerate(own):
+        total = loglik[unit == place].sum(0)
+        wanted = (log_q[names.index(name)].double() + total).logsumexp(0)
+        assert grown.loglik[name] == pytest.approx(float(wanted), abs=1e-4)
+    assert log_responsibilities(loglik[:1], policy.log_w(both)[:1]).shape == (1, policy.n_experts)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"validation": None}, "validation: found none; every proposal is decided by pairs"),
+        ({"config": mx.FitConfig(latent="pair")}, "latent='pair': expected 'unit'"),
+        ({"freeze_users": ["nobody"]}, r"freeze_users=\['nobody'\]: no training pairs of them"),
+        ({"gate": mx.FixedWeights([1.0])}, "FixedWeights does not learn: expected weights"),
+        ({"gate": mx.ContextGate(4, 1)}, "ContextGate reads the prompt: expected weights"),
+        ({"one": True}, "validation has 1 unit in column 'user'; expected at least 2"),
+    ],
+)
+def test_growth_that_cannot_be_decided_is_refused(changed, said):
+    _, train, held = generated(2, seed=3, users=12)
+    policy = table()
+    policy.gate = changed.pop("gate", policy.gate)
+    if changed.pop("one", False):
+        held = held.where([u == held.rows["user"][0] for u in held.rows["user"]])
+    with pytest.raises(ValueError, match=said):
+        grow(policy, train, changed.pop("config", None), **{"validation": held, **changed})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"errors": 0}, "errors=0: expected above 0"),
+        ({"refusals": 0}, "refusals=0: expected at"),
+        ({"max_experts": 1}, "max_experts=1: expected at least 2"),
+    ],
+)
+def test_bad_choices_of_growth_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        Growth(**options)
