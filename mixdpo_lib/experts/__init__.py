@@ -2,6 +2,7 @@
 
 from .adapters import AdapterExperts
 from .contract import FAMILIES, Experts, make_experts
+from .group_tables import GroupTables
 from .heads import HeadExperts
 from .tables import TabularExperts
 from .whole import IndependentExperts
@@ -10,6 +11,7 @@ __all__ = [
     "FAMILIES",
     "AdapterExperts",
     "Experts",
+    "GroupTables",
     "HeadExperts",
     "IndependentExperts",
     "TabularExperts",

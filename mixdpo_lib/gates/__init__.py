@@ -1,6 +1,7 @@
 """Which expert is asked? Gates give log w, the weights of the experts; importing this makes all of them known."""
 
 from .contract import GATES, Gate, make_gate
+from .direction import DirectionGate
 from .membership import MixedMembershipGate
 from .prompt import ContextGate
 from .user import UserGate
@@ -9,6 +10,7 @@ from .weights import FixedWeights, LearnedWeights
 __all__ = [
     "GATES",
     "ContextGate",
+    "DirectionGate",
     "FixedWeights",
     "Gate",
     "LearnedWeights",
