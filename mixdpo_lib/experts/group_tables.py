@@ -35,6 +35,8 @@ class GroupTables(TabularExperts):
     tensor([-1., -2., -3.], dtype=torch.float64)
     """
 
+    nodes: Nodes
+
     def __init__(
         self,
         n_answers: int,

@@ -68,13 +68,13 @@ def unit_log_likelihood(
 @torch.no_grad()
 def fit_nodes(
     experts: GroupTables,
-    gate: Gate,
+    gate: Any,
     pairs: Int[Tensor, "pairs 2"],
     unit: Int[Tensor, "pairs"],
     *,
     most: int = MOST,
     **options: Any,
-) -> tuple[GroupTables, Gate, EMResult]:
+) -> tuple[GroupTables, Any, EMResult]:
     """`tally_em` of nodes of a group, with as many nodes as the data need.
 
     Fits at the number of nodes given; as long as doubling it changes the likelihood by 1e-8 nats a pair or more, it goes
@@ -107,6 +107,5 @@ def fit_nodes(
             break
         note(f"{n} nodes are too few for these posteriors: on with {wanted}")
         n, start = wanted, {**options, "symmetry_breaking": "none", "start_temperature": 1.0}
-    if experts.nodes is not None:
-        experts.nodes.warn_narrow(result.log_q)
+    experts.nodes.warn_narrow(result.log_q)
     return experts, gate, result
