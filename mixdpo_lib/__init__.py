@@ -23,6 +23,7 @@ _HOME = {
     "HeadExperts": "experts.heads",
     "AdapterExperts": "experts.adapters",
     "IndependentExperts": "experts.whole",
+    "GroupHeads": "experts.group_heads",
     "GroupTables": "experts.group_tables",
     "TabularExperts": "experts.tables",
     "MixturePolicy": "policy.mixture",

@@ -10,6 +10,7 @@ from tiny import preference_rows
 from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.experts import FAMILIES, make_experts
 from mixdpo_lib.experts.adapters import AdapterExperts
+from mixdpo_lib.experts.group_heads import GroupHeads
 from mixdpo_lib.experts.group_tables import GroupTables
 from mixdpo_lib.experts.heads import HeadExperts
 from mixdpo_lib.experts.tables import TabularExperts
@@ -21,12 +22,14 @@ MAKE = {  # how each family is made for k experts; a new family needs a line her
     "AdapterExperts": lambda base, data, k: AdapterExperts(base, k, rank=2, blocks=1),
     "IndependentExperts": lambda base, data, k: IndependentExperts([base] * k),
     "TabularExperts": lambda base, data, k: TabularExperts.of(base, data, k),
+    "GroupHeads": lambda base, data, k: GroupHeads(base, k, group="cyclic", rank=2),
     "GroupTables": lambda base, data, k: GroupTables.of(base, data, k, group="cyclic"),
 }
 BAD = {
     "HeadExperts": [{"rank": 0}, {"active": "some"}],
     "AdapterExperts": [{"rank": 0}, {"blocks": 99}],
     "IndependentExperts": [],
+    "GroupHeads": [{"rank": 0}, {"group": "circle"}, {"n_basis": 3}],
     "GroupTables": [{"group": "sphere"}, {"n_basis": 3}, {"group": "circle"}, {"beta": 0.0}],
     "TabularExperts": [{"beta": 0.0}, {"prior_scale": math.inf}],
 }
