@@ -48,7 +48,9 @@ def one(n_pairs: int, seed: int) -> dict[str, float]:
     row["bayes"] = correlation(truth.nodes.taste(log_q).direction)
     for name in ("free", "read"):
         experts, began = GroupTables(N_ANSWERS, NODES, group="translations"), time.perf_counter()
-        found = fit_translations(experts, pairs, unit, amortised=name == "read", seed=seed)
+        found = fit_translations(
+            experts, pairs, unit, amortised=name == "read", n_draws=4, rounds=5, seed=seed
+        )
         gate = FixedWeights(log_w=experts.nodes.log_prior)
         exact = unit_log_likelihood(experts, gate, pairs, unit).detach()
         row |= {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -149,7 +149,7 @@ class CircleUsers(ReviewUsers):
     def new_policy(self, method: str, train: Pairs) -> MixturePolicy:
         """An untrained policy of a method."""
         c, k = self.config, self.methods[method]
-        heads = {
+        heads: dict[str, Any] = {
             "rank": c.rank,
             "min_count": c.min_count,
             "sharpness": c.sharpness,
@@ -172,11 +172,13 @@ class CircleUsers(ReviewUsers):
 
     def served(self, fitted: Fitted) -> MixturePolicy:
         """The policy as it is served: a circle at `served_nodes`."""
-        policy = fitted.policy
-        if policy.experts.nodes is None or policy.n_experts == self.config.served_nodes:
+        policy, gate = fitted.policy, fitted.policy.gate
+        if policy.n_experts == self.config.served_nodes:
+            return policy
+        if not (isinstance(policy.experts, GroupHeads) and isinstance(gate, DirectionGate)):
             return policy
         policy.experts.use_nodes(self.config.served_nodes)
-        gate = policy.gate.at_nodes(self.config.served_nodes)
+        gate = gate.at_nodes(self.config.served_nodes)
         return MixturePolicy(policy.experts, gate, policy.beta, policy.given_lapse)
 
     def scores_of(self, fitted: Fitted) -> dict[str, float]:
