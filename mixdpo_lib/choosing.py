@@ -161,7 +161,10 @@ def single_counterpart(policy: MixturePolicy) -> MixturePolicy:
             f"{type(policy.experts).__name__}: no single policy can be made from a description without n_experts; fit "
             "one expert of this family yourself (whole models: IndependentExperts(bases[:1])) and give single=..."
         )
-    experts = make_experts({**description, "n_experts": 1}, lambda *_: policy.base)
+    one: dict[str, Any] = {"n_experts": 1}
+    if policy.experts.nodes is not None:  # the trivial group: a basis expert alone
+        one |= {"group": "cyclic", "n_basis": 2}
+    experts = make_experts({**description, **one}, lambda *_: policy.base)
     own = dict(experts.named_buffers())
     for (
         name,
@@ -275,8 +278,11 @@ def _experts(
     nats = policy.text_rewards(test.texts, distinct)[distinct][place] / policy.beta
     distance = (nats * log_w.softmax(0)).sum(0)
     dead = dead_experts(log_q)
+    if policy.experts.nodes is not None:  # neighbours are nearly equal, and many are nobody's
+        dead = []
     remarks = ["dead" if k in dead else "" for k in range(policy.n_experts)]
-    for i, j in equal_experts(policy.log_sigma(train), dead):
+    alike = equal_experts(policy.log_sigma(train), dead) if policy.experts.nodes is None else []
+    for i, j in alike:
         remarks[i] = ", ".join(filter(None, [remarks[i], f"equal to {j}"]))
     table = {"usage": log_q.exp().mean(0).numpy(), "distance": distance.numpy(), "remark": remarks}
     return pd.DataFrame(table).rename_axis("expert")

@@ -79,6 +79,22 @@ def recovery(responsibilities: pd.DataFrame, groups: Sequence[str]) -> dict[str,
     }
 
 
+def align_circle(
+    found: Float[np.ndarray, "users"], true: Float[np.ndarray, "users"]
+) -> Float[np.ndarray, "users"]:
+    """Angles found, turned and mirrored onto the true ones (circular Procrustes), radians in [-pi, pi).
+
+    A circle that is turned or mirrored, with the basis turned back, is the same model. Of both orientations the turn
+    that makes `|sum exp(i (true - found))|` largest is taken.
+
+    >>> align_circle(np.array([0.5, 0.4, 0.2]), np.array([0.0, 0.1, 0.3])).round(6)
+    array([0. , 0.1, 0.3])
+    """
+    means = {sign: np.exp(1j * (true - sign * found)).mean() for sign in (1, -1)}
+    sign = max(means, key=lambda one: abs(means[one]))
+    return (sign * found + np.angle(means[sign]) + np.pi) % (2 * np.pi) - np.pi
+
+
 def choose_n_experts(held_out: pd.DataFrame) -> int:
     """The smallest K whose held-out log-likelihood per unit is within one standard error of the best K's.
 

@@ -2,6 +2,8 @@
 
 from .adapters import AdapterExperts
 from .contract import FAMILIES, Experts, make_experts
+from .group_heads import GroupHeads
+from .group_tables import GroupTables
 from .heads import HeadExperts
 from .tables import TabularExperts
 from .whole import IndependentExperts
@@ -10,6 +12,8 @@ __all__ = [
     "FAMILIES",
     "AdapterExperts",
     "Experts",
+    "GroupHeads",
+    "GroupTables",
     "HeadExperts",
     "IndependentExperts",
     "TabularExperts",

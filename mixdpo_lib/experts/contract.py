@@ -15,6 +15,7 @@ from ..base.model import Base
 from ..data.pairs import Pairs, Texts
 from ..elbo import check_n_experts
 from ..store import MixDPOError, check_options, whole_folder
+from .groups import Nodes
 
 
 def check_chosen(chosen: Tensor, rows: int, n_experts: int) -> None:
@@ -73,6 +74,7 @@ class Experts(nn.Module, ABC):
     """
 
     base: list[Any]
+    nodes: Nodes | None = None  # where the experts are nodes of a group
     rates: ClassVar[Mapping[str, float]] = {
         "adamw": 1e-3,
         "sgd": 0.03,
@@ -87,6 +89,11 @@ class Experts(nn.Module, ABC):
         super().__init__()
         check_n_experts(n_experts)
         self.base, self.n_experts = [base], n_experts
+
+    @property
+    def n_sets(self) -> int:
+        """How many sets of parameters the training data are shared among: K, or J where K nodes have J basis experts."""
+        return self.n_experts
 
     @property
     def _base(self) -> Base:

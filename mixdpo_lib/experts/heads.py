@@ -104,7 +104,7 @@ class HeadExperts(ActiveHead):
 
     def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
         """A and B at the rate, B with its decay, s at `sharpness_rate` of the rate."""
-        decay = self.weight_decay / self.n_experts
+        decay = self.weight_decay / self.n_sets
         groups: list[dict[str, Any]] = [{"params": [self.down], "lr": rate}]
         groups.append({"params": [self.up], "lr": rate, "weight_decay": decay})
         if self.sharpness is not None:
@@ -208,17 +208,24 @@ class HeadExperts(ActiveHead):
                 groups.append(HeadGroup(k, rows, self.active_ids, self.down[k].detach(), up, own))
         return HeadVoices(self._base, groups)
 
+    def low_rank(
+        self, k: int
+    ) -> tuple[Float[Tensor, "rank hidden"], Float[Tensor, "hidden rank"], float]:
+        """A_k, B_k and s_k (0 without); no gradient flows."""
+        sharper = 0.0 if self.sharpness is None else float(self.sharpness[k])
+        return self.down[k].detach(), self.up[k].detach(), sharper
+
     def head_correction(
         self, k: int
     ) -> tuple[Float[Tensor, "rank hidden"], Float[Tensor, "tokens rank"]]:
         """A_k, and W B_k with zero rows for tokens that are not active: logits_k = W h + (W B_k) A_k h, where s_k = 0."""
-        up = torch.zeros(self._head.weight.shape[0], self.rank, device=self.up.device)
-        active = self.active_head()[0].to(up.device) @ self.up[k]
-        up[self.active_ids.to(up.device)] = active.detach()
-        return self.down[k].detach(), up
+        down, own, _ = self.low_rank(k)
+        up = torch.zeros(self._head.weight.shape[0], own.shape[1], device=own.device)
+        up[self.active_ids.to(up.device)] = self.active_head()[0].to(up.device) @ own
+        return down, up
 
     def _sharpness_of(self, k: int) -> float:
-        return 0.0 if self.sharpness is None else float(self.sharpness[k])
+        return self.low_rank(k)[2]
 
     def as_adapter(self, k: int) -> Any:
         """Expert k as LoRA on the output head; refused where s_k is not 0. See `leaving.head_as_adapter`."""
@@ -278,8 +285,9 @@ def prefix_kl(
         logits = plain if mapped is None else mapped(plain)
         lse = torch.logaddexp(logits.logsumexp(1), inactive)
         for k in range(experts.n_experts):
-            shift = (hidden @ experts.down[k].T) @ (head @ experts.up[k]).T
-            s = None if experts.sharpness is None else experts.sharpness[k]
+            down, up, sharper = experts.low_rank(k)
+            shift = (hidden @ down.T) @ (head @ up).T
+            s = None if experts.sharpness is None else sharper
             for i, scale in enumerate(scales):
                 own = None if s is None else scale * s
                 moved = corrected_logits(plain, scale * shift, own, mean, mapped)

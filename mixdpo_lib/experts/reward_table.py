@@ -87,31 +87,23 @@ class RewardTable(Experts, family=False):
 
         Returns (pairs, unit): chosen and rejected answer, and 0 ... U-1.
         """
-        unit = torch.arange(len(expert)).repeat_interleave(pairs_per_unit)
-        first = torch.randint(self.n_answers, (len(unit),), generator=generator)
-        second = (
-            first + torch.randint(1, self.n_answers, (len(unit),), generator=generator)
-        ) % self.n_answers
-        rewards, k = self.rewards, expert[unit]
-        wins = torch.rand(len(unit), generator=generator, dtype=torch.float64) < torch.sigmoid(
-            rewards[k, first] - rewards[k, second]
-        )
-        return torch.stack(
-            [torch.where(wins, first, second), torch.where(wins, second, first)], 1
-        ), unit
+        return sample_answers(self.expert_rewards()[expert], pairs_per_unit, generator)
+
+    def expert_rewards(self) -> Float[Tensor, "experts answers"]:
+        """r_k(a) of every expert; gradients flow to what is learned."""
+        return self.rewards
 
     def log_policy(self) -> Float[Tensor, "experts answers"]:
         """log pi_k(a) among the answers of a's prompt, nats."""
-        return self._by_prompt(self.log_ref + self.rewards / self.beta)
+        return self._by_prompt(self.log_ref + self.expert_rewards() / self.beta)
 
     # ------------------------------------------------------------------------------------------------ full-batch EM
 
     def loglik(self, pairs: Int[Tensor, "pairs 2"]) -> Float[Tensor, "pairs experts"]:
         """log sigma(D_k) of every pair, nats. Gradients flow to the rewards."""
         self._check(pairs)
-        return nn.functional.logsigmoid(
-            (self.rewards[:, pairs[:, 0]] - self.rewards[:, pairs[:, 1]]).T
-        )
+        rewards = self.expert_rewards()
+        return nn.functional.logsigmoid((rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]).T)
 
     def log_prior(self) -> Float[Tensor, ""]:
         """Log density of all rewards under their prior, without its constant; nats."""
@@ -135,15 +127,39 @@ class RewardTable(Experts, family=False):
         -------
         How many (expert, step) updates were made; 0 means that every expert is at its optimum up to rounding.
         """
-        self._check(pairs)
-        n, k = self.n_answers, self.n_experts
-        cell = (
-            pairs[:, 0] * n + pairs[:, 1]
-        )  # experts see a table of counts, whatever the number of pairs
-        count = weight.new_zeros(n * n, k).index_add_(0, cell, weight).T.reshape(k, n, n)
+        count = self._count(pairs, weight)
         rewards, updates = newton_steps(self.rewards.data, count, self.prior_scale, steps)
         self.rewards.copy_(rewards)
         return updates
+
+    def _count(
+        self, pairs: Int[Tensor, "pairs 2"], weight: Float[Tensor, "pairs experts"]
+    ) -> Float[Tensor, "experts answers answers"]:
+        """How often (by weight) each answer was preferred to each: all that an M-step sees, whatever the number of pairs."""
+        self._check(pairs)
+        n, k = self.n_answers, self.n_experts
+        cell = pairs[:, 0] * n + pairs[:, 1]
+        return weight.new_zeros(n * n, k).index_add_(0, cell, weight).T.reshape(k, n, n)
+
+
+@torch.no_grad()
+def sample_answers(
+    rewards: Float[Tensor, "units answers"], pairs_per_unit: int, generator: torch.Generator
+) -> tuple[Int[Tensor, "pairs 2"], Int[Tensor, "pairs"]]:
+    """Random pairs of different answers, labelled by the rewards of each unit with probability sigma(difference).
+
+    Returns (pairs, unit): chosen and rejected answer, and 0 ... U-1.
+    """
+    n = rewards.shape[1]
+    unit = torch.arange(len(rewards)).repeat_interleave(pairs_per_unit)
+    first = torch.randint(n, (len(unit),), generator=generator)
+    second = (first + torch.randint(1, n, (len(unit),), generator=generator)) % n
+    wins = torch.rand(len(unit), generator=generator, dtype=torch.float64) < torch.sigmoid(
+        rewards[unit, first] - rewards[unit, second]
+    )
+    return torch.stack(
+        [torch.where(wins, first, second), torch.where(wins, second, first)], 1
+    ), unit
 
 
 def newton_steps(

@@ -33,6 +33,8 @@ class Gate(nn.Module, ABC):
         weights belong to a prompt and not to a user.
     """
 
+    density = ""  # "circle": weights that are a density on it; "any": given ones; else one free weight an expert
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not cls.__name__.startswith("_"):

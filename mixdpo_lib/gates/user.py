@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from ..base.model import Base
 from .contract import Gate
 from .inputs import given, log_normal, positive, zero_linear
+from .metadata import columns_of_json, encode, n_features, read_columns
 
 
 class UserGate(Gate):
@@ -51,10 +50,7 @@ class UserGate(Gate):
         super().__init__(n_experts, reads=tuple(columns))
         self.weight_scale = positive("weight_scale", weight_scale)
         self.columns = dict(columns)
-        n_features = sum(
-            len(kind) if isinstance(kind, list) else 1 for kind in self.columns.values()
-        )
-        self.outer = zero_linear(n_features, n_experts)
+        self.outer = zero_linear(n_features(self.columns), n_experts)
 
     @classmethod
     def from_metadata(
@@ -67,20 +63,7 @@ class UserGate(Gate):
         ValueError : a missing or NaN value (row and column named); a column that is the same in every row, of which
             a gate can learn nothing.
         """
-        columns: dict[str, list[str] | tuple[float, float]] = {}
-        for name, values in metadata.items():
-            _check_metadata(name, values)
-            if len(set(values)) < 2:
-                raise ValueError(
-                    f"metadata column {name!r} is {values[0]!r} in every row: a gate can learn nothing from it; "
-                    "leave it out"
-                )
-            if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-                numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
-                columns[name] = (float(numbers.mean()), float(numbers.std(correction=0)))
-            else:
-                columns[name] = sorted({str(v) for v in values})
-        return cls(columns, n_experts, **options)
+        return cls(read_columns(metadata), n_experts, **options)
 
     def encode(self, metadata: Mapping[str, Sequence[Any]]) -> Float[Tensor, "rows features"]:
         """(rows, features) float32 of these users: what the gate reads.
@@ -89,54 +72,12 @@ class UserGate(Gate):
         ------
         ValueError : a column that is absent; a missing or NaN value; text in a numeric column.
         """
-        parts, n_rows = [], None
-        for name, kind in self.columns.items():
-            if name not in metadata:
-                raise ValueError(
-                    f"metadata column {name!r} is absent; found {list(metadata)}: the gate was trained with it, give it"
-                )
-            values = metadata[name]
-            _check_metadata(name, values)
-            if n_rows is not None and len(values) != n_rows:
-                raise ValueError(
-                    f"metadata column {name!r} has {len(values)} rows, the ones before it {n_rows}"
-                )
-            n_rows = len(values)
-            if isinstance(kind, tuple):
-                wrong = [i for i, v in enumerate(values) if not isinstance(v, (int, float))]
-                if wrong:
-                    raise ValueError(
-                        f"metadata row {wrong[0]}, column {name!r}: found {values[wrong[0]]!r}, expected a number"
-                    )
-                parts.append(
-                    ((torch.tensor([float(v) for v in values]) - kind[0]) / kind[1])[:, None]
-                )
-            else:
-                place = {category: i for i, category in enumerate(kind)}
-                unseen = sorted({str(v) for v in values} - set(place))
-                if unseen:
-                    warnings.warn(
-                        f"metadata column {name!r}: {unseen[:3]} were not among the training users' categories; "
-                        "users with them are served by their other columns and the bias",
-                        stacklevel=2,
-                    )
-                one_hot = torch.zeros(len(values), len(kind))
-                for row, value in enumerate(values):
-                    if str(value) in place:
-                        one_hot[row, place[str(value)]] = 1.0
-                parts.append(one_hot)
-        return torch.cat(parts, 1)
+        return encode(self.columns, metadata)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> UserGate:
         """An equal gate as at the start; JSON has no tuples, so that mean and standard deviation come as a list."""
-        columns = {
-            name: [str(one) for one in kind]
-            if isinstance(kind[0], str)
-            else (float(kind[0]), float(kind[1]))
-            for name, kind in options["columns"].items()
-        }
-        return cls(**{**options, "columns": columns})
+        return cls(**{**options, "columns": columns_of_json(options["columns"])})
 
     def options(self) -> dict[str, Any]:
         """What makes an equal gate but for what is learned."""
@@ -170,13 +111,3 @@ def given_gate(column: str, categories: Sequence[str], n_experts: int) -> UserGa
         for i in range(len(categories)):
             gate.outer.weight[i % n_experts, i] = 200.0  # nats: e^-200 is 0 in float32
     return gate.requires_grad_(False)
-
-
-def _check_metadata(name: str, values: Sequence[Any]) -> None:
-    if len(values) == 0:
-        raise ValueError(f"metadata column {name!r} has no rows: give at least one user")
-    for row, value in enumerate(values):
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(
-                f"metadata row {row}, column {name!r}: found {value!r}, expected text or a finite number"
-            )

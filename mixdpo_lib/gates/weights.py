@@ -51,6 +51,8 @@ class FixedWeights(_WeightsAlone):
     2
     """
 
+    density = "any"
+
     def __init__(
         self,
         weights: Sequence[float | int] | Tensor | None = None,

@@ -172,9 +172,14 @@ def fit(
     back = valid is not None or result.stop_reason in FAILED
     kept = result.best_step if back else None
     log_q = learner.table.log_q(learner.log_w())
-    result.summary = summarise(history, result.stop_reason, kept, log_q, learner.table.loglik)
+    nodes = policy.experts.nodes
+    result.summary = summarise(
+        history, result.stop_reason, kept, log_q, learner.table.loglik, nodes
+    )
     if kept is not None:
         result.restore(policy)
+    if nodes is not None and config.latent == "unit":
+        nodes.warn_narrow(log_q)
     if trainer.args.should_save:
         note(f"fit K={policy.n_experts}: {result.summary}")
     return result

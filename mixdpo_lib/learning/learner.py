@@ -115,7 +115,12 @@ class Learner(nn.Module):
             together = _cluster_names(data, config, unit)
             log_q = cluster_log_q(inputs, policy.n_experts, config.seed, together, start.certainty)
         else:
-            log_q = random_log_q(n_latents, policy.n_experts, config.seed)
+            nodes = policy.experts.nodes
+            log_q = (
+                random_log_q(n_latents, policy.n_experts, config.seed)
+                if nodes is None
+                else nodes.random_log_q(n_latents, config.seed)
+            )
         self.register_buffer("start_log_q", log_q.float())
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         distinct, place = distinct_rows(inputs, n_latents)

@@ -10,6 +10,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from ..experts.groups import Nodes
 from ..policy.mixture import MixturePolicy
 
 DEAD = 0.02  # mean responsibility below which an expert is called dead: less than a fiftieth of the pairs are its own
@@ -148,6 +149,7 @@ def summarise(
     kept_step: int | None,
     log_q: Float[Tensor, "latents experts"],
     loglik: Float[Tensor, "pairs experts"],
+    nodes: Nodes | None = None,
 ) -> str:
     """One sentence for people.
 
@@ -155,6 +157,7 @@ def summarise(
     ----------
     kept_step : the best step where it was put back; None where the last one stays.
     log_q, loglik : responsibilities of the latents and log-likelihoods of the training pairs at the end, nats.
+    nodes : of experts that are nodes of a group: what counts is how closely users are placed, not which node is used.
     """
     first, last = history.iloc[0], history.iloc[-1]
     said = [
@@ -181,6 +184,10 @@ def summarise(
         said.append("WARNING: the bound fell: lower learning_rate")
     elif turned:
         said.append("almost nothing was learned: raise passes, min_steps or learning_rate")
+    elif nodes is not None:
+        spread = float(nodes.taste(log_q).spread.median())
+        unit = "deviations of the prior" if nodes.group == "translations" else "radians"
+        said.append(f"latents are placed within {spread:.2f} {unit} (median)")
     elif n_experts > 1:
         sure, dead = certainty(log_q), dead_experts(log_q)
         alike = [f"{i} and {j}" for i, j in equal_experts(loglik, dead)]

@@ -108,7 +108,7 @@ class MixDPOTrainer(Trainer):
         self.validation, self.validation_unit = validation, self._units_of(validation)
         base_rate = config.learning_rate or policy.experts.rates[config.optimizer]
         # an expert owns about 1/K of the pairs, and so 1/K of the gradient; AdamW makes up for that by itself
-        rate = base_rate * (policy.n_experts if config.optimizer == "sgd" else 1)
+        rate = base_rate * (policy.experts.n_sets if config.optimizer == "sgd" else 1)
         cpu = policy.base is None or policy.base.model.device.type == "cpu"
         save_steps = max(1, self.pass_steps // 2) if checkpoints else None
         arguments = _arguments(config, folder, rate, max_steps, save_steps, cpu)

@@ -92,7 +92,8 @@ class MixturePolicy(MixtureModel):
     ) -> Float[Tensor, "experts"]:
         """log_w (K,) of one user: the gate's weights given what is known of the user, updated by the user's own pairs.
 
-        No expert is touched. See `Gate.served`.
+        No expert is touched. See `Gate.served`. Where the experts are nodes of a group the weights are a density on it, of
+        which `taste` gives direction and concentration.
 
         Parameters
         ----------

@@ -16,6 +16,7 @@ from ..base.features import check_rows
 from ..data.pairs import Pairs, Texts, as_pairs
 from ..elbo import margins
 from ..experts.contract import Experts, chosen_texts
+from ..experts.groups import Taste
 from ..gates.contract import Gate
 from ..gates.inputs import distinct_rows
 from .lapses import Lapses
@@ -39,6 +40,14 @@ class MixtureModel(Lapses):
         if gate.n_experts != experts.n_experts:
             raise ValueError(
                 f"the gate has {gate.n_experts} weights for {experts.n_experts} experts: make them equal"
+            )
+        nodes, name = experts.nodes, type(gate).__name__
+        if nodes is not None:
+            nodes.check_gate(name, gate.density)
+        elif gate.density == "circle":
+            raise ValueError(
+                f"{name} with {type(experts).__name__}, which have no place on a circle: use UserGate, or experts that "
+                "are nodes of one, such as GroupTables"
             )
         self.experts, self.gate, self.beta = experts, gate, float(beta)
         self._constants: dict[str, Any] = {}
@@ -175,6 +184,20 @@ class MixtureModel(Lapses):
         data = self.prepare(data)
         inputs, place = distinct_rows(self.gate_inputs(data), len(data))
         return self.gate.log_w(inputs)[place]
+
+    def taste(self, log_w: Float[Tensor, "*users nodes"]) -> Taste:
+        """Where on a group users are, by their weights of its nodes (`user`, `log_posterior`): see `groups.Taste`.
+
+        Raises
+        ------
+        ValueError : experts that are nodes of no group.
+        """
+        if self.experts.nodes is None:
+            raise ValueError(
+                f"{type(self.experts).__name__} are nodes of no group: found {self.n_experts} experts; `posterior` says "
+                "which of them serve whom; GroupTables and GroupHeads have a group"
+            )
+        return self.experts.nodes.taste(log_w.reshape(-1, self.n_experts))
 
     def prompt_log_w(self, prompts: Sequence[Any]) -> Float[Tensor, "prompts experts"]:
         """The gate's weights of each prompt, nats.

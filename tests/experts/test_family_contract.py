@@ -10,6 +10,8 @@ from tiny import preference_rows
 from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.experts import FAMILIES, make_experts
 from mixdpo_lib.experts.adapters import AdapterExperts
+from mixdpo_lib.experts.group_heads import GroupHeads
+from mixdpo_lib.experts.group_tables import GroupTables
 from mixdpo_lib.experts.heads import HeadExperts
 from mixdpo_lib.experts.tables import TabularExperts
 from mixdpo_lib.experts.whole import IndependentExperts
@@ -20,11 +22,15 @@ MAKE = {  # how each family is made for k experts; a new family needs a line her
     "AdapterExperts": lambda base, data, k: AdapterExperts(base, k, rank=2, blocks=1),
     "IndependentExperts": lambda base, data, k: IndependentExperts([base] * k),
     "TabularExperts": lambda base, data, k: TabularExperts.of(base, data, k),
+    "GroupHeads": lambda base, data, k: GroupHeads(base, k, group="cyclic", rank=2),
+    "GroupTables": lambda base, data, k: GroupTables.of(base, data, k, group="cyclic"),
 }
 BAD = {
     "HeadExperts": [{"rank": 0}, {"active": "some"}],
     "AdapterExperts": [{"rank": 0}, {"blocks": 99}],
     "IndependentExperts": [],
+    "GroupHeads": [{"rank": 0}, {"group": "circle"}, {"n_basis": 3}],
+    "GroupTables": [{"group": "sphere"}, {"n_basis": 3}, {"group": "circle"}, {"beta": 0.0}],
     "TabularExperts": [{"beta": 0.0}, {"prior_scale": math.inf}],
 }
 
@@ -115,8 +121,8 @@ def test_bad_numbers_are_refused(name, tiny_base, data):
         MAKE[name](tiny_base, data, 0)
     for options in BAD[name]:
         with pytest.raises(ValueError):
-            if name == "TabularExperts":
-                TabularExperts.of(tiny_base, data, 2, **options)
+            if name in ("TabularExperts", "GroupTables"):
+                FAMILIES[name].of(tiny_base, data, 2, **options)
             else:
                 FAMILIES[name](tiny_base, 2, **options)
 

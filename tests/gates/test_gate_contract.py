@@ -8,6 +8,7 @@ import torch
 
 from mixdpo_lib.elbo import elbo_terms
 from mixdpo_lib.gates import GATES, make_gate
+from mixdpo_lib.gates.direction import DirectionGate
 from mixdpo_lib.gates.grown import GrownGate
 from mixdpo_lib.gates.membership import MixedMembershipGate
 from mixdpo_lib.gates.prompt import ContextGate
@@ -23,6 +24,7 @@ MAKE = {  # how each gate is made for n experts; a new gate needs a line here
     "LearnedWeights": lambda n: LearnedWeights(n),
     "ContextGate": lambda n: ContextGate(4, n),
     "UserGate": lambda n: UserGate.from_metadata(METADATA, n),
+    "DirectionGate": lambda n: DirectionGate.from_metadata(METADATA, n),
     "MixedMembershipGate": lambda n: MixedMembershipGate([ContextGate(4, n)], n, ["ann", "bob"]),
     "GrownGate": lambda n: GrownGate(LearnedWeights(1), LearnedWeights(n), ["ann"]),
 }
@@ -30,6 +32,7 @@ BAD = {
     "FixedWeights": [{"weights": [0.5, 0.6]}, {"weights": [math.nan, 1.0]}],
     "LearnedWeights": [{"n_experts": 2, "alpha": a} for a in (0.5, math.nan, math.inf)],
     "ContextGate": [{"n_features": 4, "n_experts": 2, "weight_scale": s} for s in (0, math.nan)],
+    "DirectionGate": [{"n_experts": 2}, {"n_experts": 3, "weight_scale": 0}],
     "UserGate": [{"columns": {"age": (0.0, 1.0)}, "n_experts": 2, "weight_scale": -1}],
     "MixedMembershipGate": [
         {"gates": [], "n_experts": 2, "units": ["a"], "offset_scale": s} for s in (0, math.inf)

@@ -1,0 +1,118 @@
+"""How does what is known of users become numbers? Categories one-hot, numbers standardised."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Columns = Mapping[str, list[str] | tuple[float, float]]
+
+
+def read_columns(
+    metadata: Mapping[str, Sequence[Any]],
+) -> dict[str, list[str] | tuple[float, float]]:
+    """By name, the categories of a column (text and truth values), or mean and standard deviation of its numbers.
+
+    Raises
+    ------
+    ValueError : a missing or NaN value (row and column named); a column that is the same in every row, of which a gate
+        can learn nothing.
+
+    >>> read_columns({"country": ["x", "y", "x"], "age": [20, 30, 40]})["country"]
+    ['x', 'y']
+    """
+    columns: dict[str, list[str] | tuple[float, float]] = {}
+    for name, values in metadata.items():
+        _check_metadata(name, values)
+        if len(set(values)) < 2:
+            raise ValueError(
+                f"metadata column {name!r} is {values[0]!r} in every row: a gate can learn nothing from it; "
+                "leave it out"
+            )
+        if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+            numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
+            columns[name] = (float(numbers.mean()), float(numbers.std(correction=0)))
+        else:
+            columns[name] = sorted({str(v) for v in values})
+    return columns
+
+
+def columns_of_json(
+    columns: Mapping[str, Sequence[Any]],
+) -> dict[str, list[str] | tuple[float, float]]:
+    """Columns that were read back from JSON, which has no tuples: mean and standard deviation come as a list."""
+    return {
+        name: [str(one) for one in kind]
+        if isinstance(kind[0], str)
+        else (float(kind[0]), float(kind[1]))
+        for name, kind in columns.items()
+    }
+
+
+def n_features(columns: Columns) -> int:
+    """How many numbers `encode` gives a row."""
+    return sum(len(kind) if isinstance(kind, list) else 1 for kind in columns.values())
+
+
+def encode(
+    columns: Columns, metadata: Mapping[str, Sequence[Any]]
+) -> Float[Tensor, "rows features"]:
+    """(rows, features) float32 of these users: what a gate reads.
+
+    A category that is not among the columns' is all zeros, with a warning that names it.
+
+    Raises
+    ------
+    ValueError : a column that is absent; a missing or NaN value; text in a numeric column.
+    """
+    parts, n_rows = [], None
+    for name, kind in columns.items():
+        if name not in metadata:
+            raise ValueError(
+                f"metadata column {name!r} is absent; found {list(metadata)}: the gate was trained with it, give it"
+            )
+        values = metadata[name]
+        _check_metadata(name, values)
+        if n_rows is not None and len(values) != n_rows:
+            raise ValueError(
+                f"metadata column {name!r} has {len(values)} rows, the ones before it {n_rows}"
+            )
+        n_rows = len(values)
+        if isinstance(kind, tuple):
+            wrong = [i for i, v in enumerate(values) if not isinstance(v, (int, float))]
+            if wrong:
+                raise ValueError(
+                    f"metadata row {wrong[0]}, column {name!r}: found {values[wrong[0]]!r}, expected a number"
+                )
+            parts.append(((torch.tensor([float(v) for v in values]) - kind[0]) / kind[1])[:, None])
+        else:
+            place = {category: i for i, category in enumerate(kind)}
+            unseen = sorted({str(v) for v in values} - set(place))
+            if unseen:
+                warnings.warn(
+                    f"metadata column {name!r}: {unseen[:3]} were not among the training users' categories; "
+                    "users with them are served by their other columns and the bias",
+                    stacklevel=3,
+                )
+            one_hot = torch.zeros(len(values), len(kind))
+            for row, value in enumerate(values):
+                if str(value) in place:
+                    one_hot[row, place[str(value)]] = 1.0
+            parts.append(one_hot)
+    return torch.cat(parts, 1)
+
+
+def _check_metadata(name: str, values: Sequence[Any]) -> None:
+    if len(values) == 0:
+        raise ValueError(f"metadata column {name!r} has no rows: give at least one user")
+    for row, value in enumerate(values):
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(
+                f"metadata row {row}, column {name!r}: found {value!r}, expected text or a finite number"
+            )
