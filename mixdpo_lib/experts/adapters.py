@@ -81,11 +81,7 @@ class AdapterExperts(Experts):
         self._names = [f"expert{k}" for k in range(n_experts)]
         try:
             model = with_equal_adapters(shared_copy(base.model), self.lora_config(), self._names)
-        except (
-            ValueError,
-            NotImplementedError,
-            TypeError,
-        ) as error:  # of peft: layers that it does not adapt
+        except (ValueError, NotImplementedError, TypeError) as error:  # peft: no such layers
             raise MixDPOError(
                 f"{type(base.model).__name__}: no adapters on {', '.join(modules)} ({error}); name other layers by "
                 "target_modules=[...], or take HeadExperts"
@@ -136,9 +132,7 @@ class AdapterExperts(Experts):
     def _speaks_as(self, k: int) -> None:
         for layer in self._layers:
             layer.set_adapter([self._names[k]])
-        for p in (
-            self.adapters.values()
-        ):  # peft freezes the adapters that are not active: their gradient would be lost
+        for p in self.adapters.values():  # peft freezes those that are not active
             p.requires_grad_(True)
 
     def perturb(self, scale: float, generator: torch.Generator) -> None:

@@ -75,10 +75,7 @@ class Experts(nn.Module, ABC):
 
     base: list[Any]
     nodes: Nodes | None = None  # where the experts are nodes of a group
-    rates: ClassVar[Mapping[str, float]] = {
-        "adamw": 1e-3,
-        "sgd": 0.03,
-    }  # by optimiser, where none is given
+    rates: ClassVar[Mapping[str, float]] = {"adamw": 1e-3, "sgd": 0.03}  # where none is given
 
     def __init_subclass__(cls, family: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -125,40 +122,8 @@ class Experts(nn.Module, ABC):
         return {name: p.data[k] for name, p in self.named_parameters()}
 
     def of_number(self, parts: Sequence[tuple[Experts, int]]) -> Experts:
-        """As many experts of this family as there are parts, as at the start; see `gathered`."""
-        description = {**self.describe(), "n_experts": len(parts)}
-        return make_experts(description, lambda *_: self.base[0])
-
-    @torch.no_grad()
-    def gathered(self, parts: Sequence[tuple[Experts, int]]) -> Experts:
-        """New experts of this family: copies of these, each named by where it stands and its number there.
-
-        What experts share (active tokens, a reference) is this family's. An expert may be named more than once, or
-        not at all: so experts are copied, added and dropped.
-
-        Raises
-        ------
-        ValueError : no parts; experts of other options than these.
-        """
-        if not parts:
-            raise ValueError("parts: found none, expected at least one expert to copy")
-        for experts, k in parts:
-            experts.check_number(k)
-            names = {name: value.shape for name, value in experts.own(k).items()}
-            if names != {name: value.shape for name, value in self.own(0).items()}:
-                raise ValueError(
-                    f"expert {k} of {type(experts).__name__} {experts.options()}: expected one of the options "
-                    f"{self.options()}; gather experts that differ in nothing but what they learned"
-                )
-        made, buffers = self.of_number(parts), dict(self.named_buffers())
-        made.fit_state(self.state_dict())
-        for name, buffer in made.named_buffers():
-            buffer.copy_(buffers[name])
-        for place, (experts, k) in enumerate(parts):
-            found = experts.own(k)
-            for name, value in made.own(place).items():
-                value.copy_(found[name])
-        return made
+        """As many experts of this family as there are parts, as at the start; see `copies.gathered`."""
+        return make_experts({**self.describe(), "n_experts": len(parts)}, lambda *_: self.base[0])
 
     # ----------------------------------------------------------------------------------------------------- learning
 

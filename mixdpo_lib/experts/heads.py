@@ -50,10 +50,10 @@ class HeadExperts(ActiveHead):
 
     Notes
     -----
-    All experts start with the same A and B_k = 0, which is the reference; equal experts cannot part by themselves (see
-    `FitConfig.start`). A is random until `activate_responses` has seen the training responses: then its rows read the
-    mean and the first r - 1 principal directions of their hidden states, each with mean square 1/r (after Paischer et
-    al. 2024, arXiv 2410.07170, who start LoRA so). On frozen features a head learns little that A does not read then.
+    All experts start with the same A and B_k = 0, the reference (parting them: `FitConfig.start`). A is random until
+    `activate_responses` has seen the training responses: then its rows read the mean and the first r - 1 principal
+    directions of their hidden states, each with mean square 1/r (after Paischer et al. 2024, arXiv 2410.07170, who
+    start LoRA so). On frozen features a head learns little that A does not read then.
     """
 
     rates = {"adamw": 3e-3, "sgd": 0.03}  # on 30 pairs and on the study, see docs/log.md
@@ -105,8 +105,8 @@ class HeadExperts(ActiveHead):
     def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
         """A and B at the rate, B with its decay, s at `sharpness_rate` of the rate."""
         decay = self.weight_decay / self.n_sets
-        groups: list[dict[str, Any]] = [{"params": [self.down], "lr": rate}]
-        groups.append({"params": [self.up], "lr": rate, "weight_decay": decay})
+        up: dict[str, Any] = {"params": [self.up], "lr": rate, "weight_decay": decay}
+        groups: list[dict[str, Any]] = [{"params": [self.down], "lr": rate}, up]
         if self.sharpness is not None:
             groups.append({"params": [self.sharpness], "lr": rate * self.sharpness_rate})
         return groups
@@ -200,20 +200,17 @@ class HeadExperts(ActiveHead):
 
     def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
         """See `Experts.voices`: the base reads every row once, whatever experts it chose."""
-        groups, sharpness = [], None if self.sharpness is None else self.sharpness.tolist()
+        groups, sharp = [], None if self.sharpness is None else self.sharpness.tolist()
         for k in range(0 if chosen is None else self.n_experts):
             if len(rows := chosen[:, k].nonzero().squeeze(1)):  # type: ignore[index]
-                up = (self.active_head()[0] @ self.up[k]).detach()
-                own = None if sharpness is None else sharpness[k]
-                groups.append(HeadGroup(k, rows, self.active_ids, self.down[k].detach(), up, own))
+                own = self.down[k].detach(), (self.active_head()[0] @ self.up[k]).detach()
+                groups.append(HeadGroup(k, rows, self.active_ids, *own, sharp and sharp[k]))
         return HeadVoices(self._base, groups)
 
-    def low_rank(
-        self, k: int
-    ) -> tuple[Float[Tensor, "rank hidden"], Float[Tensor, "hidden rank"], float]:
-        """A_k, B_k and s_k (0 without); no gradient flows."""
-        sharper = 0.0 if self.sharpness is None else float(self.sharpness[k])
-        return self.down[k].detach(), self.up[k].detach(), sharper
+    def low_rank(self, k: int) -> tuple[Tensor, Tensor, float]:
+        """A_k (rank, hidden), B_k (hidden, rank) and s_k (0 without); no gradient flows."""
+        s = 0.0 if self.sharpness is None else float(self.sharpness[k])
+        return self.down[k].detach(), self.up[k].detach(), s
 
     def head_correction(
         self, k: int
@@ -224,18 +221,15 @@ class HeadExperts(ActiveHead):
         up[self.active_ids.to(up.device)] = self.active_head()[0].to(up.device) @ own
         return down, up
 
-    def _sharpness_of(self, k: int) -> float:
-        return self.low_rank(k)[2]
-
     def as_adapter(self, k: int) -> Any:
         """Expert k as LoRA on the output head; refused where s_k is not 0. See `leaving.head_as_adapter`."""
-        return head_as_adapter(k, self._base.model, *self.head_correction(k), self._sharpness_of(k))
+        return head_as_adapter(k, self._base.model, *self.head_correction(k), self.low_rank(k)[2])
 
     def as_model(self, k: int) -> Any:
         """Expert k as a plain model; refused where no plain head says the same. See `leaving.head_as_model`."""
         whole = len(self.active_ids) == self._head.weight.shape[0] and self._map is None
         return head_as_model(
-            k, self._base.model, *self.head_correction(k), self._sharpness_of(k), whole
+            k, self._base.model, *self.head_correction(k), self.low_rank(k)[2], whole
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.pairs import Pairs
 from ..experts.contract import Experts
+from ..experts.copies import gathered
 from ..gates.contract import Gate
 from ..gates.grown import GrownGate
 from ..gates.m_step import gate_em
@@ -244,7 +245,7 @@ class _Growing:
         units = (q[:, k] > 0.5).logical_and(self.moving).nonzero().squeeze(1)
         if len(units) < 4:
             return None
-        one = self.now.experts.gathered([(self.now.experts, k)])
+        one = gathered(self.now.experts, [(self.now.experts, k)])
         gradients = self.teacher.gradients(one, units).double()
         values, vectors = torch.linalg.eigh(_gram(gradients - gradients.mean(0)))
         weight = torch.zeros(len(q), 2, dtype=torch.float64)
@@ -286,12 +287,12 @@ class _Growing:
         n_new = len(proposal.copies)
         gate = now.gate.resized(len(stay) + n_new)
         parts = [(now.experts, k) for k in [*stay, *proposal.copies]]
-        experts = now.experts.gathered(parts)
+        experts = gathered(now.experts, parts)
         train = torch.cat([now.train[:, stay], now.train[:, list(proposal.copies)]], 1)
         held = torch.cat([now.held[:, stay], now.held[:, list(proposal.copies)]], 1)
         if n_new == 0 or proposal.weight is None:
             return self._weighed(_Mixture(experts, gate, train, held))
-        new = now.experts.gathered([(now.experts, k) for k in proposal.copies])
+        new = gathered(now.experts, [(now.experts, k) for k in proposal.copies])
         weight = proposal.weight
         for _ in range(self.teacher.rounds):
             self.teacher.teach(new, weight, short=True)
@@ -299,7 +300,7 @@ class _Growing:
             tried = self._weighed(_Mixture(experts, gate, train, held))
             weight = self.log_q(tried).exp()[:, len(stay) :]
         whole = [(now.experts, k) for k in stay] + [(new, k) for k in range(n_new)]
-        return _Mixture(experts.gathered(whole), gate, train, held)
+        return _Mixture(gathered(experts, whole), gate, train, held)
 
     def _weighed(self, mixture: _Mixture) -> _Mixture:
         """With a gate that was moved to its responsibilities."""
@@ -331,14 +332,14 @@ class _Growing:
             self.teacher.settle(short)
         elif self.policy.n_experts > self.held_back:
             first, n = self.held_back, self.policy.n_experts
-            new = self.now.experts.gathered([(self.now.experts, k) for k in range(first, n)])
+            new = gathered(self.now.experts, [(self.now.experts, k) for k in range(first, n)])
             for _ in range(self.teacher.rounds):
                 self.teacher.teach(new, self.log_q(self.now).exp()[:, first:], short)
                 train, held = self.now.train.clone(), self.now.held.clone()
                 train[:, first:], held[:, first:] = self.teacher.logliks(new)
                 self.now = self._weighed(_Mixture(self.now.experts, self.now.gate, train, held))
             old = [(self.now.experts, k) for k in range(first)]
-            self.policy.experts = new.gathered([*old, *((new, k) for k in range(n - first))])
+            self.policy.experts = gathered(new, [*old, *((new, k) for k in range(n - first))])
         self.now = self.measured()
 
     def run(self) -> list[list[Any]]:

@@ -25,10 +25,6 @@ GATE_ITERATIONS = (
     5  # of L-BFGS in each M-step of a gate that reads: the responsibilities move on anyway
 )
 
-REVIVAL_STEP = (
-    0.05  # how far a revived expert stands from the one it copies, as a share of each number
-)
-
 
 def latent_inputs(
     policy: MixturePolicy, data: Pairs, config: FitConfig, unit: Tensor
@@ -240,5 +236,5 @@ class Learner(nn.Module):
             share=share,
             max_iter=GATE_ITERATIONS,
             entropy_weight=self.options.routing.entropy,
-            balance_weight=self.options.routing.balance_weight,
+            balance_weight=self.options.routing.balance_weight(self.policy.n_experts),
         )

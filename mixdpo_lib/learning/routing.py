@@ -24,7 +24,7 @@ class Routing:
         step on.
     entropy : >= 0, weight of the entropy of single rows in the gate's loss: keeps routing undecided.
     balance : >= 0, weight of KL(mean weight || uniform) in it: keeps any expert from starving (Shazeer et al. 2017,
-        arXiv 1701.06538, balance the load of sparse experts). None: 1 with `top_s`, where experts die without
+        arXiv 1701.06538, balance the load of sparse experts). None: 1 with `top_s` below K, where experts die without
         (docs/log.md), 0 otherwise.
 
     >>> Routing(top_s=0)
@@ -58,10 +58,10 @@ class Routing:
                 "them; give one of the two"
             )
 
-    @property
-    def balance_weight(self) -> float:
+    def balance_weight(self, n_experts: int) -> float:
         """`balance`, or what stands for None."""
-        return float(self.balance if self.balance is not None else self.top_s is not None)
+        sparse = self.top_s is not None and self.top_s < n_experts
+        return float(sparse if self.balance is None else self.balance)
 
     def check(self, gate: Gate) -> None:
         """Refuse what this gate cannot do: all of it acts on gates that read.

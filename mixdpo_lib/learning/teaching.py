@@ -15,6 +15,7 @@ from ..base.model import need_memory
 from ..data.pairs import Pairs
 from ..elbo import no_lapse_probability, sum_over_units
 from ..experts.contract import Experts
+from ..experts.copies import gathered
 from ..gates.inputs import distinct_rows
 from ..gates.weights import LearnedWeights
 from ..policy.mixture import MixturePolicy
@@ -190,7 +191,7 @@ class BySteps(Teaching):
             mask: Bool[Tensor, "pairs"] = (weight[:, k] > 0.5)[self.sets.unit]
             if not bool(mask.any()):
                 continue
-            one = self.alone(experts.gathered([(experts, k)]))
+            one = self.alone(gathered(experts, [(experts, k)]))
             fit(one, self.sets.train.where(mask.numpy()), config)
             for name, value in experts.own(k).items():
                 value.copy_(one.experts.own(0)[name])

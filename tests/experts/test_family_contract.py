@@ -10,6 +10,7 @@ from tiny import preference_rows
 from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.experts import FAMILIES, make_experts
 from mixdpo_lib.experts.adapters import AdapterExperts
+from mixdpo_lib.experts.copies import gathered
 from mixdpo_lib.experts.group_heads import GroupHeads
 from mixdpo_lib.experts.group_tables import GroupTables
 from mixdpo_lib.experts.heads import HeadExperts
@@ -137,7 +138,11 @@ def test_a_number_that_is_no_experts_is_refused(experts, k, tmp_path):
 def test_experts_are_copied_added_and_dropped(experts, data):
     """Gathered experts score as those they are copies of, to the bit, and hold tensors of their own."""
     order = [1, 0, 1]
-    made = experts.gathered([(experts, k) for k in order])
+    if experts.nodes is not None:
+        with pytest.raises(ValueError, match="nodes of a group that share their basis experts"):
+            gathered(experts, [(experts, 0)])
+        return
+    made = gathered(experts, [(experts, k) for k in order])
     assert type(made) is type(experts) and made.n_experts == 3
     ids = torch.arange(len(data.texts))
     wanted, refs = experts.all_text_logps(experts.constants(data.texts), ids)
@@ -151,12 +156,12 @@ def test_experts_are_copied_added_and_dropped(experts, data):
         value.add_(1.0)
     assert all(bool((experts.own(1)[n] == made.own(2)[n]).all()) for n in experts.own(1))
     with pytest.raises(ValueError, match="k=2: expected an expert from 0 to 1"):
-        experts.gathered([(experts, 2)])
+        gathered(experts, [(experts, 2)])
     with pytest.raises(ValueError, match="expected at least one expert to copy"):
-        experts.gathered([])
+        gathered(experts, [])
 
 
 def test_experts_of_other_options_are_not_gathered(tiny_base):
     one, other = HeadExperts(tiny_base, 1, rank=2), HeadExperts(tiny_base, 1, rank=3)
     with pytest.raises(ValueError, match="expert 0 of HeadExperts .* expected one of the options"):
-        one.gathered([(other, 0)])
+        gathered(one, [(other, 0)])

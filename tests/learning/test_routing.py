@@ -42,7 +42,7 @@ def test_dead_experts_by_hand():
 
 def test_sparse_fits_are_balanced_unless_told_otherwise():
     weights = [Routing(), Routing(top_s=1), Routing(top_s=1, balance=0.0), Routing(balance=0.5)]
-    assert [one.balance_weight for one in weights] == [0.0, 1.0, 0.0, 0.5]
+    assert [one.balance_weight(4) for one in weights] == [0.0, 1.0, 0.0, 0.5]
 
 
 def topics(n_groups, seed=0):
