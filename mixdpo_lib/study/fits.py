@@ -235,8 +235,8 @@ class Study(ABC):
         """An untrained policy of a method."""
 
     @abstractmethod
-    def fit_config(self, method: str, seed: int, design: str = "") -> FitConfig:
-        """How a method is fitted on a design (on the only one, by default)."""
+    def fit_config(self, method: str, seed: int) -> FitConfig:
+        """How a method is fitted."""
 
     @cached_property
     def scores(self) -> pd.DataFrame:
@@ -275,7 +275,7 @@ class Study(ABC):
         if key not in self._fitted:
             sets = self.pairs(design, seed)
             train, policy = sets["train"], self.new_policy(method, sets["train"])
-            config = self.fit_config(method, seed, design)
+            config = self.fit_config(method, seed)
             result, rewards, _ = kept_fit(policy, train, sets["validation"], config, self.texts)
             log_q, units = policy.log_posterior(train, self.unit, rewards)
             of = group_of(train, self.unit, self.group_column)

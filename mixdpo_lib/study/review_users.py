@@ -34,7 +34,7 @@ from .reviews import load_reviews
 from .simulated_people import DesignConfig, simulate_preferences
 
 METADATA = ("genre", "age_band")  # what is known of a user
-# Optimiser, rates and passes: chosen on validation pairs of each design (docs/log.md has what was tried).
+# Optimiser, rate and passes: chosen on validation pairs of both designs, first seed (docs/log.md has what was tried).
 # Temperature and its length: raised after an expert died.
 STUDY_FIT = FitConfig(
     batch_by="prompt",
@@ -102,7 +102,6 @@ class ReviewUsersConfig:
     weight_decay: float = 0.1  # of B_k, see `HeadExperts`
     lapse: float | str = 0.1  # rate of answers at random, or "learn", see `MixturePolicy`
     fit: FitConfig = STUDY_FIT
-    clean_learning_rate: float = 0.03  # the rate of `fit`, for labels without noise
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -199,12 +198,10 @@ class ReviewUsers(Study):
             experts, gate, self.config.beta, lapse=0.0 if m.plain else self.config.lapse
         )
 
-    def fit_config(self, method: str, seed: int, design: str = "") -> FitConfig:
-        """The study's, with the method's latent and the design's rate; given groups part the experts by themselves."""
+    def fit_config(self, method: str, seed: int) -> FitConfig:
+        """The study's, with the method's latent; given groups part the experts by themselves."""
         m = self.methods[method]
         config = replace(self.config.fit, seed=seed, latent=m.latent)
-        if (design or self.designs[0]) == "clean":
-            config = config.change(learning_rate=self.config.clean_learning_rate)
         return config.change(start__kind="none") if m.gate == "given" else config
 
     def variant(self, n_experts: int | None = None, **fit: Any) -> ReviewUsers:
@@ -213,7 +210,6 @@ class ReviewUsers(Study):
             self.config,
             fit=self.config.fit.change(**fit),
             n_experts=n_experts or self.config.n_experts,
-            clean_learning_rate=fit.get("learning_rate", self.config.clean_learning_rate),
         )
         other = ReviewUsers(config)
         for name in ("base", "prompts", "candidates", "scores", "texts", "_pairs"):

@@ -186,7 +186,7 @@ class TwoDomains(Study):
             config.beta,
         )
 
-    def fit_config(self, method: str, seed: int, design: str = "") -> FitConfig:
+    def fit_config(self, method: str, seed: int) -> FitConfig:
         """The study's; where a gate can say nothing of a prompt, there are no clusters to start from."""
         config = replace(self.config.fit, seed=seed)
         if method == "moe_dpo":

@@ -53,7 +53,6 @@ def study(tiny_base):
         batch_size=12,
         passes=4.0,
         learning_rate=0.05,
-        clean_learning_rate=0.05,
         beta=0.3,
     )
     rng = np.random.default_rng(0)
@@ -75,14 +74,6 @@ def study(tiny_base):
 @pytest.fixture(scope="module")
 def fits(study):
     return study.fits(["dpo", "mix_dpo"], [0])
-
-
-def test_each_design_has_its_rate(study):
-    other = study.variant(learning_rate=0.2)
-    assert [other.fit_config("dpo", 0, d).learning_rate for d in ("default", "clean")] == [0.2, 0.2]
-    apart = ReviewUsers(review_users_config(learning_rate=0.2, clean_learning_rate=0.1))
-    rates = [apart.fit_config("dpo", 0, d).learning_rate for d in ("default", "clean", "")]
-    assert rates == [0.2, 0.1, 0.2]
 
 
 def test_flat_values_find_their_place():
