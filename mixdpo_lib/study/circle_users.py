@@ -165,7 +165,7 @@ class CircleUsers(ReviewUsers):
         gate.requires_grad_(False)
         return MixturePolicy(GroupHeads(self.base, k, **heads), gate, c.beta, c.lapse)
 
-    def fit_config(self, method: str, seed: int, design: str = "") -> FitConfig:
+    def fit_config(self, method: str, seed: int) -> FitConfig:
         """The study's; given angles part the basis by themselves."""
         config = replace(self.config.fit, seed=seed)
         return config.change(start__kind="none") if method == "told" else config

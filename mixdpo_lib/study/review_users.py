@@ -40,7 +40,7 @@ STUDY_FIT = FitConfig(
     batch_by="prompt",
     batch_size=16,
     optimizer="sgd",
-    learning_rate=0.06,
+    learning_rate=0.03,
     passes=5.0,
     min_steps=0,
     start=Start(passes=0.5, temperature=100.0, tempering_passes=2.0),
