@@ -40,8 +40,7 @@ class HeadExperts(ActiveHead):
     n_experts : K >= 1; 1 is plain DPO.
     rank : r >= 1, rank of each head; 8 by default, not tuned.
     active : "responses" (tokens of the training responses, see `activate`) or "all".
-    min_count : with "responses", how often a token has to occur in them to be active. Tokens seen once are half of all,
-        and the head's cost grows with their number.
+    min_count : with "responses", how often a token has to occur to be active. Seen once is half of all; each costs time.
     sharpness : whether each expert has a number s_k, 0 at the start: pi_k is proportional to pi_ref^(1 + s_k) where
         B_k = 0 and all tokens are active. No head of low rank can say that. `sharpness` is a parameter (K,), or None.
     sharpness_rate : learning rate of s_k as a share of the head's.
@@ -200,11 +199,12 @@ class HeadExperts(ActiveHead):
 
     def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
         """See `Experts.voices`: the base reads every row once, whatever experts it chose."""
-        groups, sharp = [], None if self.sharpness is None else self.sharpness.tolist()
+        s = self.sharpness
+        groups, sharp = [], [None] * self.n_experts if s is None else s.tolist()
         for k in range(0 if chosen is None else self.n_experts):
             if len(rows := chosen[:, k].nonzero().squeeze(1)):  # type: ignore[index]
                 own = self.down[k].detach(), (self.active_head()[0] @ self.up[k]).detach()
-                groups.append(HeadGroup(k, rows, self.active_ids, *own, sharp and sharp[k]))
+                groups.append(HeadGroup(k, rows, self.active_ids, *own, sharp[k]))
         return HeadVoices(self._base, groups)
 
     def low_rank(self, k: int) -> tuple[Tensor, Tensor, float]:
