@@ -69,7 +69,11 @@ def simulate_circle(
     )  # each pair once; the reward says which is better
     pairs = {
         split: np.array(
-            [p for i in prompts for p in untied_pairs(order, list(by_prompt.get(i, [])))]
+            [
+                p
+                for i in prompts
+                for p in untied_pairs(order, [int(j) for j in by_prompt.get(i, [])])
+            ]
         ).reshape(-1, 2)
         for split, prompts in splits.items()
     }
