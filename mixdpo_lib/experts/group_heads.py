@@ -10,11 +10,9 @@ from torch import Tensor
 
 from ..base.model import Base
 from ..elbo import check_n_experts
-from .contract import Voices, check_chosen
+from .contract import check_chosen
 from .group_logps import group_text_logps
 from .groups import Nodes
-from .head_voices import HeadGroup as Group
-from .head_voices import HeadVoices
 from .heads import HeadExperts
 
 
@@ -105,14 +103,3 @@ class GroupHeads(HeadExperts):
         up = torch.cat(list(self.up.detach() * c[:, None, None]), 1)
         sharper = 0.0 if self.sharpness is None else float(c @ self.sharpness.detach())
         return self.down.detach().flatten(0, 1), up, sharper
-
-    def voices(self, chosen: Bool[Tensor, "rows nodes"] | None) -> Voices:
-        """See `Experts.voices`."""
-        groups = []
-        for k in range(0 if chosen is None else self.n_experts):
-            if len(rows := chosen[:, k].nonzero().squeeze(1)):  # type: ignore[index]
-                down, up, sharper = self.low_rank(k)
-                own = None if self.sharpness is None else sharper
-                active = self.active_head()[0].to(up.device) @ up
-                groups.append(Group(k, rows, self.active_ids, down, active, own))
-        return HeadVoices(self._base, groups)

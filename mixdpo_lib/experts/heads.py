@@ -199,12 +199,13 @@ class HeadExperts(ActiveHead):
 
     def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
         """See `Experts.voices`: the base reads every row once, whatever experts it chose."""
-        s = self.sharpness
-        groups, sharp = [], [None] * self.n_experts if s is None else s.tolist()
+        groups = []
         for k in range(0 if chosen is None else self.n_experts):
             if len(rows := chosen[:, k].nonzero().squeeze(1)):  # type: ignore[index]
-                own = self.down[k].detach(), (self.active_head()[0] @ self.up[k]).detach()
-                groups.append(HeadGroup(k, rows, self.active_ids, *own, sharp[k]))
+                down, up, s = self.low_rank(k)
+                up = self.active_head()[0].to(up.device) @ up
+                own = None if self.sharpness is None else s
+                groups.append(HeadGroup(k, rows, self.active_ids, down, up, own))
         return HeadVoices(self._base, groups)
 
     def low_rank(self, k: int) -> tuple[Tensor, Tensor, float]:

@@ -247,7 +247,8 @@ class _Growing:
             return None
         one = gathered(self.now.experts, [(self.now.experts, k)])
         gradients = self.teacher.gradients(one, units).double()
-        values, vectors = torch.linalg.eigh(_gram(gradients - gradients.mean(0)))
+        gradients -= gradients.mean(0)
+        values, vectors = torch.linalg.eigh(gradients @ gradients.T)
         weight = torch.zeros(len(q), 2, dtype=torch.float64)
         side = vectors[:, -1] > 0
         weight[units[side], 0], weight[units[~side], 1] = 1.0, 1.0
@@ -360,7 +361,3 @@ class _Growing:
         if any(row[_COLUMNS.index("kept")] for row in self.rows):
             self._settle(short=False)
         return self.rows
-
-
-def _gram(rows: Float[Tensor, "units numbers"]) -> Float[Tensor, "units units"]:
-    return rows @ rows.T

@@ -124,7 +124,8 @@ class ByTable(Teaching):
 
     def settle(self, short: bool) -> None:
         """See `Teaching.settle`."""
-        policy, sets, table = self.policy, self.sets, self._table()
+        policy, sets = self.policy, self.sets
+        table: Any = policy.experts
         inputs, before = unit_inputs(policy, sets.train, sets.unit), -torch.inf
         inputs, place = distinct_rows(inputs, len(sets.names))
         for _ in range(30 if short else 300):
@@ -139,9 +140,6 @@ class ByTable(Teaching):
             self.teach(table, log_q.exp(), short)
             policy.gate.m_step(inputs, log_q, place)
             policy.move_lapse(log_sigma, log_q, sets.unit)
-
-    def _table(self) -> Any:
-        return self.policy.experts
 
 
 class BySteps(Teaching):

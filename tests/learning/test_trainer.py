@@ -379,7 +379,7 @@ def test_cold_relaxed_draws_are_unbiased_for_the_exact_loss(tiny_base, data, tmp
     assert float(drawn.std()) > 0
 
 
-@pytest.mark.parametrize(("latent", "passes", "left"), [("unit", 40.0, 0.6), ("pair", 40.0, 0.5)])
+@pytest.mark.parametrize(("latent", "passes", "left"), [("unit", 160.0, 0.9), ("pair", 40.0, 0.5)])
 def test_the_recognition_network_learns_the_posterior(
     tiny_base, data, tmp_path, latent, passes, left
 ):
@@ -396,7 +396,7 @@ def test_the_recognition_network_learns_the_posterior(
     history = fit(policy, data, config).history
     gap = history["elbo"] - history["elbo_recognition"]
     assert (gap > -1e-6).all()
-    assert gap.min() < left * gap.iloc[0]  # with few draws a step may lead away again
+    assert gap.iloc[-1] < left * gap.iloc[0]
 
 
 def test_gradients_reach_the_network_through_the_draws_alone_where_they_should(

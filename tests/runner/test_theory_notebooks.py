@@ -104,5 +104,5 @@ def test_growth_finds_the_groups_and_leaves_the_old_users_alone(theory):
 
 def test_few_experts_die_where_one_is_drawn_at_random(theory):
     fits = pd.read_csv(theory["1_extreme_sparsity"] / "tables" / "fits.csv").set_index("fit")
-    assert (fits["dead"] <= 1).all() and fits.loc["dense", "computed a pair"] == 6
-    assert fits["computed a pair"].value_counts().to_dict() == {2: 5, 6: 2}
+    assert (fits["dead"] <= 1).all() and fits.loc["dense", "computed at the end"] == 6
+    assert fits["computed at the end"].value_counts().to_dict() == {2: 5, 6: 2}
