@@ -1,4 +1,4 @@
-"""How fast is text sampled, beside `generate` of transformers? The same prompts, lengths and end tokens."""
+"""How fast are candidates sampled, several of a prompt, beside `generate`? The same prompts, lengths and end tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from benchmarks.speed.material import length_rows
 from benchmarks.speed.measuring import Row, ratios, row
 
-SETTINGS: dict[str, Any] = {"prompts": 96, "tokens": 24, "turns": 5}
-QUICK = {"prompts": 8, "tokens": 4, "turns": 2}
+SETTINGS: dict[str, Any] = {"prompts": 24, "each": 4, "tokens": 24, "turns": 5}
+QUICK = {"prompts": 4, "each": 2, "tokens": 4, "turns": 2}
 AIMS = {"untruncated": 1.4, "top_p = .9": 2.0}
 
 
@@ -73,7 +73,8 @@ def measure(settings: dict[str, Any], device: str, folder: Path) -> list[Row]:
 
     base = mx.load_base(device=device)
     prompts = [one["prompt"] for one in length_rows(base, settings["prompts"])]
-    ids, tokens, rows = [base.prompt_ids(p) for p in prompts], settings["tokens"], []
+    each, tokens, rows = settings["each"], settings["tokens"], []
+    ids = [base.prompt_ids(p) for p in prompts for _ in range(each)]
     for name, top_p in (("untruncated", None), ("top_p = .9", 0.9)):
         calls = {
             "ours": ours(base, ids, tokens, top_p),
@@ -88,7 +89,7 @@ def measure(settings: dict[str, Any], device: str, folder: Path) -> list[Row]:
                 wait_for(device)
                 if turn:
                     rate[side].append(n / (time.perf_counter() - start))
-        note = f"{len(ids)} prompts of 8, up to {tokens} tokens"
+        note = f"{len(prompts)} prompts of 8, {each} candidates each, up to {tokens} tokens"
         rows += [row(f"{side}, {name}", "tokens/s", rate[side], note=note) for side in calls]
         aim = (">=", AIMS[name])
         what = f"candidates / generate, {name}"

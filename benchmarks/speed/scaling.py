@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.speed.material import (
@@ -25,6 +26,7 @@ from benchmarks.speed.material import (
 from benchmarks.speed.measuring import (
     Row,
     exponent_row,
+    forget_peak,
     in_own_process,
     in_turns,
     peak_gib,
@@ -38,9 +40,11 @@ SETTINGS: dict[str, Any] = {
     "active": [1024, 2048, 4096, 8192, 16384],
     "vocabulary": [16384, 65536, 262144],
     "batch": 8,
+    "pairs": 64,  # of a step whose K is varied
     "turns": 7,
 }
 QUICK = {
+    "pairs": 8,
     "experts": [1, 2, 4],
     "lengths": [8, 16, 32],
     "active": [256, 512, 1024],
@@ -69,29 +73,35 @@ def head_step(policy: Any, pairs: Any, batch: int) -> Callable[[], float]:
     return step
 
 
-def peak(n_experts: int, batch: int, device: str) -> float:
-    """Peak memory of this process after three steps with so many experts, GiB."""
+def peak(n_experts: int, batch: int, device: str) -> tuple[float, float]:
+    """GiB: the largest memory of this process while it makes three steps with so many experts, and what it had before."""
     import mixdpo_lib as mx
 
     base = mx.load_base(device=device)
-    pairs = as_pairs(length_rows(base, 2 * batch))
+    pairs = as_pairs(length_rows(base, batch))
     step = head_step(head_policy(base, n_experts, pairs, usual_tokens(base)), pairs, batch)
+    forget_peak()
+    before = psutil.Process().memory_info().rss / 2**30
     for _ in range(3):
         step()
-    return peak_gib(device)
+    return peak_gib(device), before
 
 
 def in_experts(base: Any, settings: dict[str, Any], device: str) -> list[Row]:
-    """Time of a step by K, and as multiples of K = 1."""
-    batch, counts = settings["batch"], settings["experts"]
-    pairs, active = as_pairs(length_rows(base, 4 * batch)), usual_tokens(base)
+    """Time of a step by K, as multiples of K = 1, and what is shared and what each expert adds."""
+    batch, counts = settings["pairs"], settings["experts"]
+    pairs, active = as_pairs(length_rows(base, batch)), usual_tokens(base)
     steps = {str(k): head_step(head_policy(base, k, pairs, active), pairs, batch) for k in counts}
-    seconds = in_turns(steps, settings["turns"], least_s=0.5, device=device)
+    seconds = in_turns(steps, settings["turns"], device=device)
     note = f"{batch} pairs, answers of 32, {len(active):,} active tokens"
     points = [
         row(f"a step, K = {k}", "s", seconds[str(k)], note=note, x=k, line="K") for k in counts
     ]
+    one, most = seconds[str(counts[0])], seconds[str(counts[-1])]
+    each = [(b - a) / (counts[-1] - counts[0]) for a, b in zip(one, most, strict=True)]
+    shared = [a - counts[0] * e for a, e in zip(one, each, strict=True)]
     rows = [*points, exponent_row("a step in K", points)]
+    rows += [row("each expert of a step", "s", each), row("what all experts share", "s", shared)]
     aims = {8: 2.5, 32: 8.0}
     for k in counts[1:]:
         aim = ("<=", aims[k]) if k in aims else None
@@ -99,10 +109,15 @@ def in_experts(base: Any, settings: dict[str, Any], device: str) -> list[Row]:
             row(f"a step, K = {k} / K = 1", "times", ratios(seconds[str(k)], seconds["1"]), aim)
         )
     if 8 in counts:
-        peaks = {k: in_own_process(peak, k, batch, device) for k in (1, 8)}
-        rows += [row(f"peak memory of steps, K = {k}", "GiB", [peaks[k]]) for k in (1, 8)]
+        found = {k: in_own_process(peak, k, batch, device) for k in (1, 8)}
+        rows += [row(f"peak memory of steps, K = {k}", "GiB", [found[k][0]]) for k in (1, 8)]
         what = "peak memory of steps, K = 8 / K = 1"
-        rows.append(row(what, "times", [peaks[8] / peaks[1]], ("<=", 1.3)))
+        rows.append(row(what, "times", [found[8][0] / found[1][0]], ("<=", 1.3)))
+        if not device.startswith("cuda"):
+            added = [
+                row(f"what steps add to it, K = {k}", "GiB", [a - b]) for k, (a, b) in found.items()
+            ]
+            rows += added
     return rows
 
 
