@@ -183,17 +183,8 @@ class HeadExperts(ActiveHead):
         head, bias = self.active_head()
         head, bias = head.to(device), None if bias is None else bias.to(device)
         with torch.autocast(device.type, enabled=False):
-            return low_rank_text_logps(
-                batch,
-                self.down,
-                self.up,
-                self.sharpness,
-                head,
-                bias,
-                chosen,
-                self._map,
-                self._workspace,
-            )
+            work = (chosen, self._map, self._workspace)
+            return low_rank_text_logps(batch, self.down, self.up, self.sharpness, head, bias, *work)
 
     # ----------------------------------------------------------------------------------------- speaking and leaving
 
