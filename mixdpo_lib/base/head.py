@@ -218,21 +218,31 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
 
 def token_logps(
-    base: Base, model: Any, hidden: Tensor, target: Tensor
+    base: Base, model: Any, hidden: Tensor, target: Tensor, power: Tensor | None = None
 ) -> Float[Tensor, "positions"]:
-    """log probability of the token at each position, nats, float32; gradients flow."""
+    """log probability of the token at each position, nats, float32; gradients flow.
+
+    power : () float32, 1 + s: of the distribution proportional to the model's own to this power; None: 1.
+    """
     head = model.get_output_embeddings()
     plain = type(head) is nn.Linear and logit_map(base.model.config.get_text_config()) is None
-    if plain and not head.weight.requires_grad:
-        return _FrozenHeadLogps.apply(hidden.to(head.weight.dtype), head.weight, head.bias, target)
+    if plain and not head.weight.requires_grad and (power is None or head.bias is None):
+        states = hidden if power is None else power * hidden
+        return _FrozenHeadLogps.apply(states.to(head.weight.dtype), head.weight, head.bias, target)
     logits = head_logits(base, hidden, model)
+    logits = logits if power is None else power * logits
     return logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
 def response_logps(
-    base: Base, model: Any, inputs: dict[str, Tensor], rows: Tensor | None, n_texts: int
+    base: Base,
+    model: Any,
+    inputs: dict[str, Tensor],
+    rows: Tensor | None,
+    n_texts: int,
+    power: Tensor | None = None,
 ) -> Float[Tensor, "rows"]:
-    """log probability of the responses of these rows (None: all), nats; gradients flow."""
+    """log probability of the responses of these rows (None: all), nats; gradients flow. `power`: see `token_logps`."""
     input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
     column, target, segment = inputs["column"], inputs["target"], inputs["segment"]
     if rows is not None:
@@ -243,7 +253,7 @@ def response_logps(
     hidden = model.base_model(
         input_ids=input_ids, attention_mask=mask, use_cache=False
     ).last_hidden_state
-    logps = token_logps(base, model, hidden[segment, column], target)
+    logps = token_logps(base, model, hidden[segment, column], target, power)
     return logps.new_zeros(len(input_ids)).index_add(0, segment, logps)
 
 

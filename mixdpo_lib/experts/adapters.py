@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,25 @@ from ..base.head import reference_logps, response_logps
 from ..base.model import Base
 from ..data.pairs import Texts
 from ..store import MixDPOError
-from .blocks import block_gives, block_list, chosen_layers, entering, lower_states, turned
-from .contract import Experts, Voices
-from .leaving import adapter_tensors, lora_config, shared_copy, with_equal_adapters, with_lora
+from .blocks import (
+    block_gives,
+    block_list,
+    chosen_layers,
+    entering,
+    lower_states,
+    turned,
+    unless_kept,
+)
+from .contract import Experts, Voices, check_sharpness_rate
+from .leaving import (
+    adapter_tensors,
+    check_no_sharpness,
+    lora_config,
+    shared_copy,
+    with_equal_adapters,
+    with_power,
+    with_tensors,
+)
 from .models import ModelVoices, by_expert, registered
 
 
@@ -35,6 +52,17 @@ class AdapterConstants:
     ref: np.ndarray
     lower: np.ndarray | None
     offsets: np.ndarray
+
+    def padded_lower(
+        self, texts: Sequence[int], columns: int
+    ) -> Float[Tensor, "texts columns hidden"]:
+        """What was kept of these texts, one a row, zeros behind."""
+        assert self.lower is not None
+        lower = torch.zeros(len(texts), columns, self.lower.shape[1])
+        for row, i in enumerate(texts):
+            a, b = self.offsets[i], self.offsets[i + 1]
+            lower[row, : b - a] = torch.from_numpy(np.array(self.lower[a:b]))
+        return lower
 
 
 class AdapterExperts(Experts):
@@ -53,6 +81,9 @@ class AdapterExperts(Experts):
     target_modules : names of the linear layers, such as ("q_proj", "v_proj"); None: all of a block.
     keep_lower : keep the lower blocks' output on disk (float32: 4 bytes x width for each token of each text) instead of
         computing it at every step.
+    sharpness : whether each expert has a number s_k as well, 0 at the start: pi_k is proportional to the adapted model's
+        distribution to the power 1 + s_k. Such an expert can be merged, and is no LoRA. `sharpness` is a parameter (K,),
+        or None. sharpness_rate : learning rate of s_k as a share of the adapters'; not tuned.
 
     Raises
     ------
@@ -71,13 +102,16 @@ class AdapterExperts(Experts):
         blocks: int | Sequence[int] = 2,
         target_modules: Sequence[str] | None = None,
         keep_lower: bool = True,
+        sharpness: bool = False,
+        sharpness_rate: float | int = 1.0,
     ) -> None:
         super().__init__(base, n_experts)
         if rank < 1:
             raise ValueError(f"rank={rank}: each adapter needs a rank of at least 1")
+        check_sharpness_rate(sharpness_rate)
         chosen, modules = chosen_layers(base, blocks, target_modules)
         self.rank, self.blocks, self.keep_lower = rank, chosen, keep_lower
-        self.target_modules = modules
+        self.target_modules, self.sharpness_rate = modules, sharpness_rate
         self._names = [f"expert{k}" for k in range(n_experts)]
         try:
             model = with_equal_adapters(shared_copy(base.model), self.lora_config(), self._names)
@@ -94,16 +128,27 @@ class AdapterExperts(Experts):
         self.adapters = registered(
             {f"{k}.{key}": p for k, own in enumerate(tensors) for key, p in own.items()}
         )
+        start = nn.Parameter(torch.zeros(n_experts)) if sharpness else None
+        self.register_parameter("sharpness", start)
         self._kept: Tensor | None = None
-        self._gives = block_gives(base.model)
+        gives = block_gives(base.model)
         for block in block_list(self._model)[1][: chosen[0]]:
-            block.forward = self._unless_kept(block.forward)
+            block.forward = unless_kept(block.forward, lambda: self._kept, gives)
         self._speaks_as(0)
+
+    sharpness: nn.Parameter | None
 
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters."""
-        names = ("n_experts", "rank", "blocks", "target_modules", "keep_lower")
-        return {name: getattr(self, name) for name in names}
+        names = ("n_experts", "rank", "blocks", "target_modules", "keep_lower", "sharpness_rate")
+        return {n: getattr(self, n) for n in names} | {"sharpness": self.sharpness is not None}
+
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        """The adapters at the rate, s at `sharpness_rate` of it."""
+        groups: list[dict[str, Any]] = [{"params": list(self.adapters.values()), "lr": rate}]
+        if self.sharpness is not None:
+            groups.append({"params": [self.sharpness], "lr": rate * self.sharpness_rate})
+        return groups
 
     def lora_config(self) -> Any:
         """Of one adapter, as peft takes it."""
@@ -118,16 +163,6 @@ class AdapterExperts(Experts):
     @property
     def _model(self) -> Any:
         return self._peft[0].get_base_model()
-
-    def _unless_kept(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A lower block gives what was kept of the last of them, where something was."""
-
-        def run(*args: Any, **options: Any) -> Any:
-            if self._kept is None:
-                return forward(*args, **options)
-            return (self._kept, *[None] * (self._gives - 1)) if self._gives else self._kept
-
-        return run
 
     def _speaks_as(self, k: int) -> None:
         for layer in self._layers:
@@ -148,7 +183,8 @@ class AdapterExperts(Experts):
 
     def own(self, k: int) -> dict[str, Tensor]:
         """See `Experts.own`."""
-        return {name: p.data for name, p in self.tensors(k).items()}
+        s = {} if self.sharpness is None else {"sharpness": self.sharpness.data[k]}
+        return {name: p.data for name, p in self.tensors(k).items()} | s
 
     # ------------------------------------------------------------------------------------------------- likelihoods
 
@@ -158,10 +194,9 @@ class AdapterExperts(Experts):
         ids = tokenised(base, texts)
         offsets = np.concatenate([[0], np.cumsum([len(a) + len(b) for a, b in ids])])
         ref = reference_logps(base, texts)
-        if not self.keep_lower or self.blocks[0] == 0:
-            return AdapterConstants(ids, ref, None, offsets)
-
-        lower = lower_states(base, self._model, self.blocks[0], ids)
+        lower = None
+        if self.keep_lower and self.blocks[0] > 0:
+            lower = lower_states(base, self._model, self.blocks[0], ids)
         return AdapterConstants(ids, ref, lower, offsets)
 
     def batch(
@@ -175,11 +210,7 @@ class AdapterExperts(Experts):
             "text_ref_logps": torch.from_numpy(constants.ref)[ids][:, None],
         }
         if constants.lower is not None:
-            lower = torch.zeros(*batch["input_ids"].shape, constants.lower.shape[1])
-            for row, i in enumerate(ids.tolist()):
-                a, b = constants.offsets[i], constants.offsets[i + 1]
-                lower[row, : b - a] = torch.from_numpy(np.array(constants.lower[a:b]))
-            batch["lower"] = lower
+            batch["lower"] = constants.padded_lower(ids.tolist(), batch["input_ids"].shape[1])
         return batch
 
     def text_logps(
@@ -194,13 +225,13 @@ class AdapterExperts(Experts):
 
         def speak(k: int, rows: Tensor | None) -> Tensor:
             self._speaks_as(k)
-            self._kept = (
-                None
-                if lower is None
-                else (lower if rows is None else lower[rows]).to(self._base.model.dtype)
-            )
+            if lower is not None:
+                own = lower if rows is None else lower[rows]
+                self._kept = own.to(self._base.model.dtype)
+            power = None if self.sharpness is None else 1 + self.sharpness[k]
             try:
-                return response_logps(self._base, self._model, batch, rows, len(batch["input_ids"]))
+                n = len(batch["input_ids"])
+                return response_logps(self._base, self._model, batch, rows, n, power)
             finally:
                 self._kept = None
 
@@ -209,29 +240,25 @@ class AdapterExperts(Experts):
     def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
         """See `Experts.voices`: each expert that some row chose reads its rows with a cache of its own."""
 
-        def speaker(k: int) -> Callable[[], Any]:
-            def model() -> Any:
-                self._speaks_as(k)
-                return self._model
+        def speaking(k: int) -> Any:
+            self._speaks_as(k)
+            return self._model
 
-            return model
+        every = range(self.n_experts)
+        speakers, powers = [partial(speaking, k) for k in every], [self.power(k) for k in every]
+        return ModelVoices([self._base] * self.n_experts, speakers, chosen, powers)
 
-        return ModelVoices(
-            [self._base] * self.n_experts, [speaker(k) for k in range(self.n_experts)], chosen
-        )
-
-    def _wrapped(self, k: int, model: Any) -> Any:
-        """`model`, which is the base or a copy of it, wrapped by peft with the adapter of expert k."""
-        wrapped = with_lora(model, self.lora_config())
-        with torch.no_grad():
-            for name, p in adapter_tensors(wrapped, "default").items():
-                p.copy_(self.tensors(k)[name])
-        return wrapped
+    def power(self, k: int) -> float:
+        """1 + s_k; 1 without sharpness."""
+        return 1.0 if self.sharpness is None else 1.0 + float(self.sharpness[k])
 
     def as_adapter(self, k: int) -> Any:
-        """See `Experts.as_adapter`."""
-        return self._wrapped(k, shared_copy(self._base.model))
+        """See `Experts.as_adapter`; refused where s_k is not 0."""
+        check_no_sharpness(k, self.power(k) - 1, "merge(k, folder)")
+        return with_tensors(shared_copy(self._base.model), self.lora_config(), self.tensors(k))
 
     def as_model(self, k: int) -> Any:
-        """See `Experts.as_model`."""
-        return self._wrapped(k, copy.deepcopy(self._base.model)).merge_and_unload()
+        """See `Experts.as_model`: with a head of (1 + s_k) W where s_k is not 0, which a scaled or capped head refuses."""
+        model = copy.deepcopy(self._base.model)
+        merged = with_tensors(model, self.lora_config(), self.tensors(k)).merge_and_unload()
+        return with_power(k, merged, self.power(k))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,19 @@ def block_gives(model: Any) -> int:
     finally:
         handle.remove()
     return len(found[0]) if isinstance(found[0], tuple) else 0
+
+
+def unless_kept(
+    forward: Callable[..., Any], kept: Callable[[], Tensor | None], gives: int
+) -> Callable[..., Any]:
+    """A block's forward pass, which gives what was kept of it where something was, in its own form (`block_gives`)."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        if (states := kept()) is None:
+            return forward(*args, **options)
+        return (states, *[None] * (gives - 1)) if gives else states
+
+    return run
 
 
 def chosen_layers(

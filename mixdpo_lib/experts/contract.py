@@ -27,6 +27,14 @@ def check_chosen(chosen: Tensor, rows: int, n_experts: int) -> None:
         )
 
 
+def check_sharpness_rate(rate: float | int) -> None:
+    """Refuse a learning rate of s that is not above 0 and finite."""
+    if not 0 < rate < float("inf"):
+        raise ValueError(
+            f"sharpness_rate={rate}: expected above 0, a share of the experts' rate; sharpness=False leaves s out"
+        )
+
+
 def chosen_texts(
     chosen: Bool[Tensor, "pairs experts"], pairs: Int[Tensor, "pairs 2"], n_texts: int
 ) -> Bool[Tensor, "texts experts"]:

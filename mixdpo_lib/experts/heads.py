@@ -25,7 +25,7 @@ from ..base.head import HeadConstants, reference_constants
 from ..base.model import Base
 from ..data.pairs import Pairs, Texts
 from .active import ActiveHead
-from .contract import Experts, Voices, check_chosen
+from .contract import Experts, Voices, check_chosen, check_sharpness_rate
 from .head_voices import HeadGroup, HeadVoices
 from .leaving import head_as_adapter, head_as_model
 from .low_rank import Workspace, corrected_logits, low_rank_text_logps
@@ -71,11 +71,7 @@ class HeadExperts(ActiveHead):
         super().__init__(base, n_experts, active, min_count)
         if rank < 1:
             raise ValueError(f"rank={rank}: each head needs a rank of at least 1")
-        if not 0 < sharpness_rate < float("inf"):
-            raise ValueError(
-                f"sharpness_rate={sharpness_rate}: expected above 0, a share of the head's rate; sharpness=False leaves "
-                "s out"
-            )
+        check_sharpness_rate(sharpness_rate)
         if not 0 <= weight_decay < float("inf"):
             raise ValueError(f"weight_decay={weight_decay}: expected 0 (none) or above")
         self.rank = rank

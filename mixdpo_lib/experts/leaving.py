@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ..base.architecture import logit_map
 
 
 def shared_copy(model: nn.Module) -> Any:
@@ -82,6 +84,15 @@ def with_equal_adapters(model: Any, config: Any, names: Sequence[str]) -> Any:
     return wrapped.eval()
 
 
+def with_tensors(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """`model` wrapped by peft with one adapter that holds these tensors, named as peft saves them."""
+    wrapped = with_lora(model, config)
+    with torch.no_grad():
+        for name, p in adapter_tensors(wrapped, "default").items():
+            p.copy_(tensors[name])
+    return wrapped
+
+
 def adapter_tensors(peft_model: Any, adapter: str) -> dict[str, nn.Parameter]:
     """The tensors of one adapter by the names under which peft saves them."""
     mark = f".{adapter}."
@@ -107,6 +118,15 @@ def replace_head(model: Any, change: Float[Tensor, "tokens hidden"], factor: flo
     return model
 
 
+def check_no_sharpness(k: int, sharpness: float, instead: str) -> None:
+    """Refuse to write expert k as LoRA where its sharpness is not 0."""
+    if sharpness:
+        raise ValueError(
+            f"expert {k} has the sharpness {sharpness:.3g}, which is of full rank: no LoRA can hold it; use {instead}, "
+            "as_causal_lm(), or fit experts with sharpness=False"
+        )
+
+
 def head_as_adapter(
     k: int,
     model: Any,
@@ -120,11 +140,7 @@ def head_as_adapter(
     ------
     ValueError : a sharpness that is not 0, which no LoRA can hold.
     """
-    if sharpness:
-        raise ValueError(
-            f"expert {k} has the sharpness {sharpness:.3g}, which is of full rank: no LoRA can hold it; use "
-            'merge(k, folder) (with active="all"), as_causal_lm(), or fit with HeadExperts(..., sharpness=False)'
-        )
+    check_no_sharpness(k, sharpness, 'merge(k, folder) (with active="all")')
     return with_lora_head(shared_copy(model), down, up)
 
 
@@ -151,3 +167,21 @@ def head_as_model(
             'HeadExperts(..., sharpness=False) or, where nothing is scaled or capped, active="all"'
         )
     return replace_head(copy.deepcopy(model), up @ down, 1 + sharpness)
+
+
+def with_power(k: int, model: Any, power: float) -> Any:
+    """`model` with its head times `power`, 1 + s of expert k, in place; untouched for 1.
+
+    Raises
+    ------
+    ValueError : the model scales or caps its head's output, so that no plain head says the same.
+    """
+    if power == 1:
+        return model
+    if logit_map(model.config.get_text_config()) is not None:
+        raise ValueError(
+            f"expert {k} has the sharpness {power - 1:.3g}, and {type(model).__name__} scales or caps its head's output: no "
+            "plain head says the same; use as_causal_lm(), or fit experts with sharpness=False"
+        )
+    head = model.get_output_embeddings()
+    return replace_head(model, torch.zeros_like(head.weight), power)

@@ -47,6 +47,8 @@ class ModelVoices(Voices):
     """Next-token logits of experts that are models: each reads the rows that chose it, with a cache of its own.
 
     The reference of a row is that of the first expert it chose (of the first base, where it chose none).
+
+    powers : 1 + s of each expert, whose logits are multiplied by it; None: 1.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class ModelVoices(Voices):
         bases: Sequence[Base],
         models: Sequence[Callable[[], Any]],
         chosen: Bool[Tensor, "rows experts"] | None,
+        powers: Sequence[float] | None = None,
     ) -> None:
-        self._bases, self._models = bases, models
+        self._bases, self._models, self._powers = bases, models, powers
         self._rows: dict[
             tuple[str, int], Tensor
         ] = {}  # of each that speaks: ("reference" or "expert", its number)
@@ -91,7 +94,8 @@ class ModelVoices(Voices):
             )
             logits = head_logits(base, hidden, model)
             if what == "expert":
-                said.append((k, rows, logits))
+                own = logits if self._powers is None else self._powers[k] * logits
+                said.append((k, rows, own))
             else:
                 refs = logits.new_empty(len(input_ids), logits.shape[1]) if refs is None else refs
                 refs[rows] = logits

@@ -21,7 +21,7 @@ from mixdpo_lib.policy.mixture import MixturePolicy
 from mixdpo_lib.policy.next_token import MixtureNextToken, NextToken
 from mixdpo_lib.store import MixDPOError
 
-FAMILIES = ("head", "adapter", "adapter, nothing kept", "independent")
+FAMILIES = ("head", "adapter", "adapter, nothing kept", "sharp adapter", "independent")
 WEIGHTS = [0.5, 0.2, 0.3]
 
 
@@ -33,11 +33,15 @@ def make(family, base, k, data=None, sharpness=True):
         return experts
     if family == "independent":
         return IndependentExperts([base] * k)
-    return AdapterExperts(base, k, rank=4, blocks=1, keep_lower=family == "adapter")
+    keep, sharp = "nothing kept" not in family, family == "sharp adapter" and sharpness
+    return AdapterExperts(base, k, rank=4, blocks=1, keep_lower=keep, sharpness=sharp)
 
 
 def moved(experts, scale=0.3):
     experts.perturb(scale, torch.Generator().manual_seed(1))
+    if isinstance(experts, AdapterExperts) and experts.sharpness is not None:
+        with torch.no_grad():
+            experts.sharpness.copy_(torch.tensor([0.3, -0.2, 0.5])[: experts.n_experts])
     return experts
 
 
@@ -56,11 +60,11 @@ def data(tiny_base):
     return Pairs.of(preference_rows())
 
 
-def whole_logps(model, base, row, side):
-    """log pi(response) by a model's own logits over the whole sequence, one text at a time."""
+def whole_logps(model, base, row, side, power=1.0):
+    """log pi(response) by a model's own logits, times `power`, over the whole sequence, one text at a time."""
     prompt, response = (base.tokenizer(row[name])["input_ids"] for name in ("prompt", side))
     ids = [*prompt, *response, *([base.eos_token_id] if row["ended"] else [])]
-    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    logits = power * model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
     target = torch.tensor(ids[len(prompt) :])
     return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, target[:, None]).sum()
 
@@ -127,10 +131,22 @@ def test_other_architectures(kinds, kind, family):
     policy = MixturePolicy(experts, FixedWeights(WEIGHTS), beta=0.5)
     batch = experts.batch(policy.constants(data.texts), data.index)
     logps, refs = experts.logps(batch), experts.ref_logps(batch)
+    powers = [1.0] * 3
+    if (
+        family == "sharp adapter" and kind == "gemma"
+    ):  # its head's output is capped: no plain head is sharper
+        with pytest.raises(ValueError, match="scales or caps its head's output"):
+            policy.export_model(0)
+        powers = [experts.power(k) for k in range(3)]
+        experts.sharpness.data.zero_()
     models = [policy.export_model(k) for k in range(3)]
+    if powers != [1.0] * 3:
+        experts.sharpness.data.copy_(torch.tensor(powers) - 1)
     for n, row in enumerate(data.rows):
         for side, name in enumerate(("chosen", "rejected")):
-            own = torch.stack([whole_logps(model, base, row, name) for model in models])
+            own = torch.stack(
+                [whole_logps(m, base, row, name, p) for m, p in zip(models, powers, strict=True)]
+            )
             torch.testing.assert_close(logps[n, side], own, atol=3e-4, rtol=2e-5)
             torch.testing.assert_close(
                 refs[n, side, 0], whole_logps(base.model, base, row, name), atol=3e-4, rtol=2e-5
@@ -169,6 +185,8 @@ def test_gradients_of_every_expert_arrive(tiny_base, data, family):
             if name in own:
                 assert (p.grad is not None and bool(p.grad.any())) == (k == 1), (name, k)
     assert family == "head" or all(names.values())
+    if family == "sharp adapter":
+        assert (experts.sharpness.grad != 0).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -234,7 +252,30 @@ def test_an_expert_leaves_the_mixture(kinds, kind, family, tmp_path):
     torch.testing.assert_close(alone(ids).logits[0, -1], wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["head", "adapter"])
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_a_sharp_adapter_is_a_power(kinds, kind, tmp_path):
+    """Merged it is a plain model; where B = 0 it is the reference to the power 1 + s; no LoRA holds it."""
+    base = kinds[kind]
+    experts = make("sharp adapter", base, 3)
+    assert experts.parameter_groups(0.1)[1] == {"params": [experts.sharpness], "lr": 0.1}
+    with torch.no_grad():
+        experts.sharpness.copy_(torch.tensor([0.0, -0.4, 0.7]))
+    policy = MixturePolicy(experts, FixedWeights(WEIGHTS))
+    ids = torch.tensor([[2, 5, 9, 4, 7]])
+    plain = base.model(ids).logits[0, -1]
+    for k, s in enumerate([0.0, -0.4, 0.7]):
+        merged = policy.export_model(k)(ids).logits[0, -1]
+        torch.testing.assert_close(merged, (1 + s) * plain, atol=1e-4, rtol=1e-4)
+        said = NextToken(base, experts, torch.tensor([k]))(ids, torch.ones_like(ids))[0]
+        torch.testing.assert_close(said, (1 + s) * plain, atol=1e-4, rtol=1e-4)
+    policy.export_adapter(0, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="expert 2 has the sharpness 0.7, which is of full rank"):
+        policy.export_adapter(2, tmp_path / "refused")
+    with pytest.raises(ValueError, match="sharpness_rate=0: expected above 0"):
+        AdapterExperts(base, 1, sharpness=True, sharpness_rate=0)
+
+
+@pytest.mark.parametrize("family", ["head", "adapter", "sharp adapter"])
 def test_a_mixture_is_saved_and_read_back(tiny_base, data, family, tmp_path):
     policy = MixturePolicy(moved(make(family, tiny_base, 3, data)), FixedWeights(WEIGHTS), beta=0.5)
     policy.save_pretrained(tmp_path / "m", {"data": "24 random pairs", "seed": 0})
