@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,16 +53,15 @@ class AdapterConstants:
     lower: np.ndarray | None
     offsets: np.ndarray
 
-    def padded_lower(
-        self, texts: Sequence[int], columns: int
-    ) -> Float[Tensor, "texts columns hidden"]:
-        """What was kept of these texts, one a row, zeros behind."""
-        assert self.lower is not None
-        lower = torch.zeros(len(texts), columns, self.lower.shape[1])
-        for row, i in enumerate(texts):
-            a, b = self.offsets[i], self.offsets[i + 1]
-            lower[row, : b - a] = torch.from_numpy(np.array(self.lower[a:b]))
-        return lower
+
+def padded_lower(
+    lower: Float[np.ndarray, "positions hidden"], spans: Sequence[tuple[int, int]], columns: int
+) -> Float[Tensor, "texts columns hidden"]:
+    """What was kept of these texts (first position and the one behind the last), one a row, zeros behind."""
+    out = torch.zeros(len(spans), columns, lower.shape[1])
+    for row, (a, b) in enumerate(spans):
+        out[row, : b - a] = torch.from_numpy(np.array(lower[a:b]))
+    return out
 
 
 class AdapterExperts(Experts):
@@ -210,7 +209,8 @@ class AdapterExperts(Experts):
             "text_ref_logps": torch.from_numpy(constants.ref)[ids][:, None],
         }
         if constants.lower is not None:
-            batch["lower"] = constants.padded_lower(ids.tolist(), batch["input_ids"].shape[1])
+            spans = [tuple(constants.offsets[i : i + 2].tolist()) for i in ids.tolist()]
+            batch["lower"] = padded_lower(constants.lower, spans, batch["input_ids"].shape[1])
         return batch
 
     def text_logps(

@@ -83,7 +83,8 @@ def full_batch_em(
             raise ValueError(
                 f"{name}={value}: expected {'above 0' if name == 'tolerance' else f'at least {low}'}"
             )
-    possible = tuple(name for name in KINDS if name != "clusters")  # input-free: nothing to cluster
+    nothing_to_read = ("clusters", "linear")
+    possible = tuple(name for name in KINDS if name not in nothing_to_read)
     if symmetry_breaking not in possible:
         raise ValueError(f"symmetry_breaking={symmetry_breaking!r}: possible are {possible}")
     if gate.reads:

@@ -14,6 +14,7 @@ from ..gates.inputs import distinct_rows
 from ..policy.mixture import MixturePolicy
 from .config import FitConfig
 from .inference import Exact, Moment
+from .linear_start import linear_log_q
 from .routing import Router
 from .starts import cluster_log_q, random_log_q
 from .table import LoglikTable
@@ -106,12 +107,13 @@ class Learner(nn.Module):
         self.options = config  # not `config`: Trainer writes to an attribute of that name
         self.table = LoglikTable(unit, policy.n_experts, policy.with_lapse)
         inputs = latent_inputs(policy, data, config, unit)
-        start, n_latents = config.start, self.table.n_units
+        start, n_latents, nodes = config.start, self.table.n_units, policy.experts.nodes
         if start.kind == "clusters":
             together = _cluster_names(data, config, unit)
             log_q = cluster_log_q(inputs, policy.n_experts, config.seed, together, start.certainty)
+        elif start.kind == "linear" and policy.n_experts > 1:
+            log_q = linear_log_q(policy.base, data, unit, policy.n_experts, config.seed, nodes)
         else:
-            nodes = policy.experts.nodes
             log_q = (
                 random_log_q(n_latents, policy.n_experts, config.seed)
                 if nodes is None

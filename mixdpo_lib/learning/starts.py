@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..gates.inputs import standardise
 
-KINDS = ("random_responsibilities", "clusters", "random_heads", "none")
+KINDS = ("random_responsibilities", "linear", "clusters", "random_heads", "none")
 RANDOM_HEADS_SCALE = 1e-3  # standard deviation of B_k: some 0.01 nats a text, enough to part and too little to matter
 
 
@@ -22,9 +22,10 @@ RANDOM_HEADS_SCALE = 1e-3  # standard deviation of B_k: some 0.01 nats a text, e
 class Start:
     """How experts that start equal part, and how fast their responsibilities harden.
 
-    kind : "random_responsibilities" of the latents stand at first; "clusters" of what the gate reads do; "random_heads"
-        draws small parameters for each expert; "none".
-    passes : how long the random responsibilities (or the clusters) stand, in passes over the training pairs.
+    kind : "random_responsibilities" of the latents stand at first; or those of "linear" rewards of what the base makes of
+        the answers (`linear_start`; units of several pairs); or "clusters" of what the gate reads; "random_heads" draws
+        small parameters for each expert; "none".
+    passes : how long given responsibilities stand, in passes over the training pairs.
     certainty : above 1/K and below 1, responsibility of the expert of a row's cluster.
     together : column whose rows share a cluster, such as a work that several templates ask about.
     temperature : >= 1, of tempered responsibilities at the start, q ~ w exp(sum loglik / T); falls geometrically to 1.
@@ -60,7 +61,7 @@ class Start:
     @property
     def given(self) -> bool:
         """Whether responsibilities are given at first."""
-        return self.kind in ("random_responsibilities", "clusters")
+        return self.kind in ("random_responsibilities", "linear", "clusters")
 
 
 def random_log_q(n_units: int, n_experts: int, seed: int) -> Float[Tensor, "units experts"]:
