@@ -67,11 +67,11 @@ def linear_em(
     -------
     log-likelihood of the units plus log prior, nats a pair; log q of the units under `log_prior`, which stands.
 
-    >>> read = torch.tensor([[4.0], [5.0], [-4.0], [-5.0]]).double()
-    >>> unit, experts = torch.tensor([0, 0, 1, 1]), torch.eye(2).double()
-    >>> q = linear_em(read, unit, experts, torch.tensor([0.5, 0.5]).log().double(), random_log_q(2, 2, seed=0))[1].exp()
-    >>> bool(((q[0] - q[1]).abs() > 0.5).all())
-    True
+    >>> read = torch.tensor([[2.0], [-2.0]]).double().repeat_interleave(20, 0)  # two units of 20 pairs
+    >>> unit, weights = torch.arange(2).repeat_interleave(20), torch.tensor([0.5, 0.5]).double()
+    >>> log_q = linear_em(read, unit, torch.eye(2).double(), weights.log(), random_log_q(2, 2, seed=0))[1]
+    >>> bool((log_q.exp().amax(1) > 0.99).all()), bool(log_q.argmax(1)[0] != log_q.argmax(1)[1])
+    (True, True)
     """
     basis, size = coordinates.shape[1], read.shape[1]
     beta, log_q = read.new_zeros(basis, size), start
