@@ -250,7 +250,7 @@ class AdapterExperts(Experts):
 
     def power(self, k: int) -> float:
         """1 + s_k; 1 without sharpness."""
-        return 1.0 if self.sharpness is None else 1.0 + float(self.sharpness[k])
+        return 1.0 if self.sharpness is None else 1.0 + float(self.sharpness[k].detach())
 
     def as_adapter(self, k: int) -> Any:
         """See `Experts.as_adapter`; refused where s_k is not 0."""

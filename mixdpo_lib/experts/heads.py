@@ -197,7 +197,7 @@ class HeadExperts(ActiveHead):
 
     def low_rank(self, k: int) -> tuple[Tensor, Tensor, float]:
         """A_k (rank, hidden), B_k (hidden, rank) and s_k (0 without); no gradient flows."""
-        s = 0.0 if self.sharpness is None else float(self.sharpness[k])
+        s = 0.0 if self.sharpness is None else float(self.sharpness[k].detach())
         return self.down[k].detach(), self.up[k].detach(), s
 
     def head_correction(

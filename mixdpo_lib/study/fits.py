@@ -38,6 +38,7 @@ from .judges.panel import Judges, judges, score_texts
 
 VERSION = 6
 FIT_NAMES = {  # flat names of choices that stand in a part of FitConfig
+    "start_kind": "start__kind",
     "start_temperature": "start__temperature",
     "tempering_passes": "start__tempering_passes",
     "restarts": "start__restarts",

@@ -43,7 +43,7 @@ STUDY_FIT = FitConfig(
     learning_rate=0.03,
     passes=5.0,
     min_steps=0,
-    start=Start(passes=0.5, temperature=100.0, tempering_passes=2.0),
+    start=Start("linear", passes=0.5, temperature=100.0, tempering_passes=2.0),
     stop=Stop(best="last"),
     evaluations_per_pass=1,
     evaluate_training=False,
@@ -199,10 +199,13 @@ class ReviewUsers(Study):
         )
 
     def fit_config(self, method: str, seed: int) -> FitConfig:
-        """The study's, with the method's latent; given groups part the experts by themselves."""
+        """The study's, with the method's latent; given groups part the experts by themselves, single pairs at random."""
         m = self.methods[method]
         config = replace(self.config.fit, seed=seed, latent=m.latent)
-        return config.change(start__kind="none") if m.gate == "given" else config
+        if m.gate == "given":
+            return config.change(start__kind="none")
+        alone = m.latent == "pair" and config.start.kind == "linear"
+        return config.change(start__kind="random_responsibilities") if alone else config
 
     def variant(self, n_experts: int | None = None, **fit: Any) -> ReviewUsers:
         """The same data with another K or other choices of the fit (see `FitConfig.change`), for ablations."""
