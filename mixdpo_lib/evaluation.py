@@ -90,9 +90,22 @@ def align_circle(
     >>> align_circle(np.array([0.5, 0.4, 0.2]), np.array([0.0, 0.1, 0.3])).round(6)
     array([0. , 0.1, 0.3])
     """
+    sign, turn = circle_turn(found, true)
+    return (sign * found + turn + np.pi) % (2 * np.pi) - np.pi
+
+
+def circle_turn(
+    found: Float[np.ndarray, "users"], true: Float[np.ndarray, "users"]
+) -> tuple[int, float]:
+    """Orientation (1 or -1) and turn (radians) of `align_circle`, which bring any angle of the found circle to the true one.
+
+    >>> sign, turn = circle_turn(np.array([0.5, 0.4, 0.2]), np.array([0.0, 0.1, 0.3]))
+    >>> sign, round(turn, 6)
+    (-1, 0.5)
+    """
     means = {sign: np.exp(1j * (true - sign * found)).mean() for sign in (1, -1)}
     sign = max(means, key=lambda one: abs(means[one]))
-    return (sign * found + np.angle(means[sign]) + np.pi) % (2 * np.pi) - np.pi
+    return sign, float(np.angle(means[sign]))
 
 
 def choose_n_experts(held_out: pd.DataFrame) -> int:

@@ -7,6 +7,7 @@
 [0.7, 0.5]
 """
 
+from .circle import said_by_angle, users_on_circle
 from .look import Look, legend_above, share_legend, style, subplots, watermark
 from .plots import curves, dots, points, reliability, responsibility_map, training_curves
 
@@ -18,9 +19,11 @@ __all__ = [
     "points",
     "reliability",
     "responsibility_map",
+    "said_by_angle",
     "share_legend",
     "style",
     "subplots",
     "training_curves",
+    "users_on_circle",
     "watermark",
 ]
