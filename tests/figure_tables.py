@@ -187,6 +187,12 @@ PROBES = pd.DataFrame(
     for j in ("training", "evaluation")
     for p, e in (("negation", 0.1), ("one_word_repeated", -109.0), ("lower_case", -2.1))
 )
+ANGLES = np.linspace(0, 2 * np.pi, 33)[:-1]
+USERS_ON_CIRCLE = pd.DataFrame({"true": ANGLES, "found": ANGLES + 0.1 * np.sin(range(32))})
+SAID_BY_ANGLE = pd.DataFrame(
+    {"angle": np.degrees(ANGLES)}
+    | {f"Sentence {i}, of some length for a row.": np.cos(ANGLES + i) ** 2 / 6 for i in range(12)}
+)
 SCORES = pd.DataFrame(
     {
         "reward": "informativeness",

@@ -25,10 +25,12 @@ from figure_tables import (
     PAIRS,
     PROBES,
     RECOVERY,
+    SAID_BY_ANGLE,
     SCORES,
     SERVED,
     SETTINGS,
     SHARPNESS,
+    USERS_ON_CIRCLE,
     VALIDITY,
     Q,
 )  # noqa: E402
@@ -44,6 +46,8 @@ LOOKS = study_figures.METHOD_STYLE
 # function: (narrowest width that it fits, height or 0, how it is called)
 FIGURES = {
     "points": ("column", 0, lambda ax: figures.points(SETTINGS[:8], ax, "setting", "NMI")),
+    "users_on_circle": ("column", 3.1, lambda ax: figures.users_on_circle(USERS_ON_CIRCLE, ax)),
+    "said_by_angle": ("page", 3.4, lambda ax: figures.said_by_angle(SAID_BY_ANGLE, ax)),
     "dots": (
         "column",
         0,

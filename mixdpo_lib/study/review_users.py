@@ -34,8 +34,7 @@ from .reviews import load_reviews
 from .simulated_people import DesignConfig, simulate_preferences
 
 METADATA = ("genre", "age_band")  # what is known of a user
-# Optimiser, rate and passes: chosen on validation pairs of both designs, first seed (docs/log.md has what was tried).
-# Temperature and its length: raised after an expert died.
+# Optimiser, rate, passes and start: chosen on validation pairs of both designs (docs/log.md has what was tried).
 STUDY_FIT = FitConfig(
     batch_by="prompt",
     batch_size=16,
@@ -43,11 +42,16 @@ STUDY_FIT = FitConfig(
     learning_rate=0.03,
     passes=5.0,
     min_steps=0,
-    start=Start("linear", passes=0.5, temperature=100.0, tempering_passes=2.0),
+    start=Start("linear", passes=0.5, temperature=1.0),
     stop=Stop(best="last"),
     evaluations_per_pass=1,
     evaluate_training=False,
 )
+AT_RANDOM: dict[str, Any] = {  # where a latent has one pair: tempered long, after an expert died
+    "start__kind": "random_responsibilities",
+    "start__temperature": 100.0,
+    "start__tempering_passes": 2.0,
+}
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ class ReviewUsers(Study):
         if m.gate == "given":
             return config.change(start__kind="none")
         alone = m.latent == "pair" and config.start.kind == "linear"
-        return config.change(start__kind="random_responsibilities") if alone else config
+        return config.change(**AT_RANDOM) if alone else config
 
     def variant(self, n_experts: int | None = None, **fit: Any) -> ReviewUsers:
         """The same data with another K or other choices of the fit (see `FitConfig.change`), for ablations."""

@@ -18,6 +18,7 @@ SMALL = {
     },
     "1_extreme_sparsity": {"n_groups": 6, "seeds": [0], "passes": 20},
     "2_growing_experts": {"seeds": [0], "n_users": 200},
+    "3_continuous_groups": {"n_users": 60, "n_experts_compared": [1, 3]},
 }
 
 
@@ -106,3 +107,17 @@ def test_few_experts_die_where_one_is_drawn_at_random(theory):
     fits = pd.read_csv(theory["1_extreme_sparsity"] / "tables" / "fits.csv").set_index("fit")
     assert (fits["dead"] <= 1).all() and fits.loc["dense", "computed at the end"] == 6
     assert fits["computed at the end"].value_counts().to_dict() == {2: 5, 6: 2}
+
+
+def test_users_are_placed_on_a_circle(theory):
+    folder = theory["3_continuous_groups"] / "tables"
+    users = pd.read_csv(folder / "users.csv")
+    assert np.cos(users["true"] - users["found"]).mean() > 0.9
+    held_out = pd.read_csv(folder / "held_out.csv").set_index("K")["loglik"]
+    assert held_out.idxmax() == "circle" and held_out["3"] > held_out["1"]
+    said = pd.read_csv(folder / "said.csv").set_index("angle")
+    assert np.allclose(said.sum(axis=1), 1) and len(said) in (16, 32, 64, 128)
+    density = pd.read_csv(folder / "newcomer.csv").groupby("comparisons")["density"].max()
+    assert density["after 24"] > density["after 4"] > density["after 1"]
+    factors = pd.read_csv(folder / "factors.csv")
+    assert abs(factors.corr().iloc[0, 1]) > 0.9
