@@ -33,9 +33,11 @@ def users_on_circle(table: pd.DataFrame, ax: Axes) -> Axes:
         ax.scatter(x, y, s=size, c=colours, linewidths=0, zorder=3)
     for angle in range(0, 360, 90):
         x, y = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-        place = {"ha": ("left", "center", "right")[1 - round(x)]}
-        place["va"] = ("bottom", "center", "top")[1 - round(y)]
-        ax.text(1.07 * x, 1.07 * y, f"{angle}°", **place)
+        beside, above = (
+            ("left", "center", "right")[1 - round(x)],
+            ("bottom", "center", "top")[1 - round(y)],
+        )
+        ax.text(1.07 * x, 1.07 * y, f"{angle}°", ha=beside, va=above)
     ax.text(0, 0, "outside: true\ninside: found", ha="center", va="center", color=GREY)
     ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
     ax.set_axis_off()
