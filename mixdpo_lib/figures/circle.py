@@ -27,7 +27,7 @@ def users_on_circle(table: pd.DataFrame, ax: Axes) -> Axes:
     true, found = (table[name].to_numpy(float) for name in ("true", "found"))
     colours = [CYCLE[int(np.degrees(angle)) % 360] for angle in true]
     ends = [np.stack([r * np.cos(a), r * np.sin(a)], 1) for r, a in ((1.0, true), (0.55, found))]
-    spokes = LineCollection(np.stack(ends, 1), colors=colours, linewidths=0.6, alpha=0.7)
+    spokes = LineCollection(list(np.stack(ends, 1)), colors=colours, linewidths=0.6, alpha=0.7)
     ax.add_collection(spokes)
     for size, (x, y) in zip((9, 5), (end.T for end in ends), strict=True):
         ax.scatter(x, y, s=size, c=colours, linewidths=0, zorder=3)
