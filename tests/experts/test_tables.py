@@ -86,7 +86,7 @@ def test_an_answer_that_always_wins_has_a_finite_reward():
     assert 1 < float(experts.rewards.data[0, 0]) < 10
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.booleans(), st.booleans())
 def test_the_monitored_objective_never_falls(seed, n_experts, by_unit, learned):
     truth = TabularExperts(5, 3)
