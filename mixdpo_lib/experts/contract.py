@@ -83,6 +83,7 @@ class Experts(nn.Module, ABC):
 
     base: list[Any]
     nodes: Nodes | None = None  # where the experts are nodes of a group
+    beta: float | None = None  # where their numbers are made for one strength of the KL term
     rates: ClassVar[Mapping[str, float]] = {"adamw": 1e-3, "sgd": 0.03}  # where none is given
 
     def __init_subclass__(cls, family: bool = True, **kwargs: Any) -> None:
@@ -145,6 +146,16 @@ class Experts(nn.Module, ABC):
     def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
         """Parameters with their learning rates, as an optimiser takes them; one rate for all by default."""
         return [{"params": list(self.parameters()), "lr": rate}]
+
+    def log_prior(self) -> Float[Tensor, ""]:
+        """Log density of the parameters under their prior, without its constant, nats; 0 without one. Gradients flow."""
+        return torch.zeros(())
+
+    def n_free(self) -> int:
+        """How many numbers are free to fit, for AIC and BIC; refused by default."""
+        raise ValueError(
+            f"{type(self).__name__}: their free numbers cannot be counted; compare by held-out pairs (report, choose_k)"
+        )
 
     # ------------------------------------------------------------------------------------------------- likelihoods
 

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..elbo import check_n_experts
+from .contract import Experts
 from .groups import Nodes
 from .tables import TabularExperts
 
@@ -58,6 +59,10 @@ class GroupTables(TabularExperts):
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters."""
         return super().options() | {"group": self.nodes.group, "n_basis": self.nodes.n_basis}
+
+    def n_free(self) -> int:
+        """Refused: bases that are turned into each other are one model."""
+        return Experts.n_free(self)
 
     def at_nodes(self, n_experts: int) -> GroupTables:
         """The same basis, read at another number of nodes."""
