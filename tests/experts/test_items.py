@@ -195,25 +195,21 @@ def test_lapses_are_learned_too(pairs):
 # ------------------------------------------------------------------------------------ like every other preference set
 
 
-@pytest.mark.parametrize("scale", [0.05, 2.0])
-def test_gradient_steps_reach_the_mode_under_the_prior(pairs, scale):
-    exact, steps = [
-        mx.MixturePolicy(
-            mx.TabularExperts.of(None, pairs, 1, prior_scale=scale), mx.LearnedWeights(1)
-        )
-        for _ in range(2)
-    ]
+def test_gradient_steps_reach_the_mode_under_the_prior(pairs):
+    """Under a narrow one, which draws rewards of up to 1 to less than .3."""
+    tables = [mx.TabularExperts.of(None, pairs, 1, prior_scale=0.05) for _ in range(2)]
+    exact, steps = [mx.MixturePolicy(table, mx.LearnedWeights(1)) for table in tables]
     mx.fit_table(exact, pairs)
     mx.fit(steps, pairs, mx.FitConfig(min_steps=100, evaluations_per_pass=0.2))
     wanted = exact.experts.reward_table()
     np.testing.assert_allclose(steps.experts.reward_table(), wanted, atol=2e-3)
-    assert (wanted.abs().max().item() < 0.3) == (scale < 1)  # the prior draws rewards to 0
+    assert 0.05 < wanted.abs().max().item() < 0.3
 
 
 def test_a_survey_is_fitted_chosen_reported_saved(pairs, tmp_path):
     at = np.arange(len(pairs)) % 4
     parts = {"train": pairs.where(at < 2), "validation": pairs.where(at == 2)}
-    config = mx.FitConfig(min_steps=60, evaluations_per_pass=0.5)
+    config = mx.FitConfig(min_steps=40, evaluations_per_pass=0.5)
 
     def make(k):
         gate = user_gate(pairs, k) if k == 3 else mx.LearnedWeights(k)
