@@ -39,7 +39,7 @@ STUDY_FIT = FitConfig(
     batch_by="prompt",
     batch_size=16,
     optimizer="sgd",
-    learning_rate=0.03,
+    learning_rate=0.015,
     passes=5.0,
     min_steps=0,
     start=Start("linear", passes=0.5, temperature=1.0),
@@ -101,9 +101,9 @@ class ReviewUsersConfig:
     n_experts: int = 3
     rank: int = 8
     min_count: int = 2  # occurrences of an active token in the training responses
-    beta: float = 0.1
+    beta: float = 0.15
     sharpness: bool = True  # each head has an s of its own, see `HeadExperts`
-    weight_decay: float = 0.1  # of B_k, see `HeadExperts`
+    weight_decay: float = 0.2  # of B_k, see `HeadExperts`
     lapse: float | str = 0.1  # rate of answers at random, or "learn", see `MixturePolicy`
     fit: FitConfig = STUDY_FIT
 

