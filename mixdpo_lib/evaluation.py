@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -163,7 +163,7 @@ def information_criteria(
 
     Raises
     ------
-    ValueError : experts or a gate whose free numbers are not counted, see `Experts.n_free`.
+    ValueError : experts or a gate whose free numbers are not counted: all but tables, and gates that read a prompt.
 
     >>> from mixdpo_lib.experts.tables import TabularExperts
     >>> from mixdpo_lib.gates.weights import LearnedWeights
@@ -173,9 +173,15 @@ def information_criteria(
     Criteria(loglik=-1.386..., n_free=5, n_units=2, aic=12.772..., bic=6.238...)
     """
     data = policy.prepare(data)
-    n_free = policy.experts.n_free() + policy.gate.n_free() + (policy.given_lapse == "learn")
+    experts: Any = policy.experts
+    if not hasattr(experts, "n_free"):
+        raise ValueError(
+            f"{type(experts).__name__}: their free numbers cannot be counted; expected TabularExperts, or compare by "
+            "held-out pairs (report, choose_k)"
+        )
+    n_free = experts.n_free() + policy.gate.n_free() + (policy.given_lapse == "learn")
     constants = policy.constants(data.texts)
-    batches = (policy.experts.batch(constants, part) for part in data.index.split(1024))
+    batches = (experts.batch(constants, part) for part in data.index.split(1024))
     loglik = torch.cat([policy.batch_loglik(batch) for batch in batches])
     ids, names = (None, data.rows) if unit is None else data.units(unit)
     total = float(mixture_log_likelihood(loglik, policy.log_w(data).double(), ids).sum())

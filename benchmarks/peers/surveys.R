@@ -11,7 +11,7 @@ starts <- as.integer(given[3])
 has <- function(name) suppressWarnings(suppressMessages(require(name, character.only = TRUE, quietly = TRUE)))
 out <- file.path(folder, "r.txt")
 say <- function(...) cat(..., "\n", sep = "\t", file = out, append = TRUE)
-for (name in c("psychotools", "psychotree", "flexmix", "psychomix"))
+for (name in c("psychotools", "psychotree", "flexmix"))
   say("package", name, if (has(name)) as.character(packageVersion(name)) else "not installed")
 
 export <- function(name, comparisons, known) {
@@ -75,13 +75,4 @@ if (has("psychotools")) for (name in c("GermanParties2009", "FirstNames", "CEMSC
   preference <- get(name)$preference
   say("fit", name, "btmodel", "weights", 1,
       sprintf("%.6f", as.numeric(logLik(btmodel(preference, undecided = FALSE, epsilon = 1e-12)))), "")
-  if (has("psychomix")) for (k in ks[ks > 1]) {
-    set.seed(1)
-    best <- max(sapply(seq_len(starts), function(i) {
-      fit <- try(btmix(preference, k = k, nrep = 1, undecided = FALSE, verbose = FALSE,
-                       control = list(iter.max = 2000, tolerance = 1e-10, minprior = 0)), silent = TRUE)
-      if (inherits(fit, "try-error")) -Inf else as.numeric(logLik(fit))
-    }))
-    say("fit", name, "btmix", "weights", k, sprintf("%.6f", best), "")
-  }
 }

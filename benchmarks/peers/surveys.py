@@ -5,8 +5,8 @@
 The surveys are those that psychotools and psychotree bring (German parties, first names, CEMS universities, top models),
 written as CSV into a temporary folder by surveys.R, and the generated one of tests/data. Everything is fitted by maximum
 likelihood, ties left out; a table of maximised log-likelihoods (nats) comes out. What is not installed is named and left
-out: apt-get install r-base-core r-cran-psychotools r-cran-psychotree r-cran-flexmix; pip install choix. The table of
-R's own `btmix` needs psychomix, which Debian has not; flexmix with a binomial model and `| person` is the same likelihood.
+out: apt-get install r-base-core r-cran-psychotools r-cran-psychotree r-cran-flexmix; pip install choix. `btmix`
+of psychomix is not run (Debian has it not): flexmix itself, with a binomial model and `| person`, has the same likelihood.
 """
 
 from __future__ import annotations

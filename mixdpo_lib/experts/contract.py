@@ -83,7 +83,6 @@ class Experts(nn.Module, ABC):
 
     base: list[Any]
     nodes: Nodes | None = None  # where the experts are nodes of a group
-    beta: float | None = None  # where their numbers are made for one strength of the KL term
     rates: ClassVar[Mapping[str, float]] = {"adamw": 1e-3, "sgd": 0.03}  # where none is given
 
     def __init_subclass__(cls, family: bool = True, **kwargs: Any) -> None:
@@ -151,12 +150,6 @@ class Experts(nn.Module, ABC):
         """Log density of the parameters under their prior, without its constant, nats; 0 without one. Gradients flow."""
         return torch.zeros(())
 
-    def n_free(self) -> int:
-        """How many numbers are free to fit, for AIC and BIC; refused by default."""
-        raise ValueError(
-            f"{type(self).__name__}: their free numbers cannot be counted; compare by held-out pairs (report, choose_k)"
-        )
-
     # ------------------------------------------------------------------------------------------------- likelihoods
 
     def constants_key(self) -> str:
@@ -181,8 +174,6 @@ class Experts(nn.Module, ABC):
     ) -> Float[Tensor, "texts experts"]:
         """log pi_k of the distinct texts of a batch, nats, summed over response tokens. Gradients flow.
 
-        Parameters
-        ----------
         chosen : which experts are computed for each text; None: all of them. Each chosen (text, expert) is computed
             once, by expert, and the others cost nothing: they are -inf, no log-probability of a text, and carry no
             gradient. Where every entry is chosen the result is that of None, to the last bit.

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..elbo import check_n_experts
-from .contract import Experts
 from .groups import Nodes
 from .tables import TabularExperts
 
@@ -62,7 +61,10 @@ class GroupTables(TabularExperts):
 
     def n_free(self) -> int:
         """Refused: bases that are turned into each other are one model."""
-        return Experts.n_free(self)
+        raise ValueError(
+            f"{type(self).__name__}: what is free of a turned basis is not counted; compare by held-out pairs "
+            "(report, choose_k)"
+        )
 
     def at_nodes(self, n_experts: int) -> GroupTables:
         """The same basis, read at another number of nodes."""

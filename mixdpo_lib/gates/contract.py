@@ -116,7 +116,8 @@ class Gate(nn.Module, ABC):
         if not self.learns:
             return 0
         raise ValueError(
-            f"{type(self).__name__}: its free numbers are not counted; expected LearnedWeights, FixedWeights or UserGate"
+            f"{type(self).__name__}: its free numbers are not counted; expected LearnedWeights, FixedWeights or UserGate, "
+            "or compare by held-out pairs (report, choose_k)"
         )
 
     def m_step(

@@ -75,5 +75,5 @@ def fit_table(
         found = tally_em(table, policy.gate, index, ids, **options)
     policy.gate.float()
     if policy.given_lapse == "learn":
-        policy.lapse_rate.fill_(found.lapse)
+        policy.lapse_rate.copy_(torch.tensor(found.lapse))
     return found

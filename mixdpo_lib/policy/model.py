@@ -40,7 +40,7 @@ class MixtureModel(Lapses):
     ) -> None:
         super().__init__(lapse)
         if beta is None:
-            beta = DPO_BETA if experts.beta is None else experts.beta
+            beta = float(getattr(experts, "beta", DPO_BETA))  # a table is made for one
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(
                 f"beta={beta}: the strength of the KL term is a positive number; 0.1 is the usual value"

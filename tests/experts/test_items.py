@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 import mixdpo_lib as mx
 from mixdpo_lib.elbo import mixture_log_likelihood
+from mixdpo_lib.gates.membership import MixedMembershipGate
 from mixdpo_lib.learning.full_batch import full_batch_em
 
 ML = {"tolerance": 1e-10, "max_iter": 2000}  # with priors that say nothing: maximum likelihood
@@ -146,6 +147,12 @@ def test_criteria_by_hand(pairs, fits):
     assert criteria.bic == pytest.approx(14 * np.log(200) - 2 * criteria.loglik)
     kept = found.restarts.query("kept")["restart"].item()
     last = found.history[found.history["restart"] == kept].iloc[-1]
+    with pytest.raises(
+        ValueError, match="GroupTables: what is free of a turned basis is not counted"
+    ):
+        mx.GroupTables.of(None, pairs, 8).n_free()
+    with pytest.raises(ValueError, match="MixedMembershipGate: its free numbers are not counted"):
+        MixedMembershipGate([], 3, ["ann"]).n_free()
     assert last["loglik"] * len(pairs) == pytest.approx(criteria.loglik, abs=1e-4)
 
 
