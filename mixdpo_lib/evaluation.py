@@ -6,17 +6,21 @@ are drawn, and the seeds of a method are averaged within a prompt first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
+from datasets import Dataset
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
 from .data.pairs import Pairs
-from .elbo import correct
+from .elbo import correct, mixture_log_likelihood
 from .policy.mixture import MixturePolicy
 
 N_BOOTSTRAP = 2000
@@ -131,6 +135,58 @@ def choose_n_experts(held_out: pd.DataFrame) -> int:
     behind = held_out.rsub(held_out[best], axis=0)
     error = behind.std(ddof=1) / len(behind) ** 0.5
     return int(min(k for k in held_out if behind[k].mean() <= error[k]))
+
+
+class Criteria(NamedTuple):
+    """loglik : of all units, nats. n_free : numbers free to fit. n_units : of latents. aic, bic : in units of deviance."""
+
+    loglik: float
+    n_free: int
+    n_units: int
+    aic: float
+    bic: float
+
+
+@torch.no_grad()
+def information_criteria(
+    policy: MixturePolicy, data: Dataset | Pairs, unit: str | None = "user"
+) -> Criteria:
+    """AIC = 2 p - 2 log L and BIC = p log U - 2 log L of the pairs that a mixture of tables was fitted to; smaller is better.
+
+    log L = sum_u log sum_k w_uk prod_n exp(loglik_nk), p = K (A - 1) + what is free of the gate (+ 1 for a learned lapse
+    rate), U the number of units. They compare maxima: fit without priors (`TabularExperts(prior_scale=1e4)`,
+    `LearnedWeights(k, alpha=1)`, `UserGate(weight_scale=1e3)`). Sources: Akaike (1974), Schwarz (1978).
+
+    Parameters
+    ----------
+    unit : the column of those who share a latent; None: a latent each pair.
+
+    Raises
+    ------
+    ValueError : experts or a gate whose free numbers are not counted: all but tables, and gates that read a prompt.
+
+    >>> from mixdpo_lib.experts.tables import TabularExperts
+    >>> from mixdpo_lib.gates.weights import LearnedWeights
+    >>> experts, pairs = TabularExperts.from_pairs(["tea", "tea"], ["milk", "juice"], ["tea", "juice"], 2, user=[1, 2])
+    >>> policy = MixturePolicy(experts, LearnedWeights(2))
+    >>> information_criteria(policy, pairs)  # every answer 1/2 likely; 2 (3 - 1) rewards and 1 weight
+    Criteria(loglik=-1.386..., n_free=5, n_units=2, aic=12.772..., bic=6.238...)
+    """
+    data = policy.prepare(data)
+    experts: Any = policy.experts
+    if not hasattr(experts, "n_free"):
+        raise ValueError(
+            f"{type(experts).__name__}: their free numbers cannot be counted; expected TabularExperts, or compare by "
+            "held-out pairs (report, choose_k)"
+        )
+    n_free = experts.n_free() + policy.gate.n_free() + (policy.given_lapse == "learn")
+    constants = policy.constants(data.texts)
+    batches = (experts.batch(constants, part) for part in data.index.split(1024))
+    loglik = torch.cat([policy.batch_loglik(batch) for batch in batches])
+    ids, names = (None, data.rows) if unit is None else data.units(unit)
+    total = float(mixture_log_likelihood(loglik, policy.log_w(data).double(), ids).sum())
+    aic, bic = (cost * n_free - 2 * total for cost in (2, math.log(len(names))))
+    return Criteria(total, n_free, len(names), aic, bic)
 
 
 def prompt_accuracy(

@@ -146,6 +146,10 @@ class Experts(nn.Module, ABC):
         """Parameters with their learning rates, as an optimiser takes them; one rate for all by default."""
         return [{"params": list(self.parameters()), "lr": rate}]
 
+    def log_prior(self) -> Float[Tensor, ""]:
+        """Log density of the parameters under their prior, without its constant, nats; 0 without one. Gradients flow."""
+        return torch.zeros(())
+
     # ------------------------------------------------------------------------------------------------- likelihoods
 
     def constants_key(self) -> str:
@@ -170,8 +174,6 @@ class Experts(nn.Module, ABC):
     ) -> Float[Tensor, "texts experts"]:
         """log pi_k of the distinct texts of a batch, nats, summed over response tokens. Gradients flow.
 
-        Parameters
-        ----------
         chosen : which experts are computed for each text; None: all of them. Each chosen (text, expert) is computed
             once, by expert, and the others cost nothing: they are -inf, no log-probability of a text, and carry no
             gradient. Where every entry is chosen the result is that of None, to the last bit.

@@ -59,6 +59,13 @@ class GroupTables(TabularExperts):
         """What makes equal experts but for their parameters."""
         return super().options() | {"group": self.nodes.group, "n_basis": self.nodes.n_basis}
 
+    def n_free(self) -> int:
+        """Refused: bases that are turned into each other are one model."""
+        raise ValueError(
+            f"{type(self).__name__}: what is free of a turned basis is not counted; compare by held-out pairs "
+            "(report, choose_k)"
+        )
+
     def at_nodes(self, n_experts: int) -> GroupTables:
         """The same basis, read at another number of nodes."""
         again = copy.deepcopy(self)

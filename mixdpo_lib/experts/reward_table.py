@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -96,6 +97,26 @@ class RewardTable(Experts, family=False):
     def log_policy(self) -> Float[Tensor, "experts answers"]:
         """log pi_k(a) among the answers of a's prompt, nats."""
         return self._by_prompt(self.log_ref + self.expert_rewards() / self.beta)
+
+    def reward_table(self) -> pd.DataFrame:
+        """Rewards by the names of the answers, a column an expert; those of a prompt's answers sum to 0.
+
+        The index is the answer, its number where it has no name, or prompt and answer where there are several prompts.
+        """
+        rewards = self.expert_rewards().detach()
+        size = torch.bincount(self.prompt).to(rewards)
+        total = rewards.new_zeros(len(rewards), len(size)).index_add(1, self.prompt, rewards)
+        centred = rewards - (total / size)[:, self.prompt]
+        names = [answer.response for answer in self.answers] or range(self.n_answers)
+        index = pd.Index(names, name="answer")
+        if len(size) > 1:
+            prompts = [answer.prompt for answer in self.answers]
+            index = pd.MultiIndex.from_arrays([prompts, names], names=["prompt", "answer"])
+        return pd.DataFrame(centred.T.numpy(), index=index).rename_axis(columns="expert")
+
+    def n_free(self) -> int:
+        """K (A - P), A answers of P prompts: adding a number to all rewards of a prompt changes no probability."""
+        return self.n_sets * (self.n_answers - len(torch.unique(self.prompt)))
 
     # ------------------------------------------------------------------------------------------------ full-batch EM
 

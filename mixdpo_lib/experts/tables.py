@@ -1,12 +1,13 @@
 """What do experts say that are tables? Exact policies over a finite set of answers: for teaching, and to test the rest.
 
-`TabularExperts` are made of numbers alone (answers 0 ... A-1), or of the answers of a preference set, and then keep the
-whole contract of `contract.Experts`: they are fitted, asked and sampled from like every other family.
+`TabularExperts` are made of numbers alone (answers 0 ... A-1), of items that have names (`TabularExperts.from_pairs`), or of
+the answers of a preference set, and then keep the whole contract of `contract.Experts`: they are fitted, asked and sampled
+from like every other family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..base.features import tokenise
 from ..base.head import reference_logps
 from ..base.model import Base
+from ..data.items import item, item_pairs
 from ..data.pairs import Pairs, Text, Texts
 from .contract import Voices
 from .reward_table import RewardTable
@@ -29,7 +31,7 @@ def numbered_answers(n_answers: int) -> list[Text]:
     >>> numbered_answers(2)[1].response
     'answer 1'
     """
-    return [Text("which?", f"answer {i}", True) for i in range(n_answers)]
+    return [item(f"answer {i}") for i in range(n_answers)]
 
 
 def numbered_pairs(
@@ -66,8 +68,8 @@ class TabularExperts(RewardTable):
     prior_scale : > 0, standard deviation of the prior, in units of reward; 2.0 by default, the spread of a reward that
         decides most pairs clearly.
     log_ref : (answers,) float64, nats; uniform by default. Normalised within each prompt.
-    answers, base : what the answers are, see `of`; without answers all belong to one prompt that has no words; without
-        a base they are judged, and not spoken.
+    answers, base : what the answers are, see `of` and `from_pairs`; without answers all belong to one prompt that has no
+        words; without a base they are judged, and not spoken.
 
     >>> experts = TabularExperts(n_answers=2, n_experts=1)
     >>> pairs = torch.tensor([[0, 1]] * 3 + [[1, 0]])                     # answer 0 wins three of four
@@ -80,17 +82,52 @@ class TabularExperts(RewardTable):
 
     @classmethod
     def of(
-        cls, base: Base, data: Dataset | Pairs, n_experts: int, **options: Any
+        cls, base: Base | None, data: Dataset | Pairs, n_experts: int, **options: Any
     ) -> TabularExperts:
         """A table of all answers of a preference set; the reference is the base's, restricted to a prompt's answers.
 
+        base : None for answers that are items: a uniform reference, and every text of the set, so that one table does for
+            all parts of it.
         options : beta, prior_scale.
         """
         data = data if isinstance(data, Pairs) else Pairs.of(data)
+        if base is None:
+            texts = data.texts.texts
+            return cls(len(texts), n_experts, answers=texts, **options)
         ids = torch.unique(data.index)
         log_ref = torch.from_numpy(reference_logps(base, data.texts))[ids]
         answers = [data.texts.texts[int(i)] for i in ids]
         return cls(len(answers), n_experts, log_ref=log_ref, answers=answers, base=base, **options)
+
+    @classmethod
+    def from_pairs(
+        cls,
+        first: Iterable[Any],
+        second: Iterable[Any],
+        winner: Iterable[Any],
+        n_experts: int = 1,
+        *,
+        user: Iterable[Any] | None = None,
+        covariates: Mapping[str, Iterable[Any]] | None = None,
+        **options: Any,
+    ) -> tuple[TabularExperts, Pairs]:
+        """A table of items that have names and no texts, and their comparisons; no language model is asked.
+
+        For another number of experts of the same pairs: `TabularExperts.of(None, pairs, n_experts)`.
+
+        first, second, winner, user, covariates : see `items.item_pairs`; ties are left out. options : beta, prior_scale.
+
+        >>> experts, pairs = TabularExperts.from_pairs(["tea"] * 4, ["milk"] * 4, ["tea", "tea", "milk", "tea"])
+        >>> for _ in range(5):
+        ...     _ = experts.m_step(pairs.index, torch.ones(4, 1, dtype=torch.float64))
+        >>> experts.reward_table().round(2)
+        expert     0
+        answer
+        tea     0.47
+        milk   -0.47
+        """
+        pairs = item_pairs(first, second, winner, user=user, covariates=covariates)
+        return cls.of(None, pairs, n_experts, **options), pairs
 
     def options(self) -> dict[str, Any]:
         """What makes equal experts but for their parameters."""

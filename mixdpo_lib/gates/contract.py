@@ -111,6 +111,15 @@ class Gate(nn.Module, ABC):
         """Whether an M-step can move it."""
         return any(p.requires_grad for p in self.parameters())
 
+    def n_free(self) -> int:
+        """How many numbers are free to fit, for AIC and BIC; 0 where nothing is learned, refused by default."""
+        if not self.learns:
+            return 0
+        raise ValueError(
+            f"{type(self).__name__}: its free numbers are not counted; expected LearnedWeights, FixedWeights or UserGate, "
+            "or compare by held-out pairs (report, choose_k)"
+        )
+
     def m_step(
         self,
         inputs: Mapping[str, Tensor],

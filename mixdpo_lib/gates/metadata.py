@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ def read_columns(
     metadata: Mapping[str, Sequence[Any]],
 ) -> dict[str, list[str] | tuple[float, float]]:
     """By name, the categories of a column (text and truth values), or mean and standard deviation of its numbers.
+
+    Numbers are Python's or numpy's.
 
     Raises
     ------
@@ -35,7 +38,7 @@ def read_columns(
                 f"metadata column {name!r} is {values[0]!r} in every row: a gate can learn nothing from it; "
                 "leave it out"
             )
-        if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        if all(isinstance(v, Real) and not isinstance(v, bool) for v in values):
             numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
             columns[name] = (float(numbers.mean()), float(numbers.std(correction=0)))
         else:
@@ -85,7 +88,7 @@ def encode(
             )
         n_rows = len(values)
         if isinstance(kind, tuple):
-            wrong = [i for i, v in enumerate(values) if not isinstance(v, (int, float))]
+            wrong = [i for i, v in enumerate(values) if not isinstance(v, Real)]
             if wrong:
                 raise ValueError(
                     f"metadata row {wrong[0]}, column {name!r}: found {values[wrong[0]]!r}, expected a number"
@@ -112,7 +115,7 @@ def _check_metadata(name: str, values: Sequence[Any]) -> None:
     if len(values) == 0:
         raise ValueError(f"metadata column {name!r} has no rows: give at least one user")
     for row, value in enumerate(values):
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        if value is None or (isinstance(value, Real) and not math.isfinite(value)):
             raise ValueError(
                 f"metadata row {row}, column {name!r}: found {value!r}, expected text or a finite number"
             )

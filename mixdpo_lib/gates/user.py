@@ -99,6 +99,13 @@ class UserGate(Gate):
         """Log density of the weights under their prior, without its constant and without the bias; nats."""
         return log_normal([self.outer.weight], self.weight_scale)
 
+    def n_free(self) -> int:
+        """(K - 1) for b, for each number, and for each category but one of a column, as in a regression."""
+        if not self.learns:
+            return 0
+        read = sum(len(one) - 1 if isinstance(one, list) else 1 for one in self.columns.values())
+        return (1 + read) * (self.n_experts - 1)
+
 
 def given_gate(column: str, categories: Sequence[str], n_experts: int) -> UserGate:
     """A gate that is told who answers: the expert of each category of a column, for sure; frozen. For oracles.

@@ -142,6 +142,10 @@ class LearnedWeights(_WeightsAlone):
         """Always, by its closed form."""
         return True
 
+    def n_free(self) -> int:
+        """K - 1: they sum to 1."""
+        return self.n_experts - 1
+
     def m_step(
         self,
         inputs: Mapping[str, Tensor],

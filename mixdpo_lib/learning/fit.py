@@ -72,7 +72,8 @@ def _restarts(
     return table, None
 
 
-def _check_unit(data: Pairs, config: FitConfig) -> None:
+def check_unit(data: Pairs, config: FitConfig) -> None:
+    """Refuse latents of units whose column there is not."""
     if config.latent == "unit" and config.unit not in data.rows.column_names:
         raise ValueError(
             f"latent='unit': no column {config.unit!r}; found {data.rows.column_names}; name the column that says whose "
@@ -124,7 +125,7 @@ def fit(
     need_memory(20 * size, what, next(policy.experts.parameters()).device)
     train = policy.prepare(train)
     valid = None if validation is None else policy.prepare(validation)
-    _check_unit(train, config)
+    check_unit(train, config)
     checkpoints = None if folder is None else _checkpoints(folder, policy, train, valid, config)
     newest = None if checkpoints is None else checkpoints.newest()
     if checkpoints and newest is None and was_left(policy, checkpoints.identity):
@@ -250,7 +251,7 @@ def fit_gate(
     """
     data = policy.prepare(data)
     config = FitConfig(latent=latent, unit=unit)
-    _check_unit(data, config)
+    check_unit(data, config)
     ids = data.units(unit)[0] if latent == "unit" else torch.arange(len(data))
     inputs = latent_inputs(policy, data, config, ids)
     own = ids if latent == "unit" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -23,6 +24,7 @@ from ..elbo import (
     with_lapse,
 )
 from ..gates.contract import Gate
+from ..gates.inputs import distinct_rows
 from ..gates.m_step import EMResult
 from .starts import KINDS, random_log_q
 
@@ -34,6 +36,7 @@ def full_batch_em(
     pairs: Int[Tensor, "pairs 2"],
     unit: Int[Tensor, "pairs"] | None = None,
     *,
+    inputs: Mapping[str, Tensor] | None = None,
     max_iter: int = 500,
     tolerance: float = 1e-8,
     start_temperature: float = 1.0,
@@ -46,9 +49,9 @@ def full_batch_em(
     lapse_start: float = LAPSE_START,
     seed: int = 0,
 ) -> EMResult:
-    """Full-batch EM, in place: exact responsibilities, an M-step of the experts that cannot fall, the weights' mode.
+    """Full-batch EM, in place: exact responsibilities, M-steps of the experts and of the gate that cannot fall.
 
-    The monitored objective is log-likelihood + log prior of the experts, of the weights, and of a learned lapse rate. It
+    The monitored objective is log-likelihood + log prior of the experts, of the gate, and of a learned lapse rate. It
     never falls once the responsibilities are exact (temperature 1). Source: derived in docs/method.md, tested in
     tests/experts/test_tables.py and tests/learning/test_lapses.py.
 
@@ -56,6 +59,7 @@ def full_batch_em(
     ----------
     experts : a module with loglik, log_prior, perturb and an m_step that cannot fall, for example `TabularExperts`.
     pairs : chosen and rejected answer of each pair. unit : unit of each pair, None for a latent per pair.
+    inputs : what the gate reads (`Gate.inputs`), one row a latent: a unit, or a pair. `exact.fit_table` finds them.
     max_iter : >= 1, iterations of each restart.
     tolerance : > 0, nats per pair: a smaller gain of an iteration at temperature 1 ends the fit as converged.
     start_temperature : >= 1, of the first responsibilities; falls to 1 geometrically in `tempering_iterations`.
@@ -70,7 +74,7 @@ def full_batch_em(
 
     Raises
     ------
-    ValueError : an option out of range; a unit with no pairs.
+    ValueError : an option out of range; a unit with no pairs; a gate that reads, without inputs of every latent.
     KeyboardInterrupt : is not raised: the fit ends as "interrupted" with the state it had reached.
     """
     for name, value, low in (
@@ -87,10 +91,6 @@ def full_batch_em(
     possible = tuple(name for name in KINDS if name not in nothing_to_read)
     if symmetry_breaking not in possible:
         raise ValueError(f"symmetry_breaking={symmetry_breaking!r}: possible are {possible}")
-    if gate.reads:
-        raise ValueError(
-            f"{type(gate).__name__} reads {', '.join(gate.reads)}: expected weights that read nothing; use fit"
-        )
     if isinstance(lapse, str) and lapse != "learn":
         raise ValueError(f'lapse={lapse!r}: expected a rate of at least 0 and below 1, or "learn"')
     learned = isinstance(lapse, str)
@@ -98,8 +98,10 @@ def full_batch_em(
     check_lapse(first_lapse)
     if learned and lapse_start == 0:
         raise ValueError("lapse_start=0: expected above 0, where a rate can be learned")
-    gate.double()
     unit = torch.arange(len(pairs)) if unit is None else unit
+    n_latents = int(unit.max()) + 1
+    read, place = distinct_rows(_read(gate, inputs or {}, n_latents), n_latents)
+    gate.double()
     start = {
         name: value.clone()
         for name, value in [*experts.state_dict().items(), *gate.state_dict().items()]
@@ -110,12 +112,14 @@ def full_batch_em(
         _load(experts, gate, start)
         if symmetry_breaking == "random_heads":
             experts.perturb(symmetry_scale, torch.Generator().manual_seed(seed + restart))
-        log_q = random_log_q(int(unit.max()) + 1, gate.n_experts, seed + restart)
+        log_q = random_log_q(n_latents, gate.n_experts, seed + restart)
         reason, rows = _one_em(
             experts,
             gate,
             pairs,
             unit,
+            read,
+            place,
             max_iter,
             tolerance,
             start_temperature,
@@ -138,10 +142,24 @@ def full_batch_em(
             break
     _load(experts, gate, best[1])
     loglik = with_lapse(experts.loglik(pairs).detach(), best[2])
-    log_q = log_responsibilities(loglik, gate.log_w(), unit)
+    log_q = log_responsibilities(loglik, gate.log_w(read)[place], unit)
     frame = pd.DataFrame(table)
     frame["kept"] = frame["restart"] == best[0]
     return EMResult(pd.DataFrame(history), table[best[0]]["stop_reason"], frame, log_q, best[2])
+
+
+def _read(gate: Gate, inputs: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+    """What the gate reads, in the precision of its parameters here."""
+    if bool(gate.reads) != bool(inputs) or any(len(value) != n for value in inputs.values()):
+        found = {name: len(value) for name, value in inputs.items()} or "nothing"
+        raise ValueError(
+            f"{type(gate).__name__} reads {', '.join(gate.reads) or 'nothing'}: found inputs of {found}, expected "
+            f"{f'{n} rows, one a latent; fit_table(policy, pairs) finds them' if gate.reads else 'nothing'}"
+        )
+    return {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 def _load(experts: nn.Module, gate: nn.Module, state: dict[str, Tensor]) -> None:
@@ -154,6 +172,8 @@ def _one_em(
     gate,
     pairs,
     unit,
+    inputs,
+    place,
     max_iter,
     tolerance,
     start_temperature,
@@ -165,19 +185,18 @@ def _one_em(
 ) -> tuple[str, list[dict[str, Any]]]:
     """Until a reason to stop: the reason, and one row an iteration."""
     n, rows = len(pairs), []
-    n_units = int(unit.max()) + 1
 
     def m_step(log_q: Tensor, log_sigma: Tensor) -> None:
         experts.m_step(pairs, log_q.exp()[unit] * no_lapse_probability(log_sigma, lapse))
         if gate.learns:
-            gate.m_step({}, log_q, torch.zeros(n_units, dtype=torch.long))
+            gate.m_step(inputs, log_q, place)
 
     try:
         if log_q is not None:
             m_step(log_q, experts.loglik(pairs).detach())
         for iteration in range(max_iter + 1):
             temperature = start_temperature ** max(0.0, 1 - iteration / max(tempering, 1))
-            log_sigma, log_w = experts.loglik(pairs).detach(), gate.log_w()
+            log_sigma, log_w = experts.loglik(pairs).detach(), gate.log_w(inputs)[place]
             loglik = with_lapse(log_sigma, lapse)
             log_q = log_responsibilities(
                 loglik, log_w, unit, responsibility_temperature=temperature

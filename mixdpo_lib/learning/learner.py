@@ -177,7 +177,7 @@ class Learner(nn.Module):
         part: str = "whole",
         **batch: Tensor,
     ) -> dict[str, Tensor]:
-        """loss = - mean_n sum_k q_nk loglik_nk + penalty, nats per pair; see inference.py for q.
+        """loss = - mean_n sum_k q_nk loglik_nk - log prior / pairs + penalty, nats per pair; see inference.py for q.
 
         loglik_nk is log sigma(D_nk), with the policy's lapse rate: its gradient weighs a pair by q_nk r_nk.
 
@@ -206,7 +206,9 @@ class Learner(nn.Module):
         if self.training and last:
             self._m_step(log_w)
             self.steps += 1
-        return {"loss": scale * (penalty - (q * loglik.masked_fill(q == 0, 0.0)).sum(1).mean())}
+        expected = (q * loglik.masked_fill(q == 0, 0.0)).sum(1).mean()
+        prior = self.policy.experts.log_prior() / len(self.table.unit)
+        return {"loss": scale * (penalty - expected - prior)}
 
     def now(self) -> Moment:
         """Where this step stands."""

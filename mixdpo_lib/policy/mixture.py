@@ -49,7 +49,8 @@ class MixturePolicy(MixtureModel):
     Parameters
     ----------
     experts : see experts/contract.py. gate : see gates/contract.py; both with the same number of experts.
-    beta : > 0, default 0.1 (DPO's usual value): large keeps close to the reference.
+    beta : > 0: large keeps close to the reference. By default that of the experts, where they have one (tables), else
+        0.1, DPO's usual value.
     lapse : e in [0, 1), how often an answer is given at random; default 0, never. "learn": from the training pairs, from
         .02 on, under a prior (`elbo.lapse_m_step`); `policy.lapse` is the rate as it is now. Texts have no lapses.
     """

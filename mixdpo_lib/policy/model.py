@@ -21,6 +21,8 @@ from ..gates.contract import Gate
 from ..gates.inputs import distinct_rows
 from .lapses import Lapses
 
+DPO_BETA = 0.1  # DPO's usual value
+
 
 class MixtureModel(Lapses):
     """The latent-variable model of preferences: p(y_w over y_l given x) = sum_k w_k(x) sigma(D_k)  (arXiv 2510.08256).
@@ -30,9 +32,15 @@ class MixtureModel(Lapses):
     """
 
     def __init__(
-        self, experts: Experts, gate: Gate, beta: float = 0.1, lapse: float | int | str = 0.0
+        self,
+        experts: Experts,
+        gate: Gate,
+        beta: float | None = None,
+        lapse: float | int | str = 0.0,
     ) -> None:
         super().__init__(lapse)
+        if beta is None:
+            beta = float(getattr(experts, "beta", DPO_BETA))  # a table is made for one
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(
                 f"beta={beta}: the strength of the KL term is a positive number; 0.1 is the usual value"

@@ -98,8 +98,10 @@ def load(
     learned = _learned_lapse(folder / "mixture.safetensors", state) if lapse == "learn" else {}
     given, refused = list(bases or []), []
 
-    def find_base(name: str | None = None, wanted: str | None = None) -> Base:
+    def find_base(name: str | None = None, wanted: str | None = None) -> Any:
         try:
+            if name is None and base is None and config["base"] is None:
+                return None
             if name is None:
                 one = base if base is not None else load_base(config["base"], chat=config["chat"])
             else:

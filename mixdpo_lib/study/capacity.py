@@ -213,8 +213,11 @@ FAMILIES: dict[str, Family] = {
     "IndependentExperts": Family(
         lambda base, k, rank, beta, pairs: IndependentExperts([base] * k), 2e-5
     ),
-    "TabularExperts": Family(
-        lambda base, k, rank, beta, pairs: TabularExperts.of(base, pairs, k, beta=beta), 0.1
+    "TabularExperts": Family(  # all but without the prior, which no other family has here
+        lambda base, k, rank, beta, pairs: TabularExperts.of(
+            base, pairs, k, beta=beta, prior_scale=1e3
+        ),
+        0.1,
     ),
 }
 

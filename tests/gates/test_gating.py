@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -270,6 +271,16 @@ def test_metadata_is_encoded_by_column():
     torch.testing.assert_close(x[:, 3], torch.tensor([-15.0, -5.0, 5.0, 15.0]) / math.sqrt(125))
     truth = UserGate.from_metadata({"member": [True, False]}, 2)
     assert truth.columns == {"member": ["False", "True"]}
+
+
+def test_numbers_of_numpy_are_numbers():
+    ages = list(np.array(METADATA["age"]))
+    gate = UserGate.from_metadata({"age": ages, "score": list(np.float32([1, 2, 3, 4]))}, 2)
+    assert gate.columns["age"] == UserGate.from_metadata({"age": METADATA["age"]}, 2).columns["age"]
+    assert gate.columns["score"][0] == 2.5 and json.dumps(gate.options())
+    assert gate.encode({"age": [np.int64(35)], "score": [np.float32(2.5)]}).tolist() == [[0, 0]]
+    with pytest.raises(ValueError, match="row 1, column 'score': found .*nan.*expected text or a"):
+        gate.encode({"age": [1, 2], "score": [1, np.float32("nan")]})
 
 
 def test_an_unseen_category_is_served_by_the_rest_with_a_warning():

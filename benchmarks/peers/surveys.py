@@ -1,0 +1,120 @@
+"""Are our maxima those of others? Mixtures of Bradley-Terry models of surveys, beside R's flexmix, psychotools and choix.
+
+    .venv/bin/python benchmarks/peers/surveys.py [--ks 1 2 3 4] [--starts 20] [--out FILE.csv]
+
+The surveys are those that psychotools and psychotree bring (German parties, first names, CEMS universities, top models),
+written as CSV into a temporary folder by surveys.R, and the generated one of tests/data. Everything is fitted by maximum
+likelihood, ties left out; a table of maximised log-likelihoods (nats) comes out. What is not installed is named and left
+out: apt-get install r-base-core r-cran-psychotools r-cran-psychotree r-cran-flexmix; pip install choix. `btmix`
+of psychomix is not run (Debian has it not): flexmix itself, with a binomial model and `| person`, has the same likelihood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import mixdpo_lib as mx
+
+HERE = Path(__file__).resolve().parent
+GENERATED = HERE.parents[1] / "tests" / "data" / "survey.csv"
+OWN = ("person", "first", "second", "winner")
+
+
+def from_r(folder: Path, ks: list[int], starts: int) -> list[dict]:
+    """R's fits of every survey in the folder; its own surveys are there afterwards."""
+    if not shutil.which("Rscript"):
+        print("Rscript: not installed; no package of R and none of its surveys was run")
+        return []
+    script = [str(HERE / "surveys.R"), str(folder), ",".join(map(str, ks)), str(starts)]
+    subprocess.run(["Rscript", "--vanilla", *script], check=True)
+    found = []
+    for line in (folder / "r.txt").read_text().splitlines():
+        kind, *rest = line.rstrip("\t").split("\t")
+        if kind == "package":
+            print(f"R {rest[0]}: {rest[1]}")
+        else:
+            found.append(
+                dict(zip(("survey", "program", "gate", "K", "loglik"), rest, strict=False))
+            )
+    return [{**row, "K": int(row["K"]), "loglik": float(row["loglik"])} for row in found]
+
+
+def ours(path: Path, ks: list[int], starts: int) -> list[dict]:
+    """Maximum likelihood by full-batch EM, for weights alone and for those that read the covariates."""
+    rows = pd.read_csv(path, dtype={name: str for name in OWN}, keep_default_na=False)
+    known = {name: rows[name].tolist() for name in rows if name not in OWN}
+    pairs = mx.item_pairs(
+        rows["first"], rows["second"], rows["winner"], user=rows["person"], covariates=known
+    )
+    found = []
+    for gate in ("weights", *(["covariates"] if known else [])):
+        for k in ks if gate == "weights" else [k for k in ks if k > 1]:
+            read = {name: pairs.columns[name] for name in known}
+            weights = (
+                mx.LearnedWeights(k, alpha=1)
+                if gate == "weights"
+                else mx.UserGate.from_metadata(read, k, weight_scale=1e4)
+            )
+            experts = mx.TabularExperts.of(None, pairs, k, prior_scale=1e4)
+            policy, began = mx.MixturePolicy(experts, weights), time.monotonic()
+            fitted = mx.fit_table(
+                policy, pairs, restarts=1 if k == 1 else starts, tolerance=1e-11, max_iter=3000
+            )
+            said = mx.information_criteria(policy, pairs)
+            row = {"survey": path.stem, "program": "mixdpo", "gate": gate, "K": k}
+            row |= {"loglik": said.loglik, "n_free": said.n_free, "aic": said.aic, "bic": said.bic}
+            found.append(row | {"seconds": time.monotonic() - began, "end": fitted.stop_reason})
+    return found
+
+
+def by_choix(path: Path) -> list[dict]:
+    """One Bradley-Terry model by choix."""
+    if importlib.util.find_spec("choix") is None:
+        return []
+    import choix
+
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False).query("winner != 'tie'")
+    items = sorted({*rows["first"], *rows["second"]})
+    lost = np.where(rows["winner"] == rows["first"], rows["second"], rows["first"])
+    place = {name: i for i, name in enumerate(items)}
+    data = [(place[a], place[b]) for a, b in zip(rows["winner"], lost, strict=True)]
+    x = choix.opt_pairwise(len(items), data, alpha=1e-12, method="BFGS", tol=1e-9)
+    won, lost_at = np.array(data).T
+    loglik = -np.logaddexp(0, x[lost_at] - x[won]).sum()
+    return [{"survey": path.stem, "program": "choix", "gate": "weights", "K": 1, "loglik": loglik}]
+
+
+def main() -> None:
+    """Every survey by every program."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--starts", type=int, default=20)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        shutil.copy(GENERATED, folder / "generated.csv")
+        rows = from_r(folder, options.ks, options.starts)
+        if importlib.util.find_spec("choix") is None:
+            print("choix: not installed; not run")
+        for path in sorted(folder.glob("*.csv")):
+            rows += [*ours(path, options.ks, options.starts), *by_choix(path)]
+    table = pd.DataFrame(rows)
+    wide = table.pivot_table("loglik", ["survey", "gate", "K"], "program")
+    print(wide.to_string(float_format="{:.4f}".format))
+    print(table[table["program"] == "mixdpo"].drop(columns="program").to_string(index=False))
+    if options.out:
+        table.to_csv(options.out, index=False)
+
+
+if __name__ == "__main__":
+    main()
