@@ -16,7 +16,7 @@ from torch import Tensor
 from .base.model import Base
 from .data.pairs import Pairs, as_pairs
 from .elbo import correct
-from .evaluation import bootstrap_means, choose_n_experts, interval
+from .evaluation import bootstrap_means, choose_n_experts, interval, mean_bounds
 from .experts.contract import make_experts
 from .experts.heads import HeadExperts
 from .gates.weights import LearnedWeights
@@ -26,6 +26,7 @@ from .learning.result import certainty, dead_experts, equal_experts
 from .policy.mixture import MixturePolicy
 
 FEW_UNITS = 10  # fewer drawn with replacement give an interval that is too narrow
+SURE = 0.99  # of a verdict; 100 data sets of each kind: benchmarks/verdict.py
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Report:
         the chosen answers of test pairs, weighted by how far expert k serves them), remark (dead, or equal to which).
     certainty : 0 where units are shared equally, 1 where each has one expert. No evidence by itself.
     notes : units that were left out or served by the gate alone, and what makes the interval rough.
-    sentence : whether a mixture pays; it rests on the interval of the difference of loglik alone.
+    bounds : what the difference of loglik lies above, and below, at 99 % each (`evaluation.mean_bounds`), nats per pair.
+    sentence : whether a mixture pays: where the lower bound lies above 0, and nowhere else.
     """
 
     totals: pd.DataFrame
@@ -48,7 +50,13 @@ class Report:
     experts: pd.DataFrame
     certainty: float
     notes: tuple[str, ...]
+    bounds: tuple[float, float]
     sentence: str
+
+    @property
+    def pays(self) -> bool:
+        """Whether the mixture predicts test pairs better than one policy, at 99 %."""
+        return self.bounds[0] > 0
 
     def __repr__(self) -> str:
         tables = [
@@ -192,7 +200,9 @@ def report(
 
     Parameters
     ----------
-    train : what `policy` was fitted on. test : pairs that no fit has seen, also not to choose its best step.
+    train : what `policy` was fitted on.
+    test : pairs by which nothing was decided: no step was taken on them, and neither a best step nor K was chosen by
+        them (`choose_k`). Else the verdict favours the mixture, whose choices were more.
     unit : the column that says whose pairs these are.
     single : a fitted policy to compare with; by default `single_counterpart(policy)` is fitted on `train`.
     config, validation : of that fit. Give those that `policy` was fitted with: a mixture of its best step against a
@@ -231,14 +241,15 @@ def report(
         units.insert(0, name, counts.reindex(units.index, fill_value=0))
     units.insert(2, "served_by", _by_expert(log_w, test, unit))
     log_q = policy.log_posterior(train, unit)[0]
-    totals = _totals(units)
+    bounds = mean_bounds(units["difference"].to_numpy(float), SURE)
     return Report(
-        totals=totals,
+        totals=_totals(units),
         units=units.rename_axis(unit),
         experts=_experts(policy, train, test, log_q, log_w),
         certainty=certainty(log_q),
         notes=tuple(_left_out(train, test, unit, unknown)),
-        sentence=_verdict(policy.n_experts, totals.loc["difference"], len(units), unit),
+        bounds=bounds,
+        sentence=_verdict(policy.n_experts, float(units["difference"].mean()), *bounds),
     )
 
 
@@ -288,19 +299,21 @@ def _experts(
     return pd.DataFrame(table).rename_axis("expert")
 
 
-def _verdict(n_experts: int, difference: pd.Series, n_units: int, unit: str) -> str:
-    mean, low, high = (float(difference[name]) for name in ("loglik", "loglik_low", "loglik_high"))
+def _verdict(n_experts: int, mean: float, low: float, high: float) -> str:
     found = f"by {abs(mean):.3f} nats per pair"
     if low > 0:
-        return f"K = {n_experts} predicts test pairs better than one policy {found} [{low:.3f}, {high:.3f}]: the mixture pays."
+        return (
+            f"K = {n_experts} predicts test pairs better than one policy {found}, by more than {low:.3f} at 99 %: the "
+            "mixture pays."
+        )
     if high < 0:
         return (
-            f"K = {n_experts} predicts test pairs worse than one policy {found} [{-high:.3f}, {-low:.3f}]: one policy "
-            "serves better."
+            f"K = {n_experts} predicts test pairs worse than one policy {found}, by more than {-high:.3f} at 99 %: one "
+            "policy serves better."
         )
     return (
-        f"K = {n_experts} minus one policy: {mean:+.3f} nats per test pair [{low:.3f}, {high:.3f}], the interval holds 0: "
-        "no sign that a mixture pays."
+        f"K = {n_experts} minus one policy: {mean:+.3f} nats per test pair, between {low:.3f} and {high:.3f} (each end at "
+        "99 %): no sign that a mixture pays."
     )
 
 

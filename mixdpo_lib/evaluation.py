@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import t as student_t
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
@@ -41,6 +42,31 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     """The 2.5 and 97.5 percentiles of bootstrap draws."""
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
+
+
+def mean_bounds(values: Float[np.ndarray, "units"], sure: float = 0.99) -> tuple[float, float]:
+    """What the mean over all units lies above, and below, with probability `sure` each: mean -+ t s / sqrt(n).
+
+    t is the quantile of Student's distribution with n - 1 degrees of freedom. The ends of a percentile bootstrap of n
+    units are about -+ 2.33 s sqrt(n - 1) / n at 99 %: for 20 units an eighth too close.
+
+    Parameters
+    ----------
+    values : one a unit, n >= 2, any unit; sure : in (0.5, 1).
+
+    Raises
+    ------
+    ValueError : fewer than two units.
+
+    >>> low, high = mean_bounds(np.array([1.0, 2.0, 3.0, 4.0]))
+    >>> round(low, 3), round(high, 3)
+    (-0.431, 5.431)
+    """
+    if len(values) < 2:
+        raise ValueError(f"values: found {len(values)} unit, expected at least 2")
+    error = values.std(ddof=1) / len(values) ** 0.5
+    reach = student_t.ppf(sure, len(values) - 1) * error
+    return float(values.mean() - reach), float(values.mean() + reach)
 
 
 def align(

@@ -65,7 +65,8 @@ def test_a_report_by_hand(table):
     )
     assert found.experts["remark"].tolist() == ["", ""]
     assert found.sentence == (
-        "K = 2 predicts test pairs better than one policy by 0.336 nats per pair [0.336, 0.336]: the mixture pays."
+        "K = 2 predicts test pairs better than one policy by 0.336 nats per pair, by more than 0.336 at 99 %: the mixture "
+        "pays."
     )
     assert found.sentence in repr(found) and "2 units are few" in repr(found)
 
@@ -74,10 +75,23 @@ def test_a_report_says_when_one_policy_serves_as_well_or_better(table):
     test = rows(("ann", "a"), ("bob", "a"))  # bob is served by the wrong expert
     found = mx.report(table(LOG3, -LOG3), TRAIN, test, single=table(0.0))
     assert found.units["loglik"].tolist() == pytest.approx([math.log(0.7), math.log(0.3)])
-    assert found.sentence.endswith("the interval holds 0: no sign that a mixture pays.")
-    found = mx.report(table(LOG3, -LOG3), TRAIN, test, single=table(2 * LOG3))
+    assert found.sentence.endswith("no sign that a mixture pays.")
+    test = rows(("ann", "b"), ("bob", "a"))
+    found = mx.report(table(LOG3, -LOG3), TRAIN, test, single=table(0.0))
     assert found.sentence.startswith("K = 2 predicts test pairs worse than one policy by")
     assert found.sentence.endswith("one policy serves better.")
+
+
+def test_a_verdict_is_sure_at_99_percent(table):
+    """Twenty users of whom some are served by the wrong expert: three are few enough, four are not."""
+    train = rows(*[(f"u{i}", "a") for i in range(20) for _ in range(2)])
+    for wrong, pays in ((4, False), (3, True)):
+        test = rows(*[(f"u{i}", "b" if i < wrong else "a") for i in range(20)])
+        found = mx.report(table(LOG3, -LOG3), train, test, single=table(0.0))
+        gains = np.log([0.3] * wrong + [0.7] * (20 - wrong)) - math.log(0.5)
+        reach = 2.539 * gains.std(ddof=1) / 20**0.5  # Student's t of 19 degrees of freedom at 99 %
+        assert found.bounds == pytest.approx((gains.mean() - reach, gains.mean() + reach), abs=1e-4)
+        assert found.pays == pays == found.sentence.endswith("the mixture pays.")
 
 
 def test_sure_experts_are_no_evidence(table):
@@ -85,7 +99,7 @@ def test_sure_experts_are_no_evidence(table):
         table(20.0, -20.0), TRAIN, rows(("ann", "a"), ("bob", "a")), single=table(0.0)
     )
     assert found.certainty > 0.999
-    assert found.sentence.endswith("the interval holds 0: no sign that a mixture pays.")
+    assert found.sentence.endswith("no sign that a mixture pays.")
 
 
 def test_dead_and_equal_experts_are_named(table):

@@ -16,6 +16,7 @@ from mixdpo_lib.evaluation import (
     align,
     bootstrap_means,
     interval,
+    mean_bounds,
     prompt_accuracy,
     recovery,
     summarise_accuracy,
@@ -178,6 +179,8 @@ def test_bootstrap_of_clusters():
     assert set(draws[:, 1]) == {0.0, 2.0}  # a prompt that is missing is left out
     assert np.array_equal(draws, bootstrap_means(values, n_bootstrap=4000))
     assert interval(np.arange(1001.0)) == (25.0, 975.0)
+    with pytest.raises(ValueError, match="found 1 unit, expected at least 2"):
+        mean_bounds(np.array([1.0]))
 
 
 # ----------------------------------------------------------------------------------------------------------- recovery

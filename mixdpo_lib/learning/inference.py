@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -103,7 +103,12 @@ def _above_0(name: str, value: float | int) -> None:
 
 
 class Inference(ABC):
-    """A choice; `part` makes what a learner holds of it."""
+    """A choice; `part` makes what a learner holds of it.
+
+    alone : whether it has something to weigh where there is one expert.
+    """
+
+    alone: ClassVar[bool] = False
 
     @abstractmethod
     def part(

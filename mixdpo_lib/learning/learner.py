@@ -131,7 +131,8 @@ class Learner(nn.Module):
         if start.kind == "clusters" and policy.n_experts > 1:  # the gate starts from them
             policy.gate.m_step(self.inputs, self.start_log_q, self.gate_place)
         self.router = Router(config.routing, policy.n_experts, config.seed)
-        inference = config.inference if policy.n_experts > 1 else Exact()
+        asked = policy.n_experts > 1 or config.inference.alone
+        inference = config.inference if asked else Exact()
         self.inference = inference.part(self.table, data, policy.base, config.seed)
 
     @property

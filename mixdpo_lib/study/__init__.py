@@ -14,6 +14,7 @@ _HOME = {
     "ReviewUsers": "review_users",
     "ReviewUsersConfig": "review_users",
     "review_users_config": "review_users",
+    "Baselines": "baselines",
     "CircleUsers": "circle_users",
     "TwoDomains": "two_domains",
     "TwoDomainsConfig": "domain_prompts",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -153,21 +153,15 @@ class CircleUsers(ReviewUsers):
     def new_policy(self, method: str, train: Pairs) -> MixturePolicy:
         """An untrained policy of a method."""
         c, k = self.config, self.methods[method]
-        heads: dict[str, Any] = {
-            "rank": c.rank,
-            "min_count": c.min_count,
-            "sharpness": c.sharpness,
-            "weight_decay": c.weight_decay,
-        }
         gate: Gate = LearnedWeights(k)
         if method not in ("circle", "told"):
-            return MixturePolicy(HeadExperts(self.base, k, **heads), gate, c.beta, c.lapse)
+            return MixturePolicy(HeadExperts(self.base, k, **self.heads), gate, c.beta, c.lapse)
         gate = DirectionGate(k)
         if method == "told":
             gate = DirectionGate(k, dict.fromkeys(TOLD, (0.0, 1.0)))
             gate.weight.data = SURE * torch.eye(2)
         gate.requires_grad_(False)
-        return MixturePolicy(GroupHeads(self.base, k, **heads), gate, c.beta, c.lapse)
+        return MixturePolicy(GroupHeads(self.base, k, **self.heads), gate, c.beta, c.lapse)
 
     def fit_config(self, method: str, seed: int) -> FitConfig:
         """The study's; given angles part the basis by themselves."""

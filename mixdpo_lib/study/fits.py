@@ -274,10 +274,8 @@ class Study(ABC):
             raise ValueError(f"method={method!r}: possible are {list(self.methods)}")
         key = (design, method, seed)
         if key not in self._fitted:
-            sets = self.pairs(design, seed)
-            train, policy = sets["train"], self.new_policy(method, sets["train"])
-            config = self.fit_config(method, seed)
-            result, rewards, _ = kept_fit(policy, train, sets["validation"], config, self.texts)
+            policy, result, rewards = self.learned(method, seed, design)
+            train = self.pairs(design, seed)["train"]
             log_q, units = policy.log_posterior(train, self.unit, rewards)
             of = group_of(train, self.unit, self.group_column)
             order = align(log_q.exp().numpy(), [of[unit] for unit in units], self.groups)
@@ -285,6 +283,16 @@ class Study(ABC):
                 design, method, seed, policy, result, rewards, log_q, units, order
             )
         return self._fitted[key]
+
+    def learned(
+        self, method: str, seed: int, design: str
+    ) -> tuple[MixturePolicy, FitResult, Tensor]:
+        """A method's policy, what its fit left, and the rewards (texts, K) of all candidates; from the cache if there."""
+        sets = self.pairs(design, seed)
+        policy, config = self.new_policy(method, sets["train"]), self.fit_config(method, seed)
+        validation = sets["validation"]
+        result, rewards, _ = kept_fit(policy, sets["train"], validation, config, self.texts)
+        return policy, result, rewards
 
     def fits(self, methods: Sequence[str], seeds: Sequence[int]) -> list[Fitted]:
         """Every method on every design with every seed."""

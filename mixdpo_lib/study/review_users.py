@@ -179,17 +179,17 @@ class ReviewUsers(Study):
 
     # ------------------------------------------------------------------------------------------------------- fits
 
+    @property
+    def heads(self) -> dict[str, Any]:
+        """Options of every head of the study."""
+        names = ("rank", "min_count", "sharpness", "weight_decay")
+        return {name: getattr(self.config, name) for name in names}
+
     def new_policy(self, method: str, train: Pairs) -> MixturePolicy:
         """An untrained policy of a method; a gate of metadata knows the columns from the training pairs."""
         m = self.methods[method]
-        experts = HeadExperts(
-            self.base,
-            m.n_experts,
-            m.rank,
-            min_count=self.config.min_count,
-            sharpness=self.config.sharpness and not m.plain,
-            weight_decay=self.config.weight_decay,
-        )
+        own = {"rank": m.rank, "sharpness": self.config.sharpness and not m.plain}
+        experts = HeadExperts(self.base, m.n_experts, **{**self.heads, **own})
         gate: Gate = LearnedWeights(m.n_experts)
         if m.gate == "given":
             gate = given_gate("group", self.groups, m.n_experts)

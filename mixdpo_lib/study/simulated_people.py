@@ -20,6 +20,7 @@ from .candidates import split_prompts
 
 # Each group has its typical genre, in this order; a design of G groups knows max(2, G) of them.
 GENRES = ("drama", "comedy", "thriller", "western", "musical", "documentary")
+AGE_BANDS = ("18-34", "35-54", "55+")
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def simulate_preferences(
             user = {
                 "user": f"{kind}{n:03d}",
                 "genre": genre,
-                "age_band": str(rng.choice(["18-34", "35-54", "55+"])),
+                "age_band": str(rng.choice(AGE_BANDS)),
             }
             wanted = [("context", "train", config.context_pairs)]
             if kind == "user":

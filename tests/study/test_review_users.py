@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import WORDS
+from small_study import judge, small_study
 
 from mixdpo_lib.elbo import log_responsibilities
 from mixdpo_lib.experts.heads import prefix_kl
@@ -19,56 +19,11 @@ from mixdpo_lib.study.review_users import ReviewUsers, review_users_config, stud
 from mixdpo_lib.study.simulated_people import simulate_preferences
 from mixdpo_lib.study.tables import expert_sharpness
 
-PRESENT = {
-    "sentiment": "good bright quick".split(),
-    "informativeness": "actor scene music plot".split(),
-    "grammar": "the a this that it".split(),
-}
-
-
-def judge(texts, _=None):
-    """A group likes the texts with many of its words."""
-    return pd.DataFrame(
-        {
-            g: [sum(t.split().count(w) for w in words) + len(t) * 1e-3 for t in texts]
-            for g, words in PRESENT.items()
-        },
-        dtype=float,
-    )
-
 
 @pytest.fixture(scope="module")
 def study(tiny_base):
-    config = review_users_config(
-        n_prompts=40,
-        prompt_tokens=5,
-        response_tokens=6,
-        n_users=6,
-        n_new_users=3,
-        pairs_per_user=12,
-        context_pairs=4,
-        validation_pairs_per_user=3,
-        flip_rate=0.0,
-        rank=4,
-        batch_size=12,
-        passes=4.0,
-        learning_rate=0.05,
-        beta=0.3,
-    )
-    rng = np.random.default_rng(0)
-    study = ReviewUsers(config)
-    study.base = tiny_base  # the real ones need a network: what they give is set here
-    study.prompts = [" ".join(rng.choice(WORDS, 4)) for _ in range(40)]
-    study.judges = type("Judges", (), {"training": None, "evaluation": None})()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            ReviewUsers,
-            "judged",
-            lambda _, prompts, responses, role: judge(
-                [f"{a} {b}" for a, b in zip(prompts, responses, strict=True)]
-            ),
-        )
-        yield study
+        yield small_study(ReviewUsers, tiny_base, patch)
 
 
 @pytest.fixture(scope="module")
