@@ -12,6 +12,7 @@ from torch import Tensor
 from ..base.architecture import logit_map, read_on
 from ..base.head import mean_logit
 from ..base.model import Base
+from ..base.read_prompts import read_prompts
 from .contract import Voices
 from .low_rank import corrected_logits
 
@@ -65,7 +66,10 @@ class HeadVoices(Voices):
     ) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
         """See `Voices.__call__`."""
         model = self._base.model
-        hidden, self._cache = read_on(model, input_ids, mask, self._cache)
+        if self._cache is None:
+            hidden, self._cache = read_prompts(model, input_ids, mask)
+        else:
+            hidden, self._cache = read_on(model, input_ids, mask, self._cache)
         plain = model.get_output_embeddings()(hidden).float()
         said = [
             (g.expert, g.rows, g.logits(hidden.float(), plain, self._map)) for g in self._groups
