@@ -44,10 +44,10 @@ def main() -> None:
         def by_user(policy: mx.MixturePolicy, train=train, held=held) -> pd.Series:
             log_w, _ = served_weights(policy, train, held)
             loglik = (policy.loglik(held) + log_w).logsumexp(1)
-            return pd.Series(loglik.numpy()).groupby(held.rows["user"]).mean()
+            return pd.Series(loglik.numpy()).groupby(list(held.rows["user"])).mean()
 
         policy = study.new_policy("dpo", train)
-        policy = mx.MixturePolicy(policy.experts, mx.LearnedWeights(1), 0.1, config.lapse)
+        policy = mx.MixturePolicy(policy.experts, mx.LearnedWeights(1), config.beta, config.lapse)
         began = time.perf_counter()
         grown = mx.grow(policy, train, study.fit_config("mix_dpo", seed), validation=held)
         spent = time.perf_counter() - began

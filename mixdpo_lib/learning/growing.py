@@ -112,7 +112,8 @@ def grow(
     ----------
     policy : its gate learns and does not read the prompt. One that is still its reference is fitted first.
     pairs : training pairs with the unit column. validation : pairs that decide, of the same units or of others.
-    config : how experts are fitted, and `unit`; a proposal takes a pass, what is kept all passes once growth has ended.
+    config : how experts are fitted, and `unit`; a proposal takes a pass, what is kept all passes before it may shrink and
+        at the end.
     growth : see `Growth`.
     freeze_others : the experts that the policy has stay as they are, to the bit; new ones come beside them, for tastes
         that arrive later. Users' predictions move a little, since a new expert takes weight.
@@ -349,15 +350,19 @@ class _Growing:
         while grew and self.policy.n_experts < self.growth.max_experts:
             grew = False
             for proposal in self._more():
-                if grew := self.decide(proposal):
-                    refused = 0
+                grew = self.decide(proposal)
+                refused = 0 if grew else refused + 1
+                if grew or refused >= self.growth.refusals:
                     break
-                refused += 1
-                if refused >= self.growth.refusals:
-                    break
+        kept = self._settled_since(0)
         shrank = True
         while shrank:
             shrank = any(map(self.decide, islice(self._fewer(), self.growth.refusals)))
-        if any(row[_COLUMNS.index("kept")] for row in self.rows):
-            self._settle(short=False)
+        self._settled_since(kept)
         return self.rows
+
+    def _settled_since(self, row: int) -> int:
+        """All passes, if something was kept since that row: half-learned experts would be merged for nothing."""
+        if any(one[_COLUMNS.index("kept")] for one in self.rows[row:]):
+            self._settle(short=False)
+        return len(self.rows)
