@@ -9,6 +9,7 @@ from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.elbo import log_responsibilities
 from mixdpo_lib.evaluation import recovery
 from mixdpo_lib.experts.tables import numbered_answers, numbered_pairs
+from mixdpo_lib.learning import growing
 from mixdpo_lib.learning.growing import Growth, grow
 from mixdpo_lib.learning.teaching import BySteps, ByTable, Sets
 
@@ -58,6 +59,26 @@ def test_too_many_experts_are_merged_or_retired():
     assert grown.n_experts == 2
     fewer = grown.table[grown.table["kept"] & grown.table["proposal"].isin(["merge", "retire"])]
     assert len(fewer) >= 2
+
+
+def test_what_grew_is_taught_whole_before_any_of_it_may_go(monkeypatch):
+    _, train, held = generated(3, seed=4)
+    course, settle, decide = [], ByTable.settle, growing._Growing.decide
+
+    def settled(teacher, short):
+        course.append("short" if short else "whole")
+        settle(teacher, short)
+
+    def decided(growing, proposal):
+        course.append(proposal.kind)
+        return decide(growing, proposal)
+
+    monkeypatch.setattr(ByTable, "settle", settled)
+    monkeypatch.setattr(growing._Growing, "decide", decided)
+    grow(table(), train, validation=held)
+    fewer = course.index("retire")
+    assert "split" in course[:fewer] and course[fewer - 1] == "whole"
+    assert "short" in course[:fewer] and course[0] == "whole"
 
 
 def test_a_taste_that_arrives_later_leaves_the_others_to_the_bit():
