@@ -19,8 +19,8 @@ from ..experts.tables import TabularExperts
 from ..gates.weights import LearnedWeights
 from ..learning.config import FitConfig
 from ..learning.exact import fit_table
-from ..learning.fit import fit
 from ..policy.mixture import MixturePolicy
+from .fits import kept_fit
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,17 @@ def helped(
 
 
 def by_reading(
-    base: Base, parts: Mapping[str, Pairs], ks: Sequence[int], passes: float, seed: int = 0
+    base: Base,
+    parts: Mapping[str, Pairs],
+    ks: Sequence[int],
+    passes: float,
+    seed: int = 0,
+    min_count: int = 2,
 ) -> Helped:
-    """Experts that read: heads of rank 8 on `base`, the step of the best validation likelihood, for every K alike."""
+    """Experts that read: heads of rank 8 on `base`, the step of the best validation likelihood, for every K alike.
+
+    passes : over the training pairs, by SGD with a rate of .01. min_count : see `HeadExperts`. Fits are kept in the cache.
+    """
     config = FitConfig(
         batch_by="pair",  # films share one prompt
         optimizer="sgd",
@@ -116,11 +124,12 @@ def by_reading(
     )
 
     def learn(policy: MixturePolicy) -> None:
-        fit(policy, parts["train"], config, validation=parts["validation"])
+        kept_fit(policy, parts["train"], parts["validation"], config, parts["train"].texts)
 
-    return helped(
-        lambda k: MixturePolicy(HeadExperts(base, k), LearnedWeights(k)), learn, parts, ks
-    )
+    def make(k: int) -> MixturePolicy:
+        return MixturePolicy(HeadExperts(base, k, min_count=min_count), LearnedWeights(k))
+
+    return helped(make, learn, parts, ks)
 
 
 def by_name(

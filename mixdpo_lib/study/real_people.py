@@ -19,7 +19,7 @@ PARTS = ("train", "validation", "test")
 FILM_PROMPT = "A film that I would love to watch again:"
 FILM_PAIRS = {"train": 60, "validation": 10, "test": 20}  # of each viewer
 APART = 1.5  # stars between the two films of a pair
-FEWEST_RATINGS = 60  # a viewer with fewer has too few pairs of new films
+FEWEST_RATINGS = 60  # of a viewer: fewer give too few pairs of new films
 HELD_OUT = 0.2  # share of a person's comparisons in a survey that is for testing, and as much for validation
 OWN = ("person", "first", "second", "winner")  # columns of a survey; others are covariates
 
@@ -80,6 +80,7 @@ def film_tastes(
     n_viewers: int = 150,
     pairs_per_viewer: Mapping[str, int] = FILM_PAIRS,
     seed: int = 0,
+    fewest_viewers: int = 20,
 ) -> dict[str, Pairs]:
     """Which of two films did a viewer rate higher? Pairs of a folder of the form of MovieLens, by part; test films are new.
 
@@ -92,6 +93,8 @@ def film_tastes(
     folder : with `ratings.csv` (userId, movieId, rating) and `movies.csv` (movieId, title, genres).
     n_viewers : at most; where fewer have enough pairs, all of them are taken, and that is said.
     pairs_per_viewer : by part.
+    fewest_viewers : a film that fewer rated is left out, whatever they said of it: each text costs a pass of the base, and of
+        rare films it knows little. 1 keeps all.
 
     Raises
     ------
@@ -107,8 +110,9 @@ def film_tastes(
     rated = rated.assign(
         rating=rated["rating"].astype(float), part=rated["movieId"].map(part)
     ).sort_values(["userId", "movieId"], kind="stable")
-    drawn, rng = [], np.random.default_rng(seed)
-    viewers = [one for one in rated.groupby("userId") if len(one[1]) >= FEWEST_RATINGS]
+    rated = rated[rated.groupby("userId")["userId"].transform("size") >= FEWEST_RATINGS]
+    rated = rated[rated.groupby("movieId")["movieId"].transform("size") >= fewest_viewers]
+    drawn, rng, viewers = [], np.random.default_rng(seed), list(rated.groupby("userId"))
     for place in rng.permutation(len(viewers)):
         if len(drawn) < n_viewers:
             name, own = viewers[place]

@@ -33,7 +33,7 @@ def shelf(tmp_path_factory):
 
 def test_pairs_of_films_are_of_one_viewer_far_apart_and_new_in_the_test(shelf, capsys):
     folder, ratings = shelf
-    sets = real_people.film_tastes(folder, 150, PAIRS, seed=1)
+    sets = real_people.film_tastes(folder, 150, PAIRS, 1, fewest_viewers=1)
     assert "4 viewers have enough pairs, of 150 wanted" in capsys.readouterr().err
     stars = {(str(r.userId), r.movieId): r.rating for r in ratings.itertuples()}
     seen = {}
@@ -52,8 +52,10 @@ def test_pairs_of_films_are_of_one_viewer_far_apart_and_new_in_the_test(shelf, c
     assert all(text.prompt == real_people.FILM_PROMPT for text in sets["test"].texts.texts)
     assert any(text.endswith("). horror, sci-fi.") for text in answers)
     assert any(text.endswith(").") for text in answers)  # without genres
-    again = real_people.film_tastes(folder, 150, PAIRS, seed=1)
+    again = real_people.film_tastes(folder, 150, PAIRS, 1, fewest_viewers=1)
     assert again["train"].rows.to_pandas().equals(sets["train"].rows.to_pandas())
+    with pytest.raises(MixDPOError, match="0 viewers of 0 with 60 ratings"):  # no film has seven
+        real_people.film_tastes(folder, 150, PAIRS, fewest_viewers=7)
     traits = helped.traits_of_films(sets["train"])
     assert list(traits) == ["year", "comedy", "drama", "horror", "sci-fi"]
     first = sets["train"].texts.texts[0].response
@@ -68,7 +70,7 @@ def test_films_that_cannot_be_read_are_refused(shelf, tmp_path):
     with pytest.raises(
         MixDPOError, match="0 viewers of 5 with 60 ratings have .* expected at least 2"
     ):
-        real_people.film_tastes(folder, pairs_per_viewer={"test": 500})
+        real_people.film_tastes(folder, pairs_per_viewer={"test": 500}, fewest_viewers=1)
     ratings.assign(movieId=777).to_csv(tmp_path / "ratings.csv", index=False)
     (tmp_path / "movies.csv").write_text((folder / "movies.csv").read_text())
     with pytest.raises(MixDPOError, match=r"ratings of films \['777'\], which movies.csv does not"):
@@ -127,7 +129,7 @@ def test_a_mixture_helps_people_of_three_groups_and_who_they_are_is_told():
 
 
 def test_experts_that_read_are_compared_with_one(tiny_base, shelf):
-    sets = real_people.film_tastes(shelf[0], 4, PAIRS)
+    sets = real_people.film_tastes(shelf[0], 4, PAIRS, fewest_viewers=1)
     found = helped.by_reading(tiny_base, sets, [1, 2], passes=1.0)
     table = found.table()
     assert table["K"].tolist() == [1, 2] and table["accuracy"].between(0, 1).all()
