@@ -5,15 +5,17 @@
 The surveys are those that psychotools and psychotree bring (German parties, first names, CEMS universities, top models),
 written as CSV into a temporary folder by surveys.R, and the generated one of tests/data. Everything is fitted by maximum
 likelihood, ties left out; a table comes out: maximised log-likelihoods (nats), the largest difference of a centred reward and of
-a person's posterior, experts put beside components by their posteriors. What is not installed is named and left
-out: apt-get install r-base-core r-cran-psychotools r-cran-psychotree r-cran-flexmix; pip install choix. `btmix`
-of psychomix is not run (Debian has it not): flexmix itself, with a binomial model and `| person`, has the same likelihood.
+a person's posterior, experts put beside components by their posteriors. `--keep tests/data/survey_peers.json` writes what the
+others found of the generated survey, for the tests. What is not installed is named and left out: apt-get install r-base-core
+r-cran-psychotools r-cran-psychotree r-cran-flexmix; pip install choix. `btmix` of psychomix is not run (Debian has it not):
+flexmix itself, with a binomial model and `| person`, has the same likelihood.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 GENERATED = HERE.parents[1] / "tests" / "data" / "survey.csv"
 OWN = ("person", "first", "second", "winner")
 KEYS = ["survey", "gate", "K"]
+LOGLIK = ("program", "gate", "K", "loglik")
 
 
 def from_r(folder: Path, *arguments: str) -> list[dict]:
@@ -120,7 +123,24 @@ def by_choix(path: Path) -> list[dict]:
     x = choix.opt_pairwise(len(items), data, alpha=1e-12, method="BFGS", tol=1e-9)
     won, lost_at = np.array(data).T
     loglik = -np.logaddexp(0, x[lost_at] - x[won]).sum()
-    return [{"survey": path.stem, "program": "choix", "gate": "weights", "K": 1, "loglik": loglik}]
+    row = {"survey": path.stem, "program": "choix", "gate": "weights", "K": 1, "loglik": loglik}
+    return [row | {"rewards": dict(zip(items, (x - x.mean()).tolist(), strict=True))}]
+
+
+def kept(folder: Path, rows: list[dict]) -> dict:
+    """What other programs found of the generated survey: log-likelihoods, and for K = 3 rewards and posteriors."""
+    others = [row for row in rows if row["survey"] == "generated" and row["program"] != "mixdpo"]
+    found: dict = {"loglik": [{name: row[name] for name in LOGLIK} for row in others]}
+    found["choix_rewards"] = next(row["rewards"] for row in others if "rewards" in row)
+    for row in (row for row in others if row["program"] == "flexmix" and row["K"] == 3):
+        rewards, posterior = rewards_and_posterior(
+            folder / "r" / f"generated_{row['gate']}_{row['K']}"
+        )
+        found[f"{row['gate']}_{row['K']}"] = {
+            "rewards": {name: own.round(6).tolist() for name, own in rewards.iterrows()},
+            "posterior": {name: own.round(6).tolist() for name, own in posterior.iterrows()},
+        }
+    return found
 
 
 def main() -> None:
@@ -130,6 +150,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=20)
     parser.add_argument("--only", nargs="+", help="names of surveys; all, by default")
     parser.add_argument("--out")
+    parser.add_argument("--keep")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -143,7 +164,9 @@ def main() -> None:
             print("choix: not installed; not run")
         for path in sorted(folder.glob("*.csv")):
             rows += [*ours(path, options.ks, options.starts), *by_choix(path)]
-    table = pd.DataFrame(rows)
+        if options.keep:
+            Path(options.keep).write_text(json.dumps(kept(folder, rows)) + "\n")
+    table = pd.DataFrame(rows).drop(columns="rewards", errors="ignore")
     own = table[table["program"] == "mixdpo"].set_index(KEYS)
     wide = table.pivot_table("loglik", KEYS, "program")
     wide = wide.join(own[["rewards_apart", "posteriors_apart", "bic", "seconds"]])
