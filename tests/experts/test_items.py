@@ -1,9 +1,12 @@
 """Items without texts: a survey becomes pairs and a table, and full-batch EM reaches the maxima that others reach."""
 
+import json
+
 import numpy as np
 import pytest
 import survey
 import torch
+from scipy.optimize import linear_sum_assignment
 from sklearn.linear_model import LogisticRegression
 
 import mixdpo_lib as mx
@@ -138,6 +141,34 @@ def test_more_experts_never_fall_and_say_more(fits):
     assert all(never_falls(found) and found.converged for _, found, _ in fits.values())
     assert fits[1][2].loglik + 100 < fits[2][2].loglik < fits[3][2].loglik - 20
     assert min((1, 2, 3), key=lambda k: fits[k][2].bic) == 3  # as many groups as there are
+
+
+def as_peers_say(policy, pairs, other):
+    """Largest difference of a centred reward and of a posterior, experts put beside the components of flexmix."""
+    posterior, rewards = policy.posterior(pairs), policy.experts.reward_table()
+    theirs = np.array([other["posterior"][name] for name in posterior.index])
+    order = linear_sum_assignment(-(posterior.to_numpy().T @ theirs))[1]
+    wanted = np.array([other["rewards"][name] for name in rewards.index])[:, order]
+    return np.abs(rewards.to_numpy() - wanted).max(), np.abs(
+        posterior.to_numpy() - theirs[:, order]
+    ).max()
+
+
+def test_flexmix_and_choix_found_the_same_maxima(pairs, fits):
+    """What both said of the same file once: `benchmarks/peers/surveys.py --keep`."""
+    said = json.loads(survey.FILE.with_name("survey_peers.json").read_text())
+    policy = flat(pairs, 3, user_gate(pairs, 3, weight_scale=1e4))
+    mx.fit_table(policy, pairs, restarts=2, **ML)
+    found = {("weights", k): fits[k][2].loglik for k in fits}
+    found["covariates", 3] = mx.information_criteria(policy, pairs).loglik
+    compared = [row for row in said["loglik"] if (row["gate"], row["K"]) in found]
+    assert {row["program"] for row in compared} == {"glm", "flexmix", "choix"}
+    for row in compared:
+        assert found[row["gate"], row["K"]] == pytest.approx(row["loglik"], abs=1e-3), row
+    own = fits[1][0].experts.reward_table()[0]
+    assert own.to_dict() == pytest.approx(said["choix_rewards"], abs=0.01)
+    for key, one in (("weights_3", fits[3][0]), ("covariates_3", policy)):
+        assert max(as_peers_say(one, pairs, said[key])) < 0.01
 
 
 def test_criteria_by_hand(pairs, fits):

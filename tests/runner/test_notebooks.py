@@ -174,6 +174,24 @@ def test_every_family_learns_the_same_few_answers(smoke):
     assert table["new_user_accuracy"].between(0, 1).all() and (table["steps"] == 2).all()
 
 
+def test_real_people_get_a_verdict_and_what_is_absent_is_said(smoke):
+    folder = smoke / "11_real_people"
+    verdicts = results.load_table("smoke", "11_real_people", "verdicts")
+    read = verdicts["people_of"].unique().tolist()
+    assert read == ["arguments, read", "arguments, by name"] and set(verdicts["K"]) == {1, 2}
+    mixtures = verdicts[verdicts["K"] > 1].set_index("people_of")
+    assert (mixtures["low"] < mixtures["gain"]).all() and (
+        mixtures["gain"] < mixtures["high"]
+    ).all()
+    assert (mixtures["pays"].astype(str) == (mixtures["low"] > 0).astype(str)).all()
+    people = results.load_table("smoke", "11_real_people", "people")
+    gains = people.groupby("people_of")["gain"].mean()
+    assert gains.to_dict() == pytest.approx(mixtures["gain"].to_dict())
+    text = (folder / "notebook.ipynb").read_text()
+    assert "Left out: films are told only" in text and "Left out: surveys are told only" in text
+    assert set(results.load_table("smoke", "11_real_people", "leanings")["people_of"]) == {read[0]}
+
+
 def test_new_users_are_served_in_every_way_and_touch_no_expert(smoke):
     sizes = parameters_file.resolve_parameters("06_personalization", "smoke")["sizes"]
     served = results.load_table("smoke", "06_personalization", "served").set_index(
