@@ -10,8 +10,9 @@ SHELL := /bin/bash
 PROFILE ?= default
 CORES ?= 2
 BENCH ?=
+YES ?=
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-export PROFILE CORES PYTHON BENCH
+export PROFILE CORES PYTHON BENCH YES
 unexport PYTHONDONTWRITEBYTECODE  # set, every notebook would compile torch and all the rest again: 15 s each
 READY := .venv/.ready
 
@@ -23,7 +24,7 @@ help:
 	@echo "make bench                                             speed beside TRL and transformers: table and figure; can be stopped"
 	@echo "make lab                                               JupyterLab on the notebooks"
 	@echo "make audit                                             known weaknesses of the pinned packages; needs the network"
-	@echo "make clean                                             remove results and caches; keeps .venv and downloads"
+	@echo "make clean [YES=1]                                     remove results and caches, asks first; keeps .venv and downloads"
 
 reproduce reproduce-all: export MIXDPO_STARTED := $(shell date +%s)
 reproduce: $(READY)
@@ -64,8 +65,15 @@ audit:
 	  echo "[make] error: no audit: pip-audit got no answer (see above); it needs the network" >&2; exit 1
 	fi
 
+# Hours may lie in runs/ and the cache.
 clean:
-	@rm -rf runs data/cache .snakemake .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	@if [[ "$$YES" != 1 && ( -e runs || -e data/cache ) ]]; then
+	  du -sh runs data/cache 2>/dev/null || true
+	  test -t 0 || { echo "[make] error: clean removes these results; nobody is there to ask: make clean YES=1" >&2; exit 1; }
+	  read -r -p "remove them? [y/N] " answer
+	  [[ "$$answer" == [yY]* ]] || { echo "nothing was removed"; exit 0; }
+	fi
+	rm -rf runs data/cache .snakemake .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	@echo "removed runs/, data/cache/ and tool caches; .venv/ and data/raw/ stay"
 
 # torch first and exactly: an open range may take another build with several GB more. A line every 10 seconds.
