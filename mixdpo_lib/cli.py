@@ -112,9 +112,11 @@ def figures(
     output: Annotated[Path | None, typer.Option(help="Default: figures/paper/<run>.")] = None,
 ) -> None:
     """Draw a run's figures anew at one width of print: PDF, captions, tables in LaTeX."""
+    from .runner.results import Finished
     from .study import paper
 
-    typer.echo(paper.write(run, size, output))
+    folder = output or store.project_root() / "figures" / "paper" / run / size
+    typer.echo(paper.write(Finished(run), size, folder))
 
 
 @app.command(name="list")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import matplotlib as mpl
 import pandas as pd
@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .. import figures, store
-from ..runner.results import load_table, load_values, read_manifest, results_folder
 from ..store import MixDPOError
 from . import figures as shown
 from .judges import figures as judged
@@ -33,6 +32,24 @@ _TABLES = {  # block of readme.py: captions of its tables
     "further": (f"Accuracy on test prompts. {_INTERVALS}.",),
 }
 _SIGNS = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "τ": r"$\tau$", "λ": r"$\lambda$"}
+
+
+class Results(Protocol):
+    """Where tables, values and captions come from: `runner.results.Finished`."""
+
+    where: str
+
+    def has(self, notebook: str) -> bool:
+        """Whether there are any of this notebook."""
+
+    def table(self, notebook: str, name: str) -> pd.DataFrame:
+        """A table of it."""
+
+    def values(self, notebook: str) -> dict[str, dict[str, Any]]:
+        """Its quoted numbers."""
+
+    def caption(self, notebook: str, figure: str) -> str:
+        """Of one of its figures."""
 
 
 class Shown(NamedTuple):
@@ -147,18 +164,18 @@ FIGURES = (
 )  # fmt: skip
 
 
-def draw(one: Shown, run: str, size: str) -> Figure:
-    """A figure drawn anew from the checked tables of a run.
+def draw(one: Shown, results: Results, size: str) -> Figure:
+    """A figure drawn anew from a table.
 
     Raises
     ------
     MixDPOError : no finished run of its notebook, or a table that is not the recorded one.
     """
-    panels = one.panels(partial(load_table, run, one.notebook))
+    panels = one.panels(partial(results.table, one.notebook))
     width = one.least if size == "column" else size
     across = 1 if one.stacked or width == "column" else len(panels)
     down = len(panels) // across
-    height = down * one.height * (WIDTHS.index("slide") if width == "slide" else 1)
+    height = down * one.height * (1.8 if width == "slide" else 1)
     fig, axes = figures.subplots(width, down, across, height=height, squeeze=False)
     for ax, (title, rows, plot) in zip(axes.flat, panels, strict=True):
         plot(rows, ax)
@@ -169,14 +186,14 @@ def draw(one: Shown, run: str, size: str) -> Figure:
     return fig
 
 
-def write(run: str = "reference", size: str = "column", output: Path | None = None) -> str:
-    """Write every figure of a run as PDF, fonts embedded, `figures.tex` (with captions) and `tables.tex`; says what is where.
+def write(results: Results, size: str = "column", folder: Path = Path("paper")) -> str:
+    """Write every figure as PDF, fonts embedded, `figures.tex` (with captions) and `tables.tex`; says what is where.
 
     Parameters
     ----------
-    run : "reference", or a profile of `runs/`.
-    size : "column" (3.3 in), "page" (7 in) or "slide" (10 in).
-    output : a folder; by default `figures/paper/<run>/<size>`.
+    results : of a profile's runs, or the reference results.
+    size : "column" (3.3 in), "page" (7 in) or "slide" (10 in). What needs a page is a page wide in a column too.
+    folder : where they go.
 
     Raises
     ------
@@ -184,29 +201,28 @@ def write(run: str = "reference", size: str = "column", output: Path | None = No
     """
     if size not in WIDTHS:
         raise MixDPOError(f"size {size!r}: expected one of {', '.join(WIDTHS)}")
-    folder = output or store.project_root() / "figures" / "paper" / run / size
-    there = {n for n in _notebooks() if (results_folder(run, n) / "manifest.json").exists()}
+    there = [name for name in _notebooks() if results.has(name)]
     if not there:
         raise MixDPOError(
-            f"{results_folder(run, '')}: no finished run of {', '.join(_notebooks())}; make them by "
-            f"`make reproduce-all PROFILE={run}`, or take --run reference"
+            f"{results.where}: no finished run of {', '.join(_notebooks())}; make them by `make reproduce-all "
+            f"PROFILE={results.where}`, or take --run reference"
         )
     with store.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         texts = []
         for one in (one for one in FIGURES if one.notebook in there):
+            name = f"{one.notebook}-{one.name}".replace("_", "-")
             with mpl.rc_context():
-                fig = draw(one, run, size)
-                name = f"{one.notebook}-{one.name}".replace("_", "-")
+                fig = draw(one, results, size)
                 with mpl.rc_context({"savefig.bbox": None, "pdf.fonttype": 42}):
                     fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
                 plt.close(fig)
-            texts.append(_environment(name, _caption(one, run), size, one.least))
-        (folder / "figures.tex").write_text("\n".join(texts), encoding="utf-8")
-        tables = headline_tables(run)
-        if tables:
-            (folder / "tables.tex").write_text("\n".join(tables), encoding="utf-8")
-    absent = [n for n in _notebooks() if n not in there]
+            caption = results.caption(one.notebook, one.name)
+            texts.append(_environment(name, caption, size, one.least))
+        (folder / "figures.tex").write_text("\n".join(texts) + "\n", encoding="utf-8")
+        tables = headline_tables(results)
+        (folder / "tables.tex").write_text("\n".join(tables) + "\n", encoding="utf-8")
+    absent = [name for name in _notebooks() if name not in there]
     lines = [f"{len(texts)} figures, {len(tables)} tables: {folder}"]
     lines += [f"not there, since not run: {', '.join(absent)}"] if absent else []
     return "\n".join(lines)
@@ -214,13 +230,6 @@ def write(run: str = "reference", size: str = "column", output: Path | None = No
 
 def _notebooks() -> list[str]:
     return list(dict.fromkeys(one.notebook for one in FIGURES))
-
-
-def _caption(one: Shown, run: str) -> str:
-    folder = results_folder(run, one.notebook)
-    note = read_manifest(folder / "manifest.json")["profile"]
-    caption = store.read_json(folder / "figures" / f"{one.name}.json")["caption"]
-    return caption if note != "smoke" else f"{caption} Smoke profile: too small to mean anything."
 
 
 def _environment(name: str, caption: str, size: str, least: str) -> str:
@@ -251,15 +260,10 @@ def _escaped(text: str) -> str:
     return "".join(_SIGNS.get(sign, sign) for sign in text)
 
 
-def headline_tables(run: str) -> list[str]:
+def headline_tables(results: Results) -> list[str]:
     """README's tables of results in LaTeX (booktabs), from the same numbers; a dash where a notebook was not run."""
-    if run == "reference":
-        values = load_values("reference")
-    else:
-        there = [n for n in _notebooks() if (results_folder(run, n) / "manifest.json").exists()]
-        values = {key: value for name in there for key, value in load_values(run, name).items()}
-    if not values:
-        return []
+    there = [name for name in _notebooks() if results.has(name)]
+    values = {key: value for name in there for key, value in results.values(name).items()}
     blocks = readme_blocks(values)
     return [
         _tabular(f"{name}-{number}", table, caption)

@@ -6,8 +6,11 @@ import matplotlib
 import pytest
 from matplotlib import pyplot as plt
 
+from mixdpo_lib import store
+from mixdpo_lib.runner.results import Finished
 from mixdpo_lib.study import paper
 
+REFERENCE = Finished("reference")
 BY_NAME = {one.name: one for one in paper.FIGURES}
 
 
@@ -22,7 +25,7 @@ BY_NAME = {one.name: one for one in paper.FIGURES}
 )
 def test_a_figure_has_its_width_and_letters_of_seven_points(name, size, inches):
     with matplotlib.rc_context():
-        fig = paper.draw(BY_NAME[name], "reference", size)
+        fig = paper.draw(BY_NAME[name], REFERENCE, size)
         fig.canvas.draw()
         assert fig.get_figwidth() == inches
         texts = [text for text in fig.findobj(matplotlib.text.Text) if text.get_text().strip()]
@@ -32,8 +35,6 @@ def test_a_figure_has_its_width_and_letters_of_seven_points(name, size, inches):
 
 def test_every_figure_of_the_study_is_among_them():
     """By the names of the sidecars; what is drawn from several tables, or twice, is named here."""
-    from mixdpo_lib import store
-
     folder = store.project_root() / "figures" / "reference"
     kept = {
         (path.parts[-3], path.stem)
@@ -51,7 +52,7 @@ def test_every_figure_of_the_study_is_among_them():
 def test_figures_captions_and_tables_are_written(tmp_path, monkeypatch):
     chosen = tuple(BY_NAME[name] for name in ("elbo", "held_out"))
     monkeypatch.setattr(paper, "FIGURES", chosen)
-    said = paper.write("reference", "column", tmp_path)
+    said = paper.write(REFERENCE, "column", tmp_path)
     assert said == f"2 figures, 3 tables: {tmp_path}"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "04-mix-dpo-elbo.pdf",
