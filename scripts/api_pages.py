@@ -10,6 +10,9 @@ from pathlib import Path
 
 Definition = ast.FunctionDef | ast.ClassDef
 
+FIRST = ("load_base", "load_preferences", "HeadExperts", "LearnedWeights", "MixturePolicy")
+FIRST += ("FitConfig", "fit", "report", "choose_k")
+
 
 def pages(library: Path) -> dict[str, str]:
     """Markdown by file name: `index.md`, and a page a wing."""
@@ -26,6 +29,8 @@ def pages(library: Path) -> dict[str, str]:
         "# The library",
         "",
         "The names of `import mixdpo_lib as mx`, and where they live. All other public names stand on the pages of their wings.",
+        "",
+        f"**Learn first:** {', '.join(f'[`{name}`](api-{name})' for name in FIRST)}.",
         "",
         "| name | lives in |",
         "|---|---|",
