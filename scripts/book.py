@@ -125,18 +125,21 @@ def gallery(profile: str, target: Path, pages: set[str]) -> str:
     for part, names in _names().items():
         lines += [f"## {part}", ""]
         for name in names:
-            folder = results.results_folder(profile, name)
+            folder = own = results.results_folder(profile, name)
             if not (folder / "manifest.json").exists():
                 folder = results.results_folder("reference", name)
             for record in sorted((folder / "figures").glob("*.json")):
+                told = store.read_json(record)
+                if "/" in (told["table"] or ""):  # of another notebook's table, and shown there
+                    continue
                 with Image.open(record.with_suffix(".png")) as image:
                     image.thumbnail((WIDTH, 10 * WIDTH))
                     image.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(
                         pictures / f"{name}-{record.stem}.png", optimize=True
                     )
-                caption = api_pages.escaped(store.read_json(record)["caption"])
+                caption = api_pages.escaped(told["caption"])
                 link = f"[{name}](notebooks/{name}.ipynb)"
-                where = "" if folder.parent.name == profile else ", reference results"
+                where = "" if folder == own else ", reference results"
                 lines += [
                     f"```{{figure}} pictures/{name}-{record.stem}.png",
                     f":alt: {record.stem.replace('_', ' ')} of {name}",
