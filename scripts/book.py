@@ -64,7 +64,7 @@ def page(book: dict[str, Any], told: str, pages: set[str]) -> dict[str, Any]:
             source = linked(source, "notebooks", pages)
             if not cells:
                 title, _, rest = source.partition("\n")
-                source = f"{title}\n\n{told}\n{rest}"
+                source = f"{title}\n\n{told}\n\n{rest}"
         elif cell["cell_type"] == "code":
             cell["outputs"] = [one for one in cell["outputs"] if WIDGET not in one.get("data", {})]
         cells.append({**cell, "source": source, "metadata": {}})

@@ -32,8 +32,10 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert all(f"{family}Experts -0." in said for family in ("Head", "Adapter", "Independent"))
     assert names["new"].exp().sum() == pytest.approx(1) and "experts" in said
-    assert names["same"].posterior(names["example"]["train"]).equals(
-        names["policy"].posterior(names["example"]["train"])
+    assert (
+        names["same"]
+        .posterior(names["example"]["train"])
+        .equals(names["policy"].posterior(names["example"]["train"]))
     )
     assert load_preferences("for-trl.jsonl")["train"]["prompt"] == names["pairs"]["train"]["prompt"]
     assert (
