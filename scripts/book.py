@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "docs" / "site"
 BUILD = ROOT / "build" / "book"
 DOCS = {
-    "Guide": ("using-your-own-model-and-data", "reading-your-result", "adding"),
+    "Guide": ("running", "using-your-own-model-and-data", "reading-your-result", "adding"),
     "Method": ("method", "analysis-plan", "claims"),
     "The house": ("architecture", "reliability", "log"),
 }
