@@ -92,12 +92,12 @@ def two_quantities(w: float, first: float, second: float) -> None:
         pd.DataFrame({"w": weights, "p(a > b)": p, "quantity": name}) for name, p in named.items()
     ]
     _, ax = figures.subplots("column")
-    x = "weight of the first expert"
+    at = int((weights - w).abs().argmin())
+    x = "weight of the first expert\n"
+    x += f"(at the line: {float(mixture[at]):.2f} and {float(one[at]):.2f})"
     figures.curves(pd.concat(rows), ax, "w", "p(a > b)", "quantity", x, "p(a is preferred to b)")
     ax.axvline(w, color="black", linestyle=":")
-    at = int((weights - w).abs().argmin())
     ax.set(ylim=(-0.03, 1.03), xticks=np.linspace(0, 1, 6))
-    ax.set_title(f"at the line: {float(mixture[at]):.2f} and {float(one[at]):.2f}")
 
 
 @lru_cache(maxsize=32)
@@ -206,7 +206,8 @@ def em_steps(step: int, T: float, seed: int) -> None:
     )
     left.set(xlim=(-0.5, table["step"].max() + 0.5))
     left.set_ylim(max(whole.min(), -1.0) - 0.02, whole.max() + 0.03)
-    left.set_xticks(range(0, int(table["step"].max()) + 1, 4))
+    ticks = range(0, int(table["step"].max()) + 1, 4)
+    left.set_xticks(ticks, [str(tick) for tick in ticks])
     q = pd.DataFrame(path[step].exp().numpy())
     nmi = recovery(q, groups)["nmi"]
     q.index.name = "user"

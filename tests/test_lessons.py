@@ -34,7 +34,7 @@ def test_text_is_large_enough(name):
 
 def test_two_quantities_say_a_half_and_something_else():
     lessons.two_quantities(0.5, 3.0, 3.0)
-    assert plt.gca().get_title(loc="left") == "at the line: 0.50 and 0.91"
+    assert plt.gca().get_xlabel().endswith("(at the line: 0.50 and 0.91)")
 
 
 def test_three_experts_say_the_cycle_and_one_does_not():
@@ -60,7 +60,7 @@ def test_more_pairs_and_less_noise_reveal_the_groups():
         lessons.who_answered(pairs, noise, 0)
         return float(plt.gca().get_title(loc="left").split("groups ")[1].split(";")[0])
 
-    assert nmi(1, 1.0) < 0.3 < 0.8 < nmi(16, 1.0) and nmi(16, 4.0) < nmi(16, 1.0)
+    assert nmi(1, 1.0) < 0.2 < 0.7 < nmi(8, 1.0) and nmi(8, 4.0) < 0.3
 
 
 def test_without_anybody_to_pull_the_first_picture_is_drawn(monkeypatch):
