@@ -33,12 +33,13 @@ def histories(tiny_base):
     """Columns of fits that together log everything."""
     pairs = preference_rows(24)
     logged = set()
-    for options in (
-        {"inference": mx.Recognition()},
-        {"routing": mx.Routing(top_s=1)},
+    users = mx.UserGate.from_metadata({"user": [f"user{u}" for u in range(4)]}, 2)
+    for gate, options in (
+        (mx.LearnedWeights(2), {"inference": mx.Recognition()}),
+        (users, {"routing": mx.Routing(top_s=1)}),
     ):
-        policy = mx.MixturePolicy(mx.HeadExperts(tiny_base, 2, rank=2), mx.LearnedWeights(2))
-        config = mx.FitConfig(unit="user", passes=0.5, min_steps=0, batch_size=8, **options)
+        policy = mx.MixturePolicy(mx.HeadExperts(tiny_base, 2, rank=2), gate)
+        config = mx.FitConfig(latent="pair", passes=0.5, min_steps=0, batch_size=8, **options)
         logged |= set(mx.fit(policy, pairs, config, validation=pairs).history)
     return logged
 
@@ -51,7 +52,9 @@ def test_every_logged_quantity_is_explained(histories):
 
 def test_every_quantity_of_full_batch_em_is_explained():
     first, second = ["tea", "tea", "milk"] * 4, ["milk", "juice", "juice"] * 4
-    experts, votes = mx.TabularExperts.from_pairs(first, second, first, n_experts=2)
+    experts, votes = mx.TabularExperts.from_pairs(
+        first, second, first, n_experts=2, user=[row // 3 for row in range(12)]
+    )
     logged = set(mx.fit_table(mx.MixturePolicy(experts, mx.LearnedWeights(2)), votes).history)
     own = names("What EM over tables logs")
     assert unknown(logged, own | names("What a fit logs")) == [] and unused(logged, own) == []

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import matplotlib as mpl
 import pandas as pd
@@ -34,10 +34,13 @@ _TABLES = {  # block of readme.py: captions of its tables
 _SIGNS = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "τ": r"$\tau$", "λ": r"$\lambda$"}
 
 
+@runtime_checkable
 class Results(Protocol):
     """Where tables, values and captions come from: `runner.results.Finished`."""
 
-    where: str
+    @property
+    def where(self) -> str:
+        """The profile, or "reference"."""
 
     def has(self, notebook: str) -> bool:
         """Whether there are any of this notebook."""
