@@ -5,15 +5,17 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help reproduce reproduce-all test test-faults bench lab audit clean
+.PHONY: help reproduce reproduce-all test test-faults bench book lab audit clean
 
 PROFILE ?= default
 CORES ?= 2
 BENCH ?=
+YES ?=
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-export PROFILE CORES PYTHON BENCH
+export PROFILE CORES PYTHON BENCH YES
 unexport PYTHONDONTWRITEBYTECODE  # set, every notebook would compile torch and all the rest again: 15 s each
 READY := .venv/.ready
+BOOK := .venv-book/.ready
 
 help:
 	@echo "make reproduce [PROFILE=smoke|default|full] [CORES=2]   environment, data, model, the main study, figures"
@@ -21,9 +23,10 @@ help:
 	@echo "make test                                              environment, then lint, types and every test"
 	@echo "make test-faults                                       200 kills, full disks, 480 damaged files, 2,400 changed texts"
 	@echo "make bench                                             speed beside TRL and transformers: table and figure; can be stopped"
+	@echo "make book [PROFILE=default]                            executed notebooks, guide and gallery as pages that need no network"
 	@echo "make lab                                               JupyterLab on the notebooks"
 	@echo "make audit                                             known weaknesses of the pinned packages; needs the network"
-	@echo "make clean                                             remove results and caches; keeps .venv and downloads"
+	@echo "make clean [YES=1]                                     remove results and caches, asks first; keeps .venv and downloads"
 
 reproduce reproduce-all: export MIXDPO_STARTED := $(shell date +%s)
 reproduce: $(READY)
@@ -46,6 +49,17 @@ test-faults: $(READY)
 bench: $(READY)
 	@.venv/bin/python -m benchmarks.speed --readme $$BENCH
 
+book: $(READY) $(BOOK)
+	@.venv/bin/python scripts/book.py "$$PROFILE"
+
+# An environment of its own: Sphinx 7 wants older packages than the project has.
+$(BOOK): docs/site/requirements.txt
+	@"$$PYTHON" -m venv .venv-book
+	echo "[make] installing what makes the book, about a minute"
+	.venv-book/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r docs/site/requirements.txt || {
+	  echo "[make] error: the book's packages could not be installed (see above); check the network and start make again" >&2; exit 1; }
+	touch $@
+
 lab: $(READY)
 	@.venv/bin/python -m jupyterlab --notebook-dir=notebooks
 
@@ -64,8 +78,15 @@ audit:
 	  echo "[make] error: no audit: pip-audit got no answer (see above); it needs the network" >&2; exit 1
 	fi
 
+# Hours may lie in runs/ and the cache.
 clean:
-	@rm -rf runs data/cache .snakemake .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	@if [[ "$$YES" != 1 && ( -e runs || -e data/cache ) ]]; then
+	  du -sh runs data/cache 2>/dev/null || true
+	  test -t 0 || { echo "[make] error: clean removes these results; nobody is there to ask: make clean YES=1" >&2; exit 1; }
+	  read -r -p "remove them? [y/N] " answer
+	  [[ "$$answer" == [yY]* ]] || { echo "nothing was removed"; exit 0; }
+	fi
+	rm -rf runs data/cache .snakemake .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	@echo "removed runs/, data/cache/ and tool caches; .venv/ and data/raw/ stay"
 
 # torch first and exactly: an open range may take another build with several GB more. A line every 10 seconds.

@@ -11,6 +11,7 @@ from typing import Annotated
 try:
     import typer
 
+    from . import store
     from .runner import ending, execute, parameters
     from .runner import reproduce as reproduction
     from .store import MixDPOError
@@ -105,10 +106,62 @@ def reference(profile: _Profile = "default") -> None:
 
 
 @app.command()
+def figures(
+    size: Annotated[str, typer.Option(help="column, page or slide.")] = "column",
+    run: Annotated[str, typer.Option(help="reference, or a profile of runs/.")] = "reference",
+    output: Annotated[Path | None, typer.Option(help="Default: figures/paper/<run>.")] = None,
+) -> None:
+    """Draw a run's figures anew at one width of print: PDF, captions, tables in LaTeX."""
+    from .runner.results import Finished
+    from .study import paper
+
+    folder = output or store.project_root() / "figures" / "paper" / run / size
+    typer.echo(paper.write(Finished(run), size, folder))
+
+
+@app.command(name="list")
+def list_runs() -> None:
+    """Show every run: its state, and where its results lie."""
+    from .runner import listing, record
+
+    typer.echo(listing.listing(listing.found_runs(record.library_hash)))
+    typer.echo(f"in {store.project_root() / 'runs'}")
+
+
+@app.command(name="open")
+def open_notebook(
+    what: Annotated[str, typer.Argument(help="A notebook, or a run as `mixdpo list` names it.")],
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+) -> None:
+    """Open an executed notebook in JupyterLab, as a copy: the record stays as it is."""
+    from .runner import listing, record
+
+    copy = listing.opened_copy(what, listing.found_runs(record.library_hash))
+    typer.echo(f"a copy of its own: {copy}")
+    raise typer.Exit(listing.show(copy, browser))
+
+
+@app.command(name="doctor")
+def examine() -> None:
+    """Say what is missing on this machine, and how to mend it."""
+    from .runner import doctor
+
+    findings = doctor.examine()
+    typer.echo(doctor.told(findings))
+    raise typer.Exit(any(one.state == "missing" for one in findings))
+
+
+@app.command()
 def clean(
     everything: Annotated[bool, typer.Option("--all", help="Also what was downloaded.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove runs/ and computed files; they can be made again."""
+    """Remove runs/ and computed files; asks first, since hours may lie in them."""
+    if not yes:
+        places = f"{store.project_root() / 'runs'} and {store.cache_folder()}"
+        if not sys.stdin.isatty():
+            raise MixDPOError(f"clean removes {places}; nobody is there to ask: give --yes")
+        typer.confirm(f"Remove {places}{', and downloads' if everything else ''}?", abort=True)
     for path in reproduction.clean(everything):
         typer.echo(f"removed {path}")
 

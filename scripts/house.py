@@ -23,7 +23,7 @@ LAYERS = (  # from the ground up; a wing may import what stands below it
     ("policy",),
     ("learning", "evaluation"),
     ("choosing",),
-    ("explorer", "study", "runner"),
+    ("explorer", "lessons", "study", "runner"),
     ("cli",),
 )
 LEVEL = {wing: level for level, wings in enumerate(LAYERS) for wing in wings}

@@ -33,6 +33,7 @@ NEEDS = {
     "runner": ["runner"],
     "cli": ["study", "runner"],
     "explorer": ["lab"],
+    "lessons": ["lab"],
 }  # others: the core alone
 
 

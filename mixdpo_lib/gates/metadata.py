@@ -112,9 +112,18 @@ def encode(
 
 
 def _check_metadata(name: str, values: Sequence[Any]) -> None:
+    if isinstance(values, str | Real):
+        raise ValueError(
+            f"metadata column {name!r}: found {values!r}, expected a list with a value a row; of one user: "
+            "policy.user(metadata={...})"
+        )
     if len(values) == 0:
         raise ValueError(f"metadata column {name!r} has no rows: give at least one user")
     for row, value in enumerate(values):
+        if isinstance(value, list | tuple | set | Mapping):
+            raise ValueError(
+                f"metadata row {row}, column {name!r}: found {value!r}, expected one value, not several"
+            )
         if value is None or (isinstance(value, Real) and not math.isfinite(value)):
             raise ValueError(
                 f"metadata row {row}, column {name!r}: found {value!r}, expected text or a finite number"

@@ -38,7 +38,8 @@ def notebook_path(name: str) -> Path:
     places = [folder / f"{short}.ipynb", *(folder / one / f"{bare}.ipynb" for one in GENERATED)]
     path = next((path for path in places if path.exists()), None)
     if path is None:
-        known = notebook_names() + theory_names()
+        generated = [f"{one}/{path.stem}" for one in GENERATED for path in _inside(folder / one)]
+        known = notebook_names() + generated
         raise MixDPOError(
             f"notebook {name!r}: not found in {folder}; expected one of "
             + (", ".join(known) or "none yet")
@@ -55,7 +56,11 @@ def notebook_names() -> list[str]:
 def theory_names() -> list[str]:
     """Names of the notebooks on generated data: they need no reviews and no model, and nothing needs them."""
     folder = store.project_root() / "notebooks"
-    return [path.stem for one in GENERATED for path in sorted((folder / one).glob("*.ipynb"))]
+    return [path.stem for one in GENERATED for path in _inside(folder / one)]
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.ipynb"))
 
 
 def listed_notebooks() -> dict[str, Listed]:

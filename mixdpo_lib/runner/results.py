@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import store
 from ..store import MixDPOError
@@ -32,6 +32,33 @@ def results_folder(where: str | Path, notebook: str) -> Path:
     if str(where) == "reference":
         return root / "figures" / "reference" / notebook
     return (Path(where) if os.sep in str(where) else root / "runs" / str(where)) / notebook
+
+
+class Finished(NamedTuple):
+    """The finished runs of a profile, or the reference results: what a paper is made of, each file checked."""
+
+    where: str
+
+    def has(self, notebook: str) -> bool:
+        """Whether this notebook has a finished run."""
+        return (results_folder(self.where, notebook) / "manifest.json").exists()
+
+    def table(self, notebook: str, name: str) -> pd.DataFrame:
+        """See `load_table`."""
+        return load_table(self.where, notebook, name)
+
+    def values(self, notebook: str) -> dict[str, dict[str, Any]]:
+        """See `load_values`."""
+        return load_values(self.where, notebook)
+
+    def caption(self, notebook: str, figure: str) -> str:
+        """What its record says of a figure, and of a profile that is too small to mean anything."""
+        folder, file = results_folder(self.where, notebook), f"figures/{figure}.json"
+        verify_output(folder, file, _outputs(folder, self.where, notebook)[file])
+        record = store.read_json(folder / file)
+        return (
+            f"{record['caption']} ({record['note']})" if record.get("note") else record["caption"]
+        )
 
 
 def load_table(where: str | Path, notebook: str, name: str) -> pd.DataFrame:

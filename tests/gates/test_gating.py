@@ -290,6 +290,15 @@ def test_an_unseen_category_is_served_by_the_rest_with_a_warning():
     assert x[0].tolist() == [0, 0, 0, 0] and x[1].tolist() == [1, 0, 0, 0]
 
 
+def test_a_list_where_one_value_is_meant_is_refused():
+    gate = UserGate.from_metadata(METADATA, 2)
+    for wrong in ({"country": ["x"], "age": [[30]]}, {"country": [["x"]], "age": [30]}):
+        with pytest.raises(ValueError, match="row 0, column .*expected one value, not several"):
+            gate.encode(wrong)
+    with pytest.raises(ValueError, match="column 'age': found 30, expected a list with a value"):
+        UserGate.from_metadata({"age": 30}, 2)
+
+
 def test_users_are_told_apart_by_metadata_that_tells_something():
     """The gate reaches the mean responsibility of each category, which is all that metadata can say."""
     gate = UserGate.from_metadata({"country": ["x", "y"] * 50}, 2)

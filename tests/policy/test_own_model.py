@@ -18,7 +18,10 @@ GUIDE = ROOT / "docs" / "using-your-own-model-and-data.md"
 def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
-    save_tiny_base(tmp_path / "my-model")
+    tiny, load = mx.load_base(save_tiny_base(tmp_path / "my-model")), mx.load_base
+    monkeypatch.setattr(
+        mx, "load_base", lambda name: tiny if name == "smollm2-135m" else load(name), raising=False
+    )
     (tmp_path / "my-pairs").mkdir()
     preference_rows(24).to_json(tmp_path / "my-pairs" / "train.jsonl")
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
@@ -28,6 +31,12 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
         exec(compile(block, str(GUIDE), "exec"), names)
     said = capsys.readouterr().out
     assert all(f"{family}Experts -0." in said for family in ("Head", "Adapter", "Independent"))
+    assert names["new"].exp().sum() == pytest.approx(1) and "experts" in said
+    assert (
+        names["same"]
+        .posterior(names["example"]["train"])
+        .equals(names["policy"].posterior(names["example"]["train"]))
+    )
     assert load_preferences("for-trl.jsonl")["train"]["prompt"] == names["pairs"]["train"]["prompt"]
     assert (
         names["again"]

@@ -1,14 +1,19 @@
 """The command line: every error is one line, with a status that is not zero."""
 
 import importlib.metadata
+import io
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mixdpo_lib import cli
 from mixdpo_lib.runner import execute
 from mixdpo_lib.runner import reproduce as reproduction
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(*arguments):
@@ -20,7 +25,10 @@ def call(*arguments):
 def test_help_and_nothing(capsys):
     assert call("--help") == 0
     shown = capsys.readouterr().out
-    for command in ("run", "reproduce", "reference", "clean"):
+    for command in (
+        *("run", "reproduce", "reference", "clean"),
+        *("list", "open", "doctor", "figures"),
+    ):
         assert f"\n  {command} " in shown
     assert call() == 0
     assert capsys.readouterr().out == shown
@@ -46,6 +54,10 @@ def test_version(capsys):
         (["reproduce", "--profile", "smock"], "profile 'smock'"),
         (["reproduce", "--cores", "many"], "'--cores'"),
         (["reference"], "make reproduce-all PROFILE=default"),
+        (["figures", "--size", "poster"], "size 'poster': expected one of column, page, slide"),
+        (["figures", "--run", "smoke"], "make reproduce-all PROFILE=smoke"),
+        (["open", "04_mox"], "did you mean 04_mix"),
+        (["clean"], "nobody is there to ask: give --yes"),
     ],
 )
 def test_every_error_is_one_line(write_notebook, capsys, arguments, expected):
@@ -110,14 +122,40 @@ def test_an_unforeseen_error_is_named(monkeypatch, capsys):
 def test_clean_removes_what_can_be_made_again(project, capsys):
     for folder in ("runs/default", "data/cache/x", "data/raw", "data/titles"):
         (project / folder).mkdir(parents=True)
-    assert call("clean") == 0
+    assert call("clean") == 1 and (project / "runs/default").exists()
+    assert call("clean", "--yes") == 0
     assert (
         not (project / "runs").exists()
         and not (project / "data/cache").exists()
         and (project / "data/raw").exists()
     )
-    assert call("clean", "--all") == 0
+    assert call("clean", "--all", "--yes") == 0
     assert not (project / "data/raw").exists() and (project / "data/titles").exists()
+
+
+@pytest.mark.parametrize("answer, left", [("n\n", True), ("y\n", False)])
+def test_clean_asks_first(project, monkeypatch, answer, left):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    (project / "runs").mkdir()
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    assert (call("clean") == 0) is not left
+    assert (project / "runs").exists() is left
+
+
+def test_make_clean_asks_first(tmp_path):
+    """Without a terminal it refuses; with YES=1 it goes on."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "runs").mkdir()
+    quiet = {"cwd": tmp_path, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    done = subprocess.run(["make", "clean"], **quiet)
+    assert done.returncode == 2 and "make clean YES=1" in done.stderr
+    assert (tmp_path / "runs").exists()
+    done = subprocess.run(["make", "clean", "YES=1"], **quiet)
+    assert done.returncode == 0 and not (tmp_path / "runs").exists()
+    assert subprocess.run(["make", "clean"], **quiet).returncode == 0  # nothing to ask about
 
 
 def test_help_loads_nothing_heavy():

@@ -1,0 +1,72 @@
+"""Figures and tables for a paper, from the reference results: of a size, legible, with captions."""
+
+import re
+
+import matplotlib
+import pytest
+from matplotlib import pyplot as plt
+
+from mixdpo_lib import store
+from mixdpo_lib.runner.results import Finished
+from mixdpo_lib.study import paper
+
+REFERENCE = Finished("reference")
+BY_NAME = {one.name: one for one in paper.FIGURES}
+
+
+@pytest.mark.parametrize(
+    "name, size, inches",
+    [
+        ("elbo", "column", 3.3),
+        ("accuracy_by_group_clean", "column", 7.0),  # needs a page, and says so
+        ("settings", "page", 7.0),
+        ("pair_design", "slide", 10.0),
+    ],
+)
+def test_a_figure_has_its_width_and_letters_of_seven_points(name, size, inches):
+    with matplotlib.rc_context():
+        fig = paper.draw(BY_NAME[name], REFERENCE, size)
+        fig.canvas.draw()
+        assert fig.get_figwidth() == inches
+        texts = [text for text in fig.findobj(matplotlib.text.Text) if text.get_text().strip()]
+        assert len(texts) > 4 and min(text.get_fontsize() for text in texts) >= 7
+        plt.close(fig)
+
+
+def test_every_figure_of_the_study_is_among_them():
+    """By the names of the sidecars; what is drawn from several tables, or twice, is named here."""
+    folder = store.project_root() / "figures" / "reference"
+    kept = {
+        (path.parts[-3], path.stem)
+        for path in folder.glob("*/figures/*.json")
+        if path.parts[-3] != "09_results"  # those of 04 again
+    }
+    left_out = {
+        ("01_reviews_and_rewards", "judge_report"),
+        ("01_reviews_and_rewards", "reward_distributions"),
+        ("03_dpo", "accuracy_by_group"),
+    }
+    assert kept - left_out == {(one.notebook, one.name) for one in paper.FIGURES}
+
+
+def test_figures_captions_and_tables_are_written(tmp_path, monkeypatch):
+    chosen = tuple(BY_NAME[name] for name in ("elbo", "held_out"))
+    monkeypatch.setattr(paper, "FIGURES", chosen)
+    said = paper.write(REFERENCE, "column", tmp_path)
+    assert said == f"2 figures, 3 tables: {tmp_path}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "04-mix-dpo-elbo.pdf",
+        "08-ablation-experts-held-out.pdf",
+        "figures.tex",
+        "tables.tex",
+    ]
+    content = (tmp_path / "04-mix-dpo-elbo.pdf").read_bytes()
+    assert content.startswith(b"%PDF") and b"/FontFile2" in content  # embedded, TrueType
+    text = (tmp_path / "figures.tex").read_text()
+    assert (
+        text.count(r"\caption{The bound (nats per pair)") == text.count("04-mix-dpo-elbo.pdf") == 1
+    )
+    tables = (tmp_path / "tables.tex").read_text()
+    assert tables.count(r"\toprule") == 3
+    assert re.search(r"accuracy, mean of the groups & \+0\.\d{3} \[0\.\d{3}, 0\.\d{3}\] & ", tables)
+    assert not re.search(r"(?<!\\)[%_#]", tables)
