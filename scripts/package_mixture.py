@@ -7,24 +7,36 @@ has been run, fitted otherwise. Beside the mixture lie whom each expert serves, 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+
+import torch
 
 from mixdpo_lib import store
 from mixdpo_lib.policy.example import example_folder
 from mixdpo_lib.runner.parameters import resolve_parameters
 from mixdpo_lib.study import ReviewUsers
+from mixdpo_lib.study.fits import Fitted
 
 NOTEBOOK = "04_mix_dpo"
 
 
-def comparisons(study: ReviewUsers, count: int) -> list[list[str]]:
-    """The first two different candidates of the first test prompts: prompt, first, second."""
+def comparisons(study: ReviewUsers, fitted: Fitted, count: int) -> list[list[str]]:
+    """The pairs of test prompts whose answer tells most about who answers, one a prompt: prompt, first, second.
+
+    The most telling by the variance of sigma(D_k) over experts, of which no judge is asked.
+    """
     table, found = study.candidates, []
     for number in study.splits["test"]:
-        own = table[table["prompt_id"] == number].drop_duplicates("response")
-        if len(own) >= 2 and len(found) < count:
-            found.append([own["prompt"].iloc[0], *own["response"].iloc[:2]])
-    return found
+        own = table.index[table["prompt_id"] == number].tolist()
+        for a, b in itertools.combinations(own, 2):
+            p = torch.sigmoid(fitted.rewards[a] - fitted.rewards[b])
+            found.append((float(p.var()), number, a, b))
+    best: dict[int, list[str]] = {}
+    for _, number, a, b in sorted(found, reverse=True):
+        if number not in best and len(best) < count:
+            best[number] = [table["prompt"][a], table["response"][a], table["response"][b]]
+    return list(best.values())
 
 
 def main() -> None:
@@ -67,7 +79,7 @@ def main() -> None:
             "design": options.design,
             "seed": options.seed,
             "serves": [serves[k] for k in sorted(serves)],
-            "comparisons": comparisons(study, options.comparisons),
+            "comparisons": comparisons(study, fitted, options.comparisons),
         }
         text = json.dumps(about, indent=1, ensure_ascii=False)
         (folder / "about.json").write_text(text + "\n", encoding="utf-8")

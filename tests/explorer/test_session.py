@@ -44,7 +44,7 @@ def test_every_expert_says_what_it_thinks_of_every_token(session):
     for text, logps in zip(spoken.texts, spoken.logps, strict=True):
         own, _ = full_logps(base, experts, spoken.prompt, text, False)
         torch.testing.assert_close(logps.sum(0), own.detach(), atol=1e-4, rtol=0)
-    assert spoken.kl[0] == 0 and min(spoken.kl[1:]) > 0.1
+    assert abs(spoken.kl[0]) < 1e-6 and min(spoken.kl[1:]) > 0.1
     again = session.write(max_new_tokens=6, seed=3)
     assert again.texts == spoken.texts and session.write(6, seed=4).texts != spoken.texts
 
@@ -59,12 +59,12 @@ def test_the_posterior_starts_at_the_weights_and_ends_at_bayes(session):
 
 def test_the_distance_from_the_base_is_that_of_the_texts(session):
     """Over an expert's own texts log pi_k / pi_ref has the mean of their divergence, and more variance."""
-    n, base, experts = 200, session.policy.base, session.policy.experts
+    n, base, experts = 60, session.policy.base, session.policy.experts
     spoken = speaking.speak(session.policy, "the film is", [0] * n, 4)
     ratios = []
     for text, pieces in zip(spoken.texts, spoken.pieces, strict=True):
         own, ref = full_logps(base, experts, "the film is", text, len(pieces) < 4)
-        ratios.append(float(own[0] - ref))
+        ratios.append(float((own[0] - ref).detach()))
     ratios, kl = torch.tensor(ratios), torch.tensor(spoken.kl)
     assert abs(float((ratios - kl).mean())) < 3 * float((ratios - kl).std()) / n**0.5
     assert float(kl.mean()) > 0.3 and float(kl.std()) < float(ratios.std())
@@ -102,8 +102,8 @@ def test_temperature_and_top_s(session):
     flat = torch.tensor([0.3, 0.7]).sqrt()
     torch.testing.assert_close(session.log_w().exp(), flat / flat.sum())
     session.top_s = 1
-    assert session.log_w().exp().tolist() == [0, 1] and session.voices() == [-1, 1]
-    assert session.write(3).voices == [-1, 1]
+    assert session.log_w().exp().tolist() == [0, 1]
+    assert session.write(3).posterior(1, session.log_w())[:, 1].min() == 1  # whoever wrote it
 
 
 def test_metadata_is_what_the_gate_says(experts, tmp_path, monkeypatch):
@@ -190,7 +190,8 @@ def test_widgets_follow_the_session(session):
     panel.again.click()
     assert panel.spoken.texts != texts
     table = panel.summary()
-    assert table["voice"].tolist() == ["base", "<fact>"] and table["weight"].tolist()[1] == 1
+    assert table["voice"].tolist() == ["base", "praise", "<fact>"]
+    assert table["weight"].tolist()[1:] == [0, 1] and table["text"].tolist() == panel.spoken.texts
     assert list(table.columns) == ["voice", "weight", "text", "kl", "length"]
     assert panel.widget.children and "<svg" in panel.still().data
 
