@@ -1,4 +1,5 @@
-"""Does it work where people look? JupyterLab and the explorer in a real browser: `make test-browser`.
+"""Does it work where people look? JupyterLab and the explorer in a real browser: `make test-browser`; parts of it
+by `.venv-browser/bin/python scripts/browser.py explorer|notebooks|site`.
 
 Starts JupyterLab as `make lab` does (copies in lab-browser/, which go again), runs notebooks in Chromium, turns the explorer's
 controls and checks what appears. It fails on any red block (an error, or text on stderr), any warning in a cell and any error
@@ -34,7 +35,8 @@ from selenium.webdriver.remote.webelement import WebElement
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIES, PICTURES, SITE = ROOT / "lab-browser", ROOT / "screenshots", ROOT / "docs" / "site"
-NOTEBOOKS = ("00_start_here", "theory/1_from_bradley_terry_to_mixtures", "09_results")
+NOTEBOOKS = ("00_start_here", "theory/1_from_bradley_terry_to_mixtures", "theory/3_gumbel_softmax")
+PARTS = ("explorer", "notebooks", "site")
 PAGES = 3  # of docs/site
 PATIENCE = 420.0  # seconds that a notebook may take
 HARMLESS = re.compile(r"favicon|/api/me|Autofocus|permissions policy|WebGL|GPU", re.IGNORECASE)
@@ -43,6 +45,9 @@ SETTINGS = {  # nothing that asks a person
         "fetchNews": "false",
         "checkForUpdates": False,
     },
+    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {
+        "windowingMode": "none"
+    },  # all cells are there
     "@jupyterlab/docmanager-extension/plugin.jupyterlab-settings": {"autosave": False},
 }
 
@@ -231,7 +236,7 @@ def explore(browser: webdriver.Chrome, lab: Lab) -> dict[str, float]:
             one.get_attribute("innerHTML") for one in all_of(browser, f"{panel} {selector}")
         ]
 
-    weights, texts = text(".mixdpo-weight"), text(".mixdpo-text")
+    weights, texts = text(".mixdpo-weights"), text(".mixdpo-text")
     show(browser, panel)
     expect(len(texts()) == 4, f"expected the base and three experts, found {len(texts())} texts")
     expect(len(all_of(browser, f"{panel} .mixdpo-token")) > 20, "tokens are not coloured")
@@ -301,24 +306,23 @@ def pages(browser: webdriver.Chrome) -> None:
     server.shutdown()
 
 
-def main() -> None:
-    """All of it; ends with one line, or the first thing that is wrong."""
+def main(parts: list[str]) -> None:
+    """All parts, or those named; ends with one line, or the first thing that is wrong."""
+    expect(set(parts) <= set(PARTS), f"{' '.join(parts)}: expected some of {' '.join(PARTS)}")
     PICTURES.mkdir(exist_ok=True)
-    for old in PICTURES.glob("*.png"):
-        old.unlink()
     shutil.rmtree(COPIES, ignore_errors=True)
-    browser = open_browser()
+    browser, times = open_browser(), {}
     try:
-        with Lab() as lab:
-            times = explore(browser, lab)
-            for name in NOTEBOOKS:
-                times[name] = run_all(browser, lab, name)
-                show(
-                    browser,
-                    ".jp-NotebookPanel .jp-OutputArea-output svg, .jp-NotebookPanel .jp-OutputArea-output img",
-                )
-                picture(browser, name)
-        pages(browser)
+        if set(parts) & {"explorer", "notebooks"}:
+            with Lab() as lab:
+                if "explorer" in parts:
+                    times |= explore(browser, lab)
+                for name in NOTEBOOKS if "notebooks" in parts else ():
+                    times[name] = run_all(browser, lab, name)
+                    show(browser, ".jp-OutputArea-output svg, .jp-OutputArea-output img")
+                    picture(browser, name)
+        if "site" in parts:
+            pages(browser)
     finally:
         browser.quit()
         shutil.rmtree(COPIES, ignore_errors=True)
@@ -332,4 +336,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:] or list(PARTS))

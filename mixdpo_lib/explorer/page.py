@@ -45,7 +45,7 @@ def weights(session: Session) -> str:
         )
     answered = len(session.answers)
     told = f"{answered} comparison{'' if answered == 1 else 's'} answered"
-    return f"<table><caption style='{_MUTED}'>weights w, {told}</caption>{rows}</table>"
+    return f"<table class='mixdpo-weights'><caption style='{_MUTED}'>weights w, {told}</caption>{rows}</table>"
 
 
 def tokens(spoken: Spoken, row: int, log_w: Tensor, names: Sequence[str]) -> str:

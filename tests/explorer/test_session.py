@@ -1,6 +1,7 @@
 """What follows from what a visitor says, on a tiny base; what the widgets show, without a browser."""
 
 import math
+import sys
 
 import pandas as pd
 import pytest
@@ -162,6 +163,13 @@ def test_what_cannot_be_explored_is_refused(experts):
         Session(table)
     with pytest.raises(ValueError, match="expected 2, one an expert"):
         Session(mx.MixturePolicy(experts, mx.LearnedWeights(2)), names=["one"])
+
+
+def test_without_widgets_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    monkeypatch.delitem(sys.modules, "mixdpo_lib.explorer.panel", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mixdpo\[lab\]'"):
+        mx.explore  # noqa: B018
 
 
 # ------------------------------------------------------------------------------------------------ what is shown
