@@ -323,6 +323,9 @@ def main(parts: list[str]) -> None:
                     picture(browser, name)
         if "site" in parts:
             pages(browser)
+    except SystemExit:
+        picture(browser, "failed")
+        raise
     finally:
         browser.quit()
         shutil.rmtree(COPIES, ignore_errors=True)
