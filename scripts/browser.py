@@ -171,18 +171,25 @@ def picture(browser: webdriver.Chrome, name: str) -> None:
 def busy(browser: webdriver.Chrome) -> bool:
     """Whether a cell runs or waits to."""
     prompts = all_of(browser, ".jp-CodeCell .jp-InputPrompt")
-    return not prompts or any(one.text.strip() in ("[*]:", "[ ]:") for one in prompts)
+    return not prompts or any(re.search(r"\[[\s*]\]", one.text) for one in prompts)
+
+
+def idle(browser: webdriver.Chrome) -> bool:
+    """Whether the kernel waits for something to do."""
+    return any(
+        "| Idle" in one.text for one in all_of(browser, "#jp-bottom-panel, #jp-main-statusbar")
+    )
 
 
 def run_all(browser: webdriver.Chrome, lab: Lab, name: str) -> float:
     """Open a notebook, run all of its cells; seconds."""
     browser.get(lab.address(f"lab/tree/{COPIES.name}/{name}.ipynb") + "&reset")
     wait(lambda: all_of(browser, ".jp-NotebookPanel .jp-CodeCell"), 90, f"{name} is open")
-    wait(lambda: all_of(browser, "[data-status='idle']"), 120, f"{name} has a kernel")
+    wait(lambda: idle(browser), 120, f"{name} has a kernel")
     began = time.monotonic()
     menu(browser, "Run", "Run All Cells")
     time.sleep(1)
-    wait(lambda: not busy(browser), PATIENCE, f"{name} has run")
+    wait(lambda: idle(browser) and not busy(browser), PATIENCE, f"{name} has run")
     check(browser, name)
     return time.monotonic() - began
 
@@ -310,6 +317,8 @@ def main(parts: list[str]) -> None:
     """All parts, or those named; ends with one line, or the first thing that is wrong."""
     expect(set(parts) <= set(PARTS), f"{' '.join(parts)}: expected some of {' '.join(PARTS)}")
     PICTURES.mkdir(exist_ok=True)
+    for old in PICTURES.glob("failed*.png"):
+        old.unlink()
     shutil.rmtree(COPIES, ignore_errors=True)
     browser, times = open_browser(), {}
     try:
