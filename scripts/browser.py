@@ -281,6 +281,13 @@ def explore(browser: webdriver.Chrome, lab: Lab) -> dict[str, float]:
     return times
 
 
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A server that does not list what it is asked for."""
+
+    def log_message(self, *words: object) -> None:
+        """Nothing."""
+
+
 def pages(browser: webdriver.Chrome) -> None:
     """Three pages of the site, without a network; said where it has not been built."""
     front = sorted(SITE.rglob("index.html"), key=lambda path: len(path.parts))
@@ -290,14 +297,13 @@ def pages(browser: webdriver.Chrome) -> None:
             flush=True,
         )
         return
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(front[0].parent))
-    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    handler = partial(Quiet, directory=str(front[0].parent))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     found = [
         path
         for path in sorted(front[0].parent.rglob("*.html"))
-        if not path.parts[-1].startswith(("search", "genindex"))
+        if path.stem not in ("search", "genindex") and "_static" not in path.parts
     ]
     chosen = [
         front[0],
