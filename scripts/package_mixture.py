@@ -13,6 +13,7 @@ import json
 import torch
 
 from mixdpo_lib import store
+from mixdpo_lib.data.pairs import Text
 from mixdpo_lib.policy.example import example_folder
 from mixdpo_lib.runner.parameters import resolve_parameters
 from mixdpo_lib.study import ReviewUsers
@@ -26,11 +27,15 @@ def comparisons(study: ReviewUsers, fitted: Fitted, count: int) -> list[list[str
 
     The most telling by the variance of sigma(D_k) over experts, of which no judge is asked.
     """
-    table, found = study.candidates, []
+    table, place, found = study.candidates, study.texts.index, []
+    rewards = [
+        fitted.rewards[place[Text(prompt, response, False)]]
+        for prompt, response in zip(table["prompt"], table["response"], strict=True)
+    ]
     for number in study.splits["test"]:
         own = table.index[table["prompt_id"] == number].tolist()
         for a, b in itertools.combinations(own, 2):
-            p = torch.sigmoid(fitted.rewards[a] - fitted.rewards[b])
+            p = torch.sigmoid(rewards[a] - rewards[b])
             found.append((float(p.var()), number, a, b))
     best: dict[int, list[str]] = {}
     for _, number, a, b in sorted(found, reverse=True):
