@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help reproduce reproduce-all test test-faults bench book lab audit clean
+.PHONY: help reproduce reproduce-all test test-faults test-browser bench book lab audit clean
 
 PROFILE ?= default
 CORES ?= 2
@@ -24,7 +24,8 @@ help:
 	@echo "make test-faults                                       200 kills, full disks, 480 damaged files, 2,400 changed texts"
 	@echo "make bench                                             speed beside TRL and transformers: table and figure; can be stopped"
 	@echo "make book [PROFILE=default]                            executed notebooks, guide and gallery as pages that need no network"
-	@echo "make lab                                               JupyterLab on the notebooks"
+	@echo "make lab                                               JupyterLab on the project, on copies of the notebooks in lab/"
+	@echo "make test-browser                                      JupyterLab and the explorer in a real browser; needs Chromium"
 	@echo "make audit                                             known weaknesses of the pinned packages; needs the network"
 	@echo "make clean [YES=1]                                     remove results and caches, asks first; keeps .venv and downloads"
 
@@ -61,7 +62,15 @@ $(BOOK): docs/site/requirements.txt
 	touch $@
 
 lab: $(READY)
-	@.venv/bin/python -m jupyterlab --notebook-dir=notebooks
+	@exec .venv/bin/python scripts/lab.py
+
+# Selenium has an environment of its own: the project's stays what was tested.
+test-browser: $(READY)
+	@for tool in chromium chromedriver; do command -v $$tool >/dev/null || {
+	  echo "[make] error: $$tool: not found; on Debian: apt-get install chromium chromium-driver" >&2; exit 1; }; done
+	test -x .venv-browser/bin/python || "$$PYTHON" -m venv .venv-browser
+	.venv-browser/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt selenium
+	exec .venv-browser/bin/python scripts/browser.py
 
 # In an environment of its own, which goes when it is done: the project's stays what was tested.
 audit:

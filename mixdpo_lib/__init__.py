@@ -12,6 +12,8 @@ _HOME = {
     "load_base": "base.model",
     "load_preferences": "data.files",
     "example_preferences": "data.files",
+    "example_mixture": "policy.example",
+    "explore": "explorer.panel",
     "report": "choosing",
     "choose_k": "choosing",
     "FixedWeights": "gates.weights",
@@ -60,9 +62,10 @@ def __getattr__(name: str) -> Any:
         try:
             return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
         except ModuleNotFoundError as error:
-            if _HOME[name].startswith("runner.") and not str(error.name).startswith(__name__):
+            extra = {"runner": "runner", "explorer": "lab"}.get(_HOME[name].split(".")[0])
+            if extra and not str(error.name).startswith(__name__):
                 raise ModuleNotFoundError(
-                    f"{name} needs {error.name}: pip install 'mixdpo[runner]'"
+                    f"{name} needs {error.name}: pip install 'mixdpo[{extra}]'"
                 ) from error
             raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,10 +9,12 @@
 
 from .circle import said_by_angle, users_on_circle
 from .look import Look, legend_above, share_legend, style, subplots, watermark
+from .moving import Moving, users_part
 from .plots import curves, dots, points, reliability, responsibility_map, training_curves
 
 __all__ = [
     "Look",
+    "Moving",
     "curves",
     "dots",
     "legend_above",
@@ -25,5 +27,6 @@ __all__ = [
     "subplots",
     "training_curves",
     "users_on_circle",
+    "users_part",
     "watermark",
 ]

@@ -1,0 +1,62 @@
+"""What was found, in ten rows?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROWS = {  # what a value says, and in which units; the comparison that flatters least first
+    "dpo_accuracy_mean": (
+        "One DPO policy: test pairs predicted right, mean of the three groups",
+        "share",
+    ),
+    "accuracy_gain_mean": ("Mix-DPO, users served from their own pairs: more than DPO", "share"),
+    "accuracy_gain_worst": ("... in the group that gains least", "share"),
+    "user_nmi_median": ("Hidden groups found without a label (1: all, 0: chance)", "NMI"),
+    "reward_gain_grammar": ("The grammar expert's texts, better than DPO's at equal KL", "judge"),
+    "reward_gain_informativeness": ("The informativeness expert's texts, likewise", "judge"),
+    "reward_gain_sentiment": ("The sentiment expert's texts, likewise", "judge"),
+    "gain_metadata_0_pairs": ("New users served by their metadata alone: more than DPO", "share"),
+    "gain_pairs_16_pairs": (
+        "New users served by 16 comparisons of their own: more than DPO",
+        "share",
+    ),
+    "moe_top_1_gain_over_dpo_last_step_mean": (
+        "A gate that reads prompts of films and books: more than DPO after its last step",
+        "share",
+    ),
+}
+UNITS = {"share": "share of pairs", "NMI": "NMI", "judge": "unit of the evaluation judge"}
+
+
+def headline(values: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Ten rows of the reference results: what, value, 95 % interval (of NMI: lowest and highest seed), unit, notebook.
+
+    A value that is not there says so.
+
+    >>> row = {"value": 0.0473, "interval": [0.036, 0.058], "runs": ["04_mix_dpo-4d00"]}
+    >>> headline({"accuracy_gain_mean": row})["value"].tolist()[:2]
+    ['not measured yet', '+0.047']
+    """
+    import pandas as pd
+
+    rows = []
+    for name, (what, unit) in ROWS.items():
+        known = name in values
+        value, interval = (values[name][key] if known else None for key in ("value", "interval"))
+        sign = "+" if "gain" in name else ""
+        rows.append(
+            {
+                "what": what,
+                "value": format(value, f"{sign}.3f") if known else "not measured yet",
+                "interval": f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "",
+                "unit": UNITS[unit],
+                "notebook": ", ".join(run.rsplit("-", 1)[0] for run in values[name]["runs"])
+                if known
+                else "",
+            }
+        )
+    return pd.DataFrame(rows)
