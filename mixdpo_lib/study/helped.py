@@ -187,5 +187,11 @@ def traits_of_films(pairs: Pairs) -> pd.DataFrame:
     texts = pd.Series([text.response for text in pairs.texts.texts])
     found = texts.str.extract(r"\((?P<year>\d{4})\)\.(?P<genres>[^(]*)$")
     year = found["year"].astype(float)
-    genres = found["genres"].fillna("").str.strip(" .").str.get_dummies(", ")
+    genres = (
+        found["genres"]
+        .fillna("")
+        .str.strip(" .")
+        .str.get_dummies(", ")
+        .drop(columns="", errors="ignore")
+    )
     return pd.concat([year.fillna(year.mean()), genres], axis=1)
