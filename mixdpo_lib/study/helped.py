@@ -160,9 +160,9 @@ def leanings(policy: MixturePolicy, pairs: Pairs, traits: pd.DataFrame) -> pd.Da
     A row a trait, a column an expert, in [-1, 1].
     """
     rewards = pd.DataFrame(policy.text_rewards(pairs.texts).double().numpy()).rank()
-    ranks = traits.rank()
+    ranks = traits.loc[:, traits.std() > 0].rank()
     found = {k: ranks.corrwith(own) for k, own in rewards.items()}
-    return pd.DataFrame(found)[ranks.std() > 0].rename_axis("trait")
+    return pd.DataFrame(found).rename_axis("trait")
 
 
 def traits_of_writing(pairs: Pairs) -> pd.DataFrame:
