@@ -92,7 +92,8 @@ def helped(
     policies = {k: make(k) for k in sorted(set(ks))}
     for policy in policies.values():
         learn(policy)
-    one, reports, held_out = policies[1], {}, {}
+    one, reports = policies[1], {}
+    held_out: dict[int, pd.Series] = {}
     for k, policy in policies.items():
         if k > 1:
             reports[k] = report(policy, parts["train"], parts["test"], single=one)
