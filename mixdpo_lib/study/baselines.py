@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -154,7 +154,8 @@ class Baselines(ReviewUsers):
         if method in ("soup", "soup_equal"):
             oracle, n = self.fitted("oracle", seed, design), len(self.groups)
             weights = simplex(n, n) if method == "soup" else torch.full((1, n), 1 / n)
-            policy = self._with_weights(soup(oracle.policy.experts, weights))
+            experts: Any = oracle.policy.experts  # heads
+            policy = self._with_weights(soup(experts, weights))
             return policy, oracle.result, policy.text_rewards(self.texts)
         return super().learned(method, seed, design)
 

@@ -92,7 +92,8 @@ def helped(
     policies = {k: make(k) for k in sorted(set(ks))}
     for policy in policies.values():
         learn(policy)
-    one, reports, held_out = policies[1], {}, {}
+    one, reports = policies[1], {}
+    held_out: dict[int, pd.Series] = {}
     for k, policy in policies.items():
         if k > 1:
             reports[k] = report(policy, parts["train"], parts["test"], single=one)
@@ -112,6 +113,8 @@ def by_reading(
 ) -> Helped:
     """Experts that read: heads of rank 8 on `base`, the step of the best validation likelihood, for every K alike.
 
+    The lapse rate is learned: else one text on which people slip, and which a head takes for very bad, decides the likelihood.
+
     passes : over the training pairs, by SGD with a rate of .01. min_count : see `HeadExperts`. Fits are kept in the cache.
     """
     config = FitConfig(
@@ -127,7 +130,8 @@ def by_reading(
         kept_fit(policy, parts["train"], parts["validation"], config, parts["train"].texts)
 
     def make(k: int) -> MixturePolicy:
-        return MixturePolicy(HeadExperts(base, k, min_count=min_count), LearnedWeights(k))
+        experts = HeadExperts(base, k, min_count=min_count)
+        return MixturePolicy(experts, LearnedWeights(k), lapse="learn")
 
     return helped(make, learn, parts, ks)
 
@@ -148,7 +152,7 @@ def by_name(
 
 @torch.no_grad()
 def leanings(policy: MixturePolicy, pairs: Pairs, traits: pd.DataFrame) -> pd.DataFrame:
-    """What experts lean to: correlation of each expert's reward of an answer with traits of the answer.
+    """What experts lean to: rank correlation (Spearman) of each expert's reward of an answer with traits of the answer.
 
     traits : a row a text of `pairs.texts`, in their order; a column a trait, numbers. One that does not vary is left out.
 
@@ -156,15 +160,10 @@ def leanings(policy: MixturePolicy, pairs: Pairs, traits: pd.DataFrame) -> pd.Da
     -------
     A row a trait, a column an expert, in [-1, 1].
     """
-    rewards = policy.text_rewards(pairs.texts).double().numpy()
-    read = {name: values.to_numpy(float) for name, values in traits.items()}
-    return pd.DataFrame(
-        {
-            name: [np.corrcoef(own, values)[0, 1] for own in rewards.T]
-            for name, values in read.items()
-            if values.std() > 0
-        }
-    ).T.rename_axis("trait")
+    rewards = pd.DataFrame(policy.text_rewards(pairs.texts).double().numpy()).rank()
+    ranks = traits.loc[:, traits.std() > 0].rank()
+    found = {k: ranks.corrwith(own) for k, own in rewards.items()}
+    return pd.DataFrame(found).rename_axis("trait")
 
 
 def traits_of_writing(pairs: Pairs) -> pd.DataFrame:
@@ -187,5 +186,11 @@ def traits_of_films(pairs: Pairs) -> pd.DataFrame:
     texts = pd.Series([text.response for text in pairs.texts.texts])
     found = texts.str.extract(r"\((?P<year>\d{4})\)\.(?P<genres>[^(]*)$")
     year = found["year"].astype(float)
-    genres = found["genres"].fillna("").str.strip(" .").str.get_dummies(", ")
+    genres = (
+        found["genres"]
+        .fillna("")
+        .str.strip(" .")
+        .str.get_dummies(", ")
+        .drop(columns="", errors="ignore")
+    )
     return pd.concat([year.fillna(year.mean()), genres], axis=1)

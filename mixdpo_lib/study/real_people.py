@@ -112,7 +112,8 @@ def film_tastes(
     ).sort_values(["userId", "movieId"], kind="stable")
     rated = rated[rated.groupby("userId")["userId"].transform("size") >= FEWEST_RATINGS]
     rated = rated[rated.groupby("movieId")["movieId"].transform("size") >= fewest_viewers]
-    drawn, rng, viewers = [], np.random.default_rng(seed), list(rated.groupby("userId"))
+    rng, viewers = np.random.default_rng(seed), list(rated.groupby("userId"))
+    drawn: list[pd.DataFrame] = []
     for place in rng.permutation(len(viewers)):
         if len(drawn) < n_viewers:
             name, own = viewers[place]

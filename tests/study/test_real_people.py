@@ -116,14 +116,14 @@ def test_a_survey_keeps_a_fifth_of_each_persons_comparisons(tmp_path):
 
 
 def test_a_mixture_helps_people_of_three_groups_and_who_they_are_is_told():
-    found = helped.by_name(real_people.survey(survey.FILE), [1, 2, 3], restarts=2)
+    found = helped.by_name(real_people.survey(survey.FILE), [1, 3], restarts=1)
     table = found.table().set_index("K")
-    assert found.chosen == 3 and table["chosen"].tolist() == [False, False, True]
+    assert found.chosen == 3 and table["chosen"].tolist() == [False, True]
     assert table["pays"][3] and 0 < table["low"][3] < table["gain"][3] < table["high"][3]
     assert table["accuracy"][3] > table["accuracy"][1] + 0.05
     assert table["loglik"][3] - table["loglik"][1] == pytest.approx(table["gain"][3])
     assert 2 < table["used"][3] <= 3 and table["people"].eq(found.reports[3].units.shape[0]).all()
-    people = found.people().query("K == 3")
+    people = found.people()
     assert people["gain"].mean() == pytest.approx(table["gain"][3])
     assert (people["gain"] > 0).mean() == pytest.approx(table["people_gaining"][3])
 
