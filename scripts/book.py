@@ -228,8 +228,8 @@ def build(environment: Path) -> Path:
     shutil.rmtree(html, ignore_errors=True)
     shutil.move(BUILD / "_build" / "html", html)
     shutil.rmtree(BUILD / "_build")
-    for folder in ("_sources/api", "_sources/docs", "_sphinx_design_static/none"):
-        shutil.rmtree(html / folder, ignore_errors=True)
+    for path in html.rglob("*.map"):  # for whoever debugs the theme
+        path.unlink()
     if found := remote(html):
         sys.exit("\n".join(found) + "\n[book] error: these pages need a network")
     return html

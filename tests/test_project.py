@@ -86,6 +86,22 @@ def test_prose_quotes_no_result(path):
         assert not re.search(r"\.\d|\d\s*%|\b(minutes?|seconds|hours?)\b", text), text
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in NOTEBOOKS if p.parent.name in notebooks.GENERATED], ids=lambda p: p.stem
+)
+def test_a_notebook_on_generated_data_has_two_exercises_with_hidden_solutions(path):
+    (text,) = [one for one in cell_sources(path, "markdown") if one.startswith("## Exercises")]
+    for number, part in enumerate(text.split("\n\n**")[1:], 1):
+        assert part.startswith(f"{number}.**")
+        question, hidden = part.split("\n\n<details><summary>Solution</summary>\n\n")
+        assert (
+            len(question) > 40 and len(hidden) > 100 and hidden.rstrip().endswith("\n\n</details>")
+        )
+    assert number == 2
+    if path.parent.name == "theory":
+        assert any("lessons.sliders(" in one for one in cell_sources(path, "code"))
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_was_found_can_be_told(path):
     """Names in braces of `run.head(...)` are values of the reference results, or of the notebook's next run."""

@@ -60,7 +60,7 @@ class Shown(NamedTuple):
 
     panels : from `table(name)`, which loads a table of that notebook.
     least : "page" where a column is too narrow; it is then drawn a page wide, for `figure*`.
-    height : inches of a panel in a column or on a page, 0 for what suits; on a slide what is there is used.
+    height : inches of a panel in a column or on a page, 0 for what suits; on a slide all that there is.
     stacked : panels below each other on a page too.
     """
 
@@ -167,24 +167,29 @@ FIGURES = (
 )  # fmt: skip
 
 
-def draw(one: Shown, results: Results, size: str) -> Figure:
-    """A figure drawn anew from a table.
+def draw(one: Shown, results: Results, size: str) -> list[Figure]:
+    """A figure drawn anew from a table; for slides, where panels do not fit side by side, a figure a panel.
 
     Raises
     ------
     MixDPOError : no finished run of its notebook, or a table that is not the recorded one.
     """
     panels = one.panels(partial(results.table, one.notebook))
-    width = one.least if size == "column" else size
+    if size == "slide":
+        return [_drawn([panel], one, size, len(panels) > 1) for panel in panels]
+    return [_drawn(panels, one, one.least if size == "column" else size, len(panels) > 1)]
+
+
+def _drawn(panels: list[Panel], one: Shown, width: str, titled: bool) -> Figure:
     across = 1 if one.stacked or width == "column" else len(panels)
     down = len(panels) // across
-    height = down * one.height * (1.8 if width == "slide" else 1)
+    height = 0 if width == "slide" else down * one.height
     fig, axes = figures.subplots(width, down, across, height=height, squeeze=False)
     for ax, (title, rows, plot) in zip(axes.flat, panels, strict=True):
         plot(rows, ax)
-        if len(panels) > 1:
+        if titled:
             ax.set_title(title)
-    if len(panels) > 1 and all(ax.get_legend() for ax in axes.flat):
+    if titled and all(ax.get_legend() for ax in axes.flat):  # titles stand where legends do
         figures.share_legend(fig)
     return fig
 
@@ -215,13 +220,15 @@ def write(results: Results, size: str = "column", folder: Path = Path("paper")) 
         texts = []
         for one in (one for one in FIGURES if one.notebook in there):
             name = f"{one.notebook}-{one.name}".replace("_", "-")
-            with mpl.rc_context():
-                fig = draw(one, results, size)
-                with mpl.rc_context({"savefig.bbox": None, "pdf.fonttype": 42}):
-                    fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-                plt.close(fig)
             caption = results.caption(one.notebook, one.name)
-            texts.append(_environment(name, caption, size, one.least))
+            with mpl.rc_context():
+                drawn = draw(one, results, size)
+                for number, fig in enumerate(drawn, 1):
+                    file = f"{name}-{number}" if len(drawn) > 1 else name
+                    with mpl.rc_context({"savefig.bbox": None, "pdf.fonttype": 42}):
+                        fig.savefig(folder / f"{file}.pdf", metadata={"CreationDate": None})
+                    plt.close(fig)
+                    texts.append(_environment(file, caption, size, one.least))
         (folder / "figures.tex").write_text("\n".join(texts) + "\n", encoding="utf-8")
         tables = headline_tables(results)
         (folder / "tables.tex").write_text("\n".join(tables) + "\n", encoding="utf-8")

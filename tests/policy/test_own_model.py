@@ -1,5 +1,7 @@
 """The guide to one's own model and data runs as it stands; the forms of preference data that TRL knows."""
 
+import functools
+import importlib
 import re
 from pathlib import Path
 
@@ -15,6 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "using-your-own-model-and-data.md"
 
 
+@pytest.fixture
+def short_fits(monkeypatch):
+    """Where a page gives no configuration: a tenth of the steps; what the defaults learn is tested in test_example.py."""
+    few = functools.partial(mx.FitConfig, min_steps=20)
+    for module in ("learning.fit", "choosing"):
+        monkeypatch.setattr(importlib.import_module(f"mixdpo_lib.{module}"), "FitConfig", few)
+
+
+@pytest.mark.usefixtures("short_fits")
 def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
@@ -45,6 +56,7 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_the_block_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
