@@ -126,7 +126,7 @@ def hypervolume(
     ends = np.concatenate([ends, np.full_like(ends[..., :1], budget)], -1)
     x, near, far = ends[..., None, None], kl[..., None, :, None], kl[..., None, None, :]
     here, there = gain[..., None, :, None], gain[..., None, None, :]
-    beyond = far > x
+    beyond = (near <= x) & (far > x)
     share = np.where(beyond, (x - near) / np.where(beyond, far - near, 1.0), 1.0)
     reached = np.where(near <= x, here + (there - here) * share, -np.inf).max((-1, -2))
     steps = np.diff(ends) * (reached[..., 1:] + reached[..., :-1]) / 2
