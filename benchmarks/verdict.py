@@ -1,6 +1,6 @@
 """How often does `report` say that a mixture pays, where it does and where it does not? 100 data sets of each kind.
 
-    .venv/bin/python benchmarks/verdict.py [--seeds 100] [--users 20 40 60] [--pairs 32] [--out FILE.csv]
+    .venv/bin/python benchmarks/verdict.py [--seeds 100] [--groups 1 3] [--users 20 40 60] [--pairs 32] [--out FILE.csv]
 
 Users of one group, for whom no mixture pays, and of three, for whom one does (the tastes of
 notebooks/theory/4_who_answered): 20 answers, rewards of standard deviation 2, a group drawn for each user, as many pairs
@@ -54,11 +54,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--users", type=int, nargs="+", default=[20, 40, 60])
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--out")
     options = parser.parse_args()
     rows = []
-    for n_groups in (1, 3):
+    for n_groups in options.groups:
         for n_users in options.users:
             rows += [one(n_groups, n_users, options.pairs, seed) for seed in range(options.seeds)]
             part = pd.DataFrame(rows[-options.seeds :])
