@@ -12,6 +12,7 @@ try:
     import typer
 
     from .runner import ending, execute, parameters
+    from .runner import grid as side_by_side
     from .runner import reproduce as reproduction
     from .store import MixDPOError
     from .study.readme import with_results
@@ -96,6 +97,19 @@ def reproduce(
 ) -> None:
     """Execute the notebooks of the main study that are not up to date."""
     reproduction.reproduce(profile, cores, snakemake or [], everything)
+
+
+@app.command()
+def grid(
+    snakemake: Annotated[
+        list[str] | None,
+        typer.Argument(help="After `--`: passed to Snakemake; -n says what would run."),
+    ] = None,
+    profile: _Profile = "default",
+    cores: Annotated[int, typer.Option(help="Processor cores; each piece takes two.")] = 2,
+) -> None:
+    """Make every method and seed of 12_baselines side by side, here or on a cluster."""
+    side_by_side.run_grid(profile, cores, snakemake or [])
 
 
 @app.command()

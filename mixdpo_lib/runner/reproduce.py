@@ -53,43 +53,7 @@ def reproduce(
         return {name: path.stat().st_mtime_ns for name, path in manifests.items() if path.exists()}
 
     before = times()
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "all" if everything else "main",
-        "-s",
-        str(root / "workflow" / "Snakefile"),
-        "--directory",
-        str(root),
-        "--config",
-        f"profile={profile}",
-        "--cores",
-        str(cores),
-        "--rerun-incomplete",
-        "--nolock",
-        "--scheduler",
-        "greedy",  # the other one calls a solver in a folder that may have any name
-        "--shared-fs-usage",  # all but `source-cache`, which lies in the home folder: there may be none
-        "persistence",
-        "input-output",
-        "software-deployment",
-        "sources",
-        "storage-local-copies",
-        "--quiet",
-        "all",
-        *extra,
-    ]
-    with store.locked(root / "runs" / ".reproduce.lock", "make reproduce"):
-        with store.writing_to(root / ".snakemake"):
-            (root / ".snakemake").mkdir(exist_ok=True)
-        try:
-            code = ending.run_to_end(command, root)
-        except ending.Interrupted:
-            raise RunInterrupted(
-                f"profile {profile}: interrupted; nothing runs any more, what is done is kept, evidence of "
-                f"what was not is in {root / 'runs' / 'failed'}; start again to go on"
-            ) from None
+    code = run_target("all" if everything else "main", profile, cores, extra)
     if code:
         raise MixDPOError(
             f"profile {profile}: not finished (see the line above; what Snakemake says: mixdpo "
@@ -114,6 +78,60 @@ def reproduce(
         f"profile {profile}: {len(ran)} notebooks in {timing['minutes']:.1f} minutes, results in "
         f"{path.parent}"
     )
+
+
+def run_target(target: str, profile: str, cores: int, extra: Sequence[str]) -> int:
+    """Status of Snakemake after it has made a target of the workflow, with everything it started at its end.
+
+    `extra` : further words of its command line; with -n it says what would run.
+
+    Raises
+    ------
+    MixDPOError, RunInterrupted : see `reproduce`.
+    """
+    root = store.project_root()
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        target,
+        "-s",
+        str(root / "workflow" / "Snakefile"),
+        "--directory",
+        str(root),
+        "--config",
+        f"profile={profile}",
+        "--cores",
+        str(cores),
+        "--rerun-incomplete",
+        "--nolock",
+        "--scheduler",
+        "greedy",  # the other one calls a solver in a folder that may have any name
+        "--shared-fs-usage",  # all but `source-cache`, which lies in the home folder: there may be none
+        "persistence",
+        "input-output",
+        "software-deployment",
+        "sources",
+        "storage-local-copies",
+        "--quiet",
+        "host" if is_dry(extra) else "all",
+        *extra,
+    ]
+    with store.locked(root / "runs" / ".reproduce.lock", "make reproduce"):
+        with store.writing_to(root / ".snakemake"):
+            (root / ".snakemake").mkdir(exist_ok=True)
+        try:
+            return ending.run_to_end(command, root)
+        except ending.Interrupted:
+            raise RunInterrupted(
+                f"profile {profile}: interrupted; nothing runs any more, what is done is kept, evidence of "
+                f"what was not is in {root / 'runs' / 'failed'}; start again to go on"
+            ) from None
+
+
+def is_dry(extra: Sequence[str]) -> bool:
+    """Whether these words ask Snakemake what would run, and for nothing else."""
+    return bool({"-n", "--dry-run", "--dryrun"} & set(extra))
 
 
 def update_reference(profile: str, rewrite: Callable[[str, Mapping[str, Any]], str]) -> Path:

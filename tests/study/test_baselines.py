@@ -98,12 +98,11 @@ def test_users_are_written_by_their_own_experts(study, fits):
     assert set(texts["prompt_id"]) == set(list(study.splits["test"])[:3])
     alone = texts[texts["method"] == "dpo"]
     assert (alone.groupby(["factor", "number"])["text"].nunique() == 1).all()
-    assert alone["reward"].nunique() > len(alone) / 3  # each group by its own judge
+    for row in alone.itertuples():  # each group by its own judge
+        said = study.judged([row.prompt], [row.text], "evaluation")
+        assert row.reward == pytest.approx(said[row.group][0])
     own = texts[texts["method"] == "oracle"].groupby("group")["expert"].unique()
     assert [list(own[g]) for g in REWARDS] == [[0], [1], [2]]
-    row = texts.iloc[-1]
-    said = study.judged([row["prompt"]], [row["text"]], "evaluation")
-    assert row["group"] == "grammar" and row["reward"] == pytest.approx(said["grammar"][0])
     kl = texts.groupby(["method", "factor"])["kl"].mean().unstack()
     assert (kl[0.5] < kl[1.0]).all()
     drawn = drawn_points(texts, base_rewards(study))
