@@ -15,7 +15,7 @@ try:
     from .runner import grid as side_by_side
     from .runner import reproduce as reproduction
     from .store import MixDPOError
-    from .study.readme import with_results
+    from .study.readme import with_quoted, with_results
 except ModuleNotFoundError:
     sys.exit(
         "mixdpo: error: the command line needs more than the method alone: pip install 'mixdpo[study,runner]'"
@@ -115,7 +115,8 @@ def grid(
 @app.command()
 def reference(profile: _Profile = "default") -> None:
     """Copy a finished profile's figures, tables and values to figures/reference."""
-    typer.echo(reproduction.update_reference(profile, with_results))
+    pages = {"README.md": with_results, "docs/claims.md": with_quoted}
+    typer.echo(reproduction.update_reference(profile, pages))
 
 
 @app.command()

@@ -134,22 +134,25 @@ def is_dry(extra: Sequence[str]) -> bool:
     return bool({"-n", "--dry-run", "--dryrun"} & set(extra))
 
 
-def update_reference(profile: str, rewrite: Callable[[str, Mapping[str, Any]], str]) -> Path:
+Rewrite = Callable[[str, Mapping[str, Any]], str]  # a page and the reference's values
+
+
+def update_reference(profile: str, pages: Mapping[str, Rewrite]) -> Path:
     """Copy figures, tables, values and manifests of a finished profile to `figures/reference`.
 
     Values are merged. A notebook without a finished run keeps its earlier record, whose manifest
     names the library it was made with; so do times that were not measured anew. Theory notebooks
     are there once they have been run. Files over 1 MB stay out and are named in the copied manifest
     as `left_out`; `seconds_by_profile` there has the times of the runs of all profiles. Minutes
-    come from `timing.json` of the default and the smoke profile. README becomes
-    `rewrite(README, values)`.
+    come from `timing.json` of the default and the smoke profile. Each of `pages` (its path in the
+    project) becomes what its function makes of it and the values.
     """
     root = store.project_root()
     with store.writing_to(root / "figures"):
-        return _update(profile, rewrite, root)
+        return _update(profile, pages, root)
 
 
-def _update(profile: str, rewrite: Callable[[str, Mapping[str, Any]], str], root: Path) -> Path:
+def _update(profile: str, pages: Mapping[str, Rewrite], root: Path) -> Path:
     target = root / "figures" / "reference"
     fresh = target.with_name(f".reference.part-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -230,16 +233,17 @@ def _update(profile: str, rewrite: Callable[[str, Mapping[str, Any]], str], root
         }
     store.write_json_atomic(fresh / "values.json", values)
     replace_folder(fresh, target)
-    readme = root / "README.md"
-    if readme.exists():
-        text = rewrite(readme.read_text(encoding="utf-8"), values)
-        part = readme.with_name(f".README.md.part-{os.getpid()}")
-        with store.writing_to(root):
-            try:
-                part.write_text(text, encoding="utf-8")
-                os.replace(part, readme)
-            finally:
-                part.unlink(missing_ok=True)
+    for name, rewrite in pages.items():
+        page = root / name
+        if page.exists():
+            text = rewrite(page.read_text(encoding="utf-8"), values)
+            part = page.with_name(f".{page.name}.part-{os.getpid()}")
+            with store.writing_to(page.parent):
+                try:
+                    part.write_text(text, encoding="utf-8")
+                    os.replace(part, page)
+                finally:
+                    part.unlink(missing_ok=True)
     return target
 
 
