@@ -28,7 +28,7 @@ BASELINE_STYLE: Mapping[str, Look] = {
     "oracle": Look("a DPO a group*", "#000000", "P", filled=False),
 }
 FRONT_LABELS = {"worst": "worst-served group"}
-KNOWING = "* knows the groups (open markers)"
+KNOWING = "* knows the groups"
 
 
 def accuracy_by_method(accuracy: pd.DataFrame, ax: Axes) -> Axes:
@@ -49,8 +49,8 @@ def accuracy_by_method(accuracy: pd.DataFrame, ax: Axes) -> Axes:
         "worst": Look("worst group", "#D55E00", "D"),
     }
     points(rows, ax, "place", "accuracy", "group", two, list(labels.values()), horizontal=True)
-    knowing = any(label.endswith("*") for label in labels.values())
-    ax.set_xlabel("accuracy on test pairs (share)" + ("\n* knows the groups" if knowing else ""))
+    known = f"\n{KNOWING}" if any(label.endswith("*") for label in labels.values()) else ""
+    ax.set_xlabel(f"accuracy on test pairs (share){known}")
     ax.set_ylabel("")
     return ax
 
@@ -67,11 +67,10 @@ def frontiers(table: pd.DataFrame, ax: Axes) -> Axes:
     fronts, looks = ordered(set(table["front"])), looks_of(table["method"], BASELINE_STYLE)
     ax.set_axis_off()
     thin = 0.6 * mpl.rcParams["lines.linewidth"]
-    panels = []
+    rows = (len(fronts) + 1) // 2
+    high = 1 / (1.28 * rows - 0.28)
     for place, front in enumerate(fronts):
         row, column = divmod(place, 2)
-        rows = (len(fronts) + 1) // 2
-        high = 1 / (1.28 * rows - 0.28)
         panel = ax.inset_axes((0.54 * column, 1 - high - 1.28 * high * row, 0.46, high))
         for number, (name, look) in enumerate(looks.items()):
             part = table[(table["method"] == name) & (table["front"] == front)].sort_values("kl")
@@ -94,7 +93,6 @@ def frontiers(table: pd.DataFrame, ax: Axes) -> Axes:
             panel.set_ylabel("gain (SD of the\nbase's texts)")
         if place >= len(fronts) - 2:
             panel.set_xlabel("KL to the base (nats a text)")
-        panels.append(panel)
     for look in looks.values():
         ax.plot(
             [],
@@ -104,5 +102,11 @@ def frontiers(table: pd.DataFrame, ax: Axes) -> Axes:
             markerfacecolor=look.colour if look.filled else "white",
             label=look.label,
         )
-    legend_above(ax, 1.1)
+    notes = (
+        f"n = {int(table['n'].min()):,} texts a point and group; bars: 95 % intervals over prompts"
+    )
+    notes += f"; {KNOWING}" if any(look.label.endswith("*") for look in looks.values()) else ""
+    size = mpl.rcParams["xtick.labelsize"]
+    ax.text(0, -0.15, notes, transform=ax.transAxes, va="top", fontsize=size)
+    legend_above(ax, 1.07)
     return ax
