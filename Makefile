@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help reproduce reproduce-all test test-faults test-browser bench book lab audit clean
+.PHONY: help reproduce reproduce-all grid test test-faults test-browser bench book lab audit clean
 
 PROFILE ?= default
 CORES ?= 2
@@ -20,6 +20,7 @@ BOOK := .venv-book/.ready
 help:
 	@echo "make reproduce [PROFILE=smoke|default|full] [CORES=2]   environment, data, model, the main study, figures"
 	@echo "make reproduce-all                                     the same, ablations and further studies"
+	@echo "make grid [PROFILE=full]                               every method and seed of notebook 12 side by side, within memory"
 	@echo "make test                                              environment, then lint, types and every test"
 	@echo "make test-faults                                       200 kills, full disks, 480 damaged files, 2,400 changed texts"
 	@echo "make bench                                             speed beside TRL and transformers: table and figure; can be stopped"
@@ -35,6 +36,9 @@ reproduce: $(READY)
 
 reproduce-all: $(READY)
 	@MIXDPO_PARENT=$$PPID exec .venv/bin/python -m mixdpo_lib.cli reproduce --all --profile "$$PROFILE" --cores "$$CORES"
+
+grid: $(READY)
+	@MIXDPO_PARENT=$$PPID exec .venv/bin/python -m mixdpo_lib.cli grid --profile "$$PROFILE" --cores "$$CORES"
 
 test: $(READY)
 	@.venv/bin/python -m ruff check .

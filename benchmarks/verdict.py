@@ -1,15 +1,18 @@
 """How often does `report` say that a mixture pays, where it does and where it does not? 100 data sets of each kind.
 
-    .venv/bin/python benchmarks/verdict.py [--seeds 100] [--users 20 40 60] [--pairs 32] [--out FILE.csv]
+    .venv/bin/python benchmarks/verdict.py [--seeds 100] [--groups 1 3] [--users 20 40 60] [--pairs 32] [--out FILE.csv]
 
 Users of one group, for whom no mixture pays, and of three, for whom one does (the tastes of
 notebooks/theory/4_who_answered): 20 answers, rewards of standard deviation 2, a group drawn for each user, as many pairs
-to learn from as to judge by.  Tables of rewards, K = 3 beside one policy, by full-batch EM.  Some ten minutes on one core.
+to learn from as to judge by.  Tables of rewards, K = 3 beside one policy, by full-batch EM.  Some ten minutes on one core;
+with `--out` it can be stopped and goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -45,7 +48,7 @@ def one(n_groups: int, n_users: int, n_pairs: int, seed: int) -> dict[str, float
     found = mx.report(mixture, train, test, single=single)
     gain, (low, _) = float(found.units["difference"].mean()), found.bounds
     low_95 = float(found.totals.loc["difference", "loglik_low"])
-    named = {"groups": n_groups, "users": n_users, "seed": seed}
+    named = {"groups": n_groups, "users": n_users, "pairs": n_pairs, "seed": seed}
     return {**named, "gain": gain, "low": low, "low_95": low_95, "pays": found.pays}
 
 
@@ -54,21 +57,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--users", type=int, nargs="+", default=[20, 40, 60])
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path, help="CSV; what it has already is not made again")
     options = parser.parse_args()
-    rows = []
-    for n_groups in (1, 3):
-        for n_users in options.users:
-            rows += [one(n_groups, n_users, options.pairs, seed) for seed in range(options.seeds)]
-            part = pd.DataFrame(rows[-options.seeds :])
-            print(
-                f"{n_groups} group(s), {n_users} users, {options.pairs} pairs: pays in {part['pays'].sum()} of "
-                f"{options.seeds} (95 % interval: {(part['low_95'] > 0).sum()}), mean gain {part['gain'].mean():+.3f}",
-                flush=True,
-            )
-    if options.out:
-        pd.DataFrame(rows).to_csv(options.out, index=False)
+    done = pd.read_csv(options.out) if options.out and options.out.exists() else pd.DataFrame()
+    for n_groups, n_users in itertools.product(options.groups, options.users):
+        at = {"groups": n_groups, "users": n_users, "pairs": options.pairs}
+        for seed in range(options.seeds):
+            if not done.empty and (done[[*at, "seed"]] == [*at.values(), seed]).all(axis=1).any():
+                continue
+            row = pd.DataFrame([one(n_groups, n_users, options.pairs, seed)])
+            done = pd.concat([done, row], ignore_index=True)
+            if options.out:
+                row.to_csv(options.out, mode="a", header=len(done) == 1, index=False)
+        part = done[(done[[*at]] == [*at.values()]).all(axis=1)]
+        print(
+            f"{n_groups} group(s), {n_users} users, {options.pairs} pairs: pays in {part['pays'].sum()} of "
+            f"{len(part)} (95 % interval: {(part['low_95'] > 0).sum()}), mean gain {part['gain'].mean():+.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ try:
 
     from . import store
     from .runner import ending, execute, parameters
+    from .runner import grid as side_by_side
     from .runner import reproduce as reproduction
     from .store import MixDPOError
-    from .study.readme import with_results
+    from .study.readme import with_quoted, with_results
 except ModuleNotFoundError:
     sys.exit(
         "mixdpo: error: the command line needs more than the method alone: pip install 'mixdpo[study,runner]'"
@@ -100,9 +101,23 @@ def reproduce(
 
 
 @app.command()
+def grid(
+    snakemake: Annotated[
+        list[str] | None,
+        typer.Argument(help="After `--`: passed to Snakemake; -n says what would run."),
+    ] = None,
+    profile: _Profile = "default",
+    cores: Annotated[int, typer.Option(help="Processor cores; each piece takes two.")] = 2,
+) -> None:
+    """Make every method and seed of 12_baselines side by side, here or on a cluster."""
+    side_by_side.run_grid(profile, cores, snakemake or [])
+
+
+@app.command()
 def reference(profile: _Profile = "default") -> None:
     """Copy a finished profile's figures, tables and values to figures/reference."""
-    typer.echo(reproduction.update_reference(profile, with_results))
+    pages = {"README.md": with_results, "docs/claims.md": with_quoted}
+    typer.echo(reproduction.update_reference(profile, pages))
 
 
 @app.command()

@@ -201,3 +201,30 @@ SCORES = pd.DataFrame(
         "score": np.sin(range(90)),
     }
 )
+FIELD = (
+    "dpo",
+    "dpo_metadata",
+    "uniform",
+    "hard_clusters",
+    "translations",
+    "mix_dpo",
+    "robust",
+    "soup",
+    "oracle",
+)
+BY_METHOD = accuracy([(m, "none") for m in FIELD], ["mean", "worst"])
+FRONTS = pd.DataFrame(
+    {
+        "method": m,
+        "front": f,
+        "factor": c,
+        "kl": 4.4 * c**1.7,
+        "gain": (i - 2) * c / 4,
+        "low": (i - 2) * c / 4 - 0.1,
+        "high": (i - 2) * c / 4 + 0.1,
+        "n": 100,
+    }
+    for i, m in enumerate(("dpo", "hard_clusters", "soup", "mix_dpo"))
+    for f in (*GROUPS, "worst")
+    for c in (0.25, 0.5, 1.0, 1.5)
+)

@@ -783,10 +783,11 @@ def test_other_refusals():
         elbo.mixture_reward(torch.zeros(1, 3), EVEN)
 
 
-def test_the_page_of_mathematics_names_what_exists():
-    """docs/method.md: every `module.name` and `test_module.test_name` is defined in that file."""
+@pytest.mark.parametrize("page", ["method.md", "claims.md"])
+def test_the_pages_of_mathematics_and_claims_name_what_exists(page):
+    """Every `module.name` and `test_module.test_name` is defined in that file."""
     root = Path(__file__).parent.parent
-    page = (root / "docs" / "method.md").read_text(encoding="utf-8")
+    page = (root / "docs" / page).read_text(encoding="utf-8")
     named = re.findall(r"`(\w+)\.(\w+)(?:\.\w+)?`", page)
     assert len(named) > 40
     for module, name in named:

@@ -16,8 +16,10 @@ from figure_tables import (
     BY_CAPACITY,
     BY_DOMAIN,
     BY_GROUP,
+    BY_METHOD,
     CALIBRATION,
     CURVES,
+    FRONTS,
     GAINS,
     HISTORY,
     LONG_Q,
@@ -38,6 +40,7 @@ from matplotlib.text import Text  # noqa: E402
 
 from mixdpo_lib import figures  # noqa: E402
 from mixdpo_lib.study import figures as study_figures  # noqa: E402
+from mixdpo_lib.study import frontier_figures  # noqa: E402
 from mixdpo_lib.study.judges import figures as judge_figures  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +94,12 @@ FIGURES = {
     "routing_comparison": ("column", 3, lambda ax: study_figures.routing_comparison(BY_GROUP, ax)),
     "recovery": ("page", 0, lambda ax: study_figures.recovery(RECOVERY, ax)),
     "reward_gains": ("page", 0, lambda ax: study_figures.reward_gains(GAINS, ax)),
+    "accuracy_by_method": (
+        "page",
+        3.9,
+        lambda ax: frontier_figures.accuracy_by_method(BY_METHOD, ax),
+    ),
+    "frontiers": ("page", 5, lambda ax: frontier_figures.frontiers(FRONTS, ax)),
     "expert_sharpness": ("page", 0, lambda ax: study_figures.expert_sharpness(SHARPNESS, ax)),
     "judge_report": ("column", 3, lambda ax: judge_figures.judge_report(VALIDITY, ax)),
     "judge_agreement": ("page", 2.8, lambda ax: judge_figures.judge_agreement(AGREEMENT, ax)),

@@ -11,12 +11,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
+from figure_tables import FRONTS  # noqa: E402
 from matplotlib.collections import PathCollection  # noqa: E402
 from matplotlib.colors import to_hex  # noqa: E402
 
 from mixdpo_lib import figures  # noqa: E402
 from mixdpo_lib.figures.look import looks_of  # noqa: E402
 from mixdpo_lib.study import figures as study_figures  # noqa: E402
+from mixdpo_lib.study import frontier_figures  # noqa: E402
 
 GROUPS = ["sentiment", "informativeness", "grammar"]
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").rglob("*.ipynb"))
@@ -129,6 +131,22 @@ def test_routing_comparison(ax, accuracy):
         "oracle"
     )
     assert "worst group" in ax.get_xlabel() and "n = 404" in ax.get_xlabel()
+
+
+def test_frontiers_begin_at_the_base_and_have_a_panel_a_reward(ax):
+    frontier_figures.frontiers(FRONTS, ax)
+    titles = [panel.get_title("left") for panel in ax.child_axes]
+    assert titles == [*GROUPS, "worst-served group"]
+    soup = frontier_figures.BASELINE_STYLE["soup"]
+    for panel, front in zip(ax.child_axes, [*GROUPS, "worst"], strict=True):
+        (line,) = [one for one in panel.lines if one.get_color() == soup.colour]
+        shown = FRONTS[(FRONTS["method"] == "soup") & (FRONTS["front"] == front)]
+        assert np.allclose(line.get_xydata(), [[0, 0], *shown[["kl", "gain"]].to_numpy()])
+    assert legend_labels(ax)[0] == "DPO" and soup.label in legend_labels(ax)
+    (note,) = [text.get_text() for text in ax.texts]
+    assert note.startswith("n = 100 texts") and note.endswith("* knows the groups")
+    with pytest.raises(ValueError, match=r"frontiers: the table lacks \['kl'\]"):
+        frontier_figures.frontiers(FRONTS.drop(columns="kl"), ax)
 
 
 def test_accuracy_by_domain_draws_every_method_of_every_domain(ax):
@@ -443,6 +461,9 @@ def test_every_figure_of_a_notebook_names_its_table(path):
         assert table in written or "any" in written or "/" in table and "data" in options, (
             ast.unparse(call)
         )
-        assert options["by"].split(".")[0] in ("figures", "study_figures", "judge_figures"), (
-            ast.unparse(call)
-        )
+        assert options["by"].split(".")[0].removesuffix("figures") in (
+            "",
+            "study_",
+            "judge_",
+            "frontier_",
+        ), ast.unparse(call)

@@ -175,6 +175,20 @@ def test_readme_quotes_the_reference_results():
         assert (ROOT / picture).is_file(), f"README shows {picture}, which is not there"
 
 
+def test_every_claim_has_a_verdict_a_place_and_numbers_of_the_reference_results():
+    path = ROOT / "docs" / "claims.md"
+    page = path.read_text(encoding="utf-8")
+    table = [row.split(" | ") for row in page.split("\n\n## ")[0].splitlines() if row[:2] == "| "]
+    assert len(table) > 15 and all(len(row) == 6 for row in table)
+    assert {row[4] for row in table[1:]} <= {"seen", "partly", "not seen", "not tried"}
+    for link in re.findall(r"\]\(([^)]+)\)", page):
+        assert (path.parent / link).is_file(), link
+    assert all("](" in row[3] or "`" in row[3] for row in table[1:])
+    values = results.load_values("reference")
+    assert sum(f"`{name}` " in page for name in values) > 15
+    assert readme_file.with_quoted(page, values) == page, "run `mixdpo reference`"
+
+
 # --------------------------------------------------------------------------------------------------------------- data
 def test_titles_are_enough_distinct_and_of_one_domain_each():
     titles = {}

@@ -53,43 +53,7 @@ def reproduce(
         return {name: path.stat().st_mtime_ns for name, path in manifests.items() if path.exists()}
 
     before = times()
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "all" if everything else "main",
-        "-s",
-        str(root / "workflow" / "Snakefile"),
-        "--directory",
-        str(root),
-        "--config",
-        f"profile={profile}",
-        "--cores",
-        str(cores),
-        "--rerun-incomplete",
-        "--nolock",
-        "--scheduler",
-        "greedy",  # the other one calls a solver in a folder that may have any name
-        "--shared-fs-usage",  # all but `source-cache`, which lies in the home folder: there may be none
-        "persistence",
-        "input-output",
-        "software-deployment",
-        "sources",
-        "storage-local-copies",
-        "--quiet",
-        "all",
-        *extra,
-    ]
-    with store.locked(root / "runs" / ".reproduce.lock", "make reproduce"):
-        with store.writing_to(root / ".snakemake"):
-            (root / ".snakemake").mkdir(exist_ok=True)
-        try:
-            code = ending.run_to_end(command, root)
-        except ending.Interrupted:
-            raise RunInterrupted(
-                f"profile {profile}: interrupted; nothing runs any more, what is done is kept, evidence of "
-                f"what was not is in {root / 'runs' / 'failed'}; start again to go on"
-            ) from None
+    code = run_target("all" if everything else "main", profile, cores, extra)
     if code:
         raise MixDPOError(
             f"profile {profile}: not finished (see the line above; what Snakemake says: mixdpo "
@@ -116,22 +80,79 @@ def reproduce(
     )
 
 
-def update_reference(profile: str, rewrite: Callable[[str, Mapping[str, Any]], str]) -> Path:
+def run_target(target: str, profile: str, cores: int, extra: Sequence[str]) -> int:
+    """Status of Snakemake after it has made a target of the workflow, with everything it started at its end.
+
+    `extra` : further words of its command line; with -n it says what would run.
+
+    Raises
+    ------
+    MixDPOError, RunInterrupted : see `reproduce`.
+    """
+    root = store.project_root()
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        target,
+        "-s",
+        str(root / "workflow" / "Snakefile"),
+        "--directory",
+        str(root),
+        "--config",
+        f"profile={profile}",
+        "--cores",
+        str(cores),
+        "--rerun-incomplete",
+        "--nolock",
+        "--scheduler",
+        "greedy",  # the other one calls a solver in a folder that may have any name
+        "--shared-fs-usage",  # all but `source-cache`, which lies in the home folder: there may be none
+        "persistence",
+        "input-output",
+        "software-deployment",
+        "sources",
+        "storage-local-copies",
+        "--quiet",
+        "host" if is_dry(extra) else "all",
+        *extra,
+    ]
+    with store.locked(root / "runs" / ".reproduce.lock", "make reproduce"):
+        with store.writing_to(root / ".snakemake"):
+            (root / ".snakemake").mkdir(exist_ok=True)
+        try:
+            return ending.run_to_end(command, root)
+        except ending.Interrupted:
+            raise RunInterrupted(
+                f"profile {profile}: interrupted; nothing runs any more, what is done is kept, evidence of "
+                f"what was not is in {root / 'runs' / 'failed'}; start again to go on"
+            ) from None
+
+
+def is_dry(extra: Sequence[str]) -> bool:
+    """Whether these words ask Snakemake what would run, and for nothing else."""
+    return bool({"-n", "--dry-run", "--dryrun"} & set(extra))
+
+
+Rewrite = Callable[[str, Mapping[str, Any]], str]  # a page and the reference's values
+
+
+def update_reference(profile: str, pages: Mapping[str, Rewrite]) -> Path:
     """Copy figures, tables, values and manifests of a finished profile to `figures/reference`.
 
     Values are merged. A notebook without a finished run keeps its earlier record, whose manifest
     names the library it was made with; so do times that were not measured anew. Theory notebooks
     are there once they have been run. Files over 1 MB stay out and are named in the copied manifest
     as `left_out`; `seconds_by_profile` there has the times of the runs of all profiles. Minutes
-    come from `timing.json` of the default and the smoke profile. README becomes
-    `rewrite(README, values)`.
+    come from `timing.json` of the default and the smoke profile. Each of `pages` (its path in the
+    project) becomes what its function makes of it and the values.
     """
     root = store.project_root()
     with store.writing_to(root / "figures"):
-        return _update(profile, rewrite, root)
+        return _update(profile, pages, root)
 
 
-def _update(profile: str, rewrite: Callable[[str, Mapping[str, Any]], str], root: Path) -> Path:
+def _update(profile: str, pages: Mapping[str, Rewrite], root: Path) -> Path:
     target = root / "figures" / "reference"
     fresh = target.with_name(f".reference.part-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -212,16 +233,17 @@ def _update(profile: str, rewrite: Callable[[str, Mapping[str, Any]], str], root
         }
     store.write_json_atomic(fresh / "values.json", values)
     replace_folder(fresh, target)
-    readme = root / "README.md"
-    if readme.exists():
-        text = rewrite(readme.read_text(encoding="utf-8"), values)
-        part = readme.with_name(f".README.md.part-{os.getpid()}")
-        with store.writing_to(root):
-            try:
-                part.write_text(text, encoding="utf-8")
-                os.replace(part, readme)
-            finally:
-                part.unlink(missing_ok=True)
+    for name, rewrite in pages.items():
+        page = root / name
+        if page.exists():
+            text = rewrite(page.read_text(encoding="utf-8"), values)
+            part = page.with_name(f".{page.name}.part-{os.getpid()}")
+            with store.writing_to(page.parent):
+                try:
+                    part.write_text(text, encoding="utf-8")
+                    os.replace(part, page)
+                finally:
+                    part.unlink(missing_ok=True)
     return target
 
 

@@ -17,6 +17,7 @@ from ..elbo import correct
 from ..experts.contract import Experts
 from ..experts.copies import gathered
 from ..experts.group_heads import GroupHeads
+from ..experts.heads import HeadExperts
 from ..gates.weights import FixedWeights
 from ..learning.config import FitConfig
 from ..learning.result import FitResult
@@ -148,14 +149,14 @@ class Baselines(ReviewUsers):
         """See `Study.learned`; what is put together of other fits has the history of the first of them."""
         if method == "uniform":
             parts = [self.fitted(f"dpo_{k}", seed, design) for k in range(self.config.n_experts)]
-            heads = [(f.policy.experts, 0) for f in parts]
-            policy = self._with_weights(gathered(heads[0][0], heads))
+            alone = [(f.policy.experts, 0) for f in parts]
+            policy = self._with_weights(gathered(alone[0][0], alone))
             return policy, parts[0].result, torch.cat([f.rewards for f in parts], 1)
         if method in ("soup", "soup_equal"):
             oracle, n = self.fitted("oracle", seed, design), len(self.groups)
             weights = simplex(n, n) if method == "soup" else torch.full((1, n), 1 / n)
-            experts: Any = oracle.policy.experts  # heads
-            policy = self._with_weights(soup(experts, weights))
+            heads: HeadExperts = oracle.policy.experts  # type: ignore[assignment]
+            policy = self._with_weights(soup(heads, weights))
             return policy, oracle.result, policy.text_rewards(self.texts)
         return super().learned(method, seed, design)
 

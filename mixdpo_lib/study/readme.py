@@ -1,4 +1,4 @@
-"""Which numbers stand in README? Its tables, written from the reference results."""
+"""Which numbers stand in README and in the table of claims? Those of the reference results."""
 
 from __future__ import annotations
 
@@ -96,3 +96,18 @@ def with_results(readme: str, values: Mapping[str, Mapping[str, Any]]) -> str:
         (block,) = found
         readme = f"{readme[: block.start()]}{block[1]}{text}\n{block[2]}{readme[block.end() :]}"
     return readme
+
+
+def with_quoted(page: str, values: Mapping[str, Mapping[str, Any]]) -> str:
+    """A page with the number after each `name` of a value in backticks written anew, with its interval.
+
+    >>> with_quoted("gain: `accuracy_gain_mean` +0.1 [0.0, 0.2]", {"accuracy_gain_mean": {"value": 0.3, "interval": None}})
+    'gain: `accuracy_gain_mean` +0.300'
+    """
+    number = r"[+-]?\d+\.\d+(?: \[[^\]]*\])?"
+
+    def anew(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"`{name}` {_quoted(values, name, 3)}" if name in values else found[0]
+
+    return re.sub(rf"`([\w.-]+)` {number}", anew, page)

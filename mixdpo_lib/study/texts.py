@@ -184,21 +184,31 @@ def sampled_texts(
     prompts = [study.prompts[i] for i in prompt_ids]
     experts = rewritten(fitted.policy.experts, expert, [(scale, sharpness)])  # type: ignore[arg-type]
     policy = MixturePolicy(experts, LearnedWeights(1), fitted.policy.beta)
+    return kept_texts(
+        study, policy, prompts, [0] * len(prompts), hash_seed(fitted.seed, "texts", name)
+    )
+
+
+def kept_texts(
+    study: ReviewUsers, policy: MixturePolicy, prompts: list[str], expert: list[int], seed: int
+) -> Generated:
+    """A text of `expert[i]` of the policy on each of the prompts, as long as the study's; kept in the cache."""
+    experts = policy.experts
     state = hashlib.sha256(
         b"".join(v.contiguous().numpy().tobytes() for v in experts.state_dict().values())
     )
     length = study.config.candidates.response_tokens
-    seed = hash_seed(fitted.seed, "texts", name)
     parameters = {
         "state": state.hexdigest(),
         "prompts": prompts,
         "length": length,
         "seed": seed,
         "base": study.base.fingerprint,
+        **({"expert": expert, "experts": experts.options()} if any(expert) else {}),
     }
 
     def build(folder: Path) -> None:
-        out = policy.generate(prompts, expert=[0] * len(prompts), max_new_tokens=length, seed=seed)
+        out = policy.generate(prompts, expert=expert, max_new_tokens=length, seed=seed)
         pd.DataFrame(asdict(out)).to_json(folder / "texts.jsonl", orient="records", lines=True)
 
     folder = cached("texts", VERSION, parameters, build)

@@ -11,6 +11,7 @@ import pytest
 
 from mixdpo_lib import cli
 from mixdpo_lib.runner import execute
+from mixdpo_lib.runner import grid as side_by_side
 from mixdpo_lib.runner import reproduce as reproduction
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +109,13 @@ def test_reproduce_passes_the_rest_to_snakemake(monkeypatch):
     assert call("reproduce", "--profile", "smoke", "--", "--executor", "slurm") == 0
     assert seen == [("smoke", 2, ["--executor", "slurm"], False)]
     assert call("reproduce", "--all") == 0 and seen[1] == ("default", 2, [], True)
+
+
+def test_the_grid_is_passed_on_likewise(monkeypatch):
+    seen = []
+    monkeypatch.setattr(side_by_side, "run_grid", lambda *a: seen.append(a))
+    assert call("grid", "--profile", "smoke", "--cores", "4", "--", "-n") == 0
+    assert seen == [("smoke", 4, ["-n"])]
 
 
 def test_an_unforeseen_error_is_named(monkeypatch, capsys):

@@ -211,6 +211,26 @@ def test_new_users_are_served_in_every_way_and_touch_no_expert(smoke):
     assert (weights.groupby(["known", "group"])["weight"].sum() < 1 + 1e-5).all()
 
 
+def test_the_fields_methods_are_compared_on_the_same_pairs(smoke):
+    own = parameters_file.resolve_parameters("12_baselines", "smoke")
+    accuracy = results.load_table("smoke", "12_baselines", "accuracy")
+    assert set(accuracy["method"]) == set(own["methods"])
+    assert accuracy[accuracy["group"] == "mean"]["n_pairs"].nunique() == 1
+    mix = results.load_table("smoke", "04_mix_dpo", "accuracy").query(
+        "design == 'default' and routing == 'own_pairs' and users == 'seen'"
+    )
+    same = ["method", "group", "seed"]
+    both = accuracy.astype({"seed": str}).merge(mix.astype({"seed": str}), on=same)
+    assert len(both) == 2 * 5 and np.allclose(both["accuracy_x"], both["accuracy_y"])  # one fit
+    differences = results.load_table("smoke", "12_baselines", "differences")
+    assert (differences["p_holm"] >= differences["p"]).all() and len(differences) == 2 * 5
+    volumes = results.load_table("smoke", "12_baselines", "hypervolumes").set_index("method")
+    assert np.allclose(volumes.loc["dpo", "ratio"], 1) and (volumes["hypervolume"] > 0).all()
+    points = results.load_table("smoke", "12_baselines", "points")
+    assert len(points) == len(own["front_methods"]) * 4 * len(own["factors"])
+    assert (points["kl"] >= 0).all() and set(points["n"]) == {own["n_texts"]}
+
+
 def test_texts_come_with_kl_and_perplexity(smoke):
     summary = results.load_table("smoke", "04_mix_dpo", "text_summary")
     written = {"dpo", "dpo_plain", "base_sharpened", "dpo_sharpened"}

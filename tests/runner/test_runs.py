@@ -478,7 +478,7 @@ def test_reproduce_and_reference(write_notebook, project, capfd):
     with pytest.raises(
         MixDPOError, match="no finished run of 07_ablation_temperature; run `make reproduce-all"
     ):
-        reproduce.update_reference("default", with_results)
+        reproduce.update_reference("default", {"README.md": with_results})
     (project / "notebooks/profiles/smoke.yaml").write_text("{}\n")
     execute.run_notebook("01_reviews_and_rewards", profile="smoke")
     capfd.readouterr()
@@ -487,7 +487,7 @@ def test_reproduce_and_reference(write_notebook, project, capfd):
         "07_ablation_temperature"
     ]
     assert store.read_json(project / "runs/default/timing.json") == timing
-    target = reproduce.update_reference("default", with_results)
+    target = reproduce.update_reference("default", {"README.md": with_results})
     values = store.read_json(target / "values.json")
     assert "07_ablation_temperature" in values["minutes_further"]["runs"][0]
     assert (
@@ -505,7 +505,9 @@ def test_reproduce_and_reference(write_notebook, project, capfd):
     earlier = (target / "07_ablation_temperature/manifest.json").read_bytes()
     shutil.rmtree(project / "runs/default/07_ablation_temperature")
     (project / "runs/default/timing.json").unlink()
-    reproduce.update_reference("default", with_results)  # what was not run again keeps its record
+    reproduce.update_reference(
+        "default", {"README.md": with_results}
+    )  # what was not run again keeps its record
     assert (target / "07_ablation_temperature/manifest.json").read_bytes() == earlier
     assert store.read_json(target / "values.json") == values
 

@@ -20,6 +20,7 @@ from mixdpo_lib.study.baseline_parts import (
     soup,
 )
 from mixdpo_lib.study.baselines import METHODS, Baselines, method_table
+from mixdpo_lib.study.frontiers import base_rewards, drawn_points, served_texts
 from mixdpo_lib.study.judges import REWARDS
 from mixdpo_lib.study.tables import design_gains
 from mixdpo_lib.study.told_in_prompt import sentence
@@ -86,6 +87,27 @@ def test_validation_accuracy_by_hand(study, fits):
         assert found[group] == pytest.approx(by_hand[group])
     assert found["mean"] == pytest.approx(by_hand.mean())
     assert found["worst"] == pytest.approx(by_hand.min())
+
+
+def test_users_are_written_by_their_own_experts(study, fits):
+    methods = ["dpo", "mix_dpo", "oracle", "translations", "dpo_metadata"]
+    before = fits["dpo"].policy.experts.up.clone()
+    texts = served_texts(study, [fits[m] for m in methods], [0.5, 1.0], 3)
+    assert torch.equal(fits["dpo"].policy.experts.up, before)
+    assert len(texts) == 5 * 2 * 3 * 3 and (texts["kl"] >= 0).all()
+    assert set(texts["prompt_id"]) == set(list(study.splits["test"])[:3])
+    alone = texts[texts["method"] == "dpo"]
+    assert (alone.groupby(["factor", "number"])["text"].nunique() == 1).all()
+    for row in alone.itertuples():  # each group by its own judge
+        said = study.judged([row.prompt], [row.text], "evaluation")
+        assert row.reward == pytest.approx(said[row.group][0])
+    own = texts[texts["method"] == "oracle"].groupby("group")["expert"].unique()
+    assert [list(own[g]) for g in REWARDS] == [[0], [1], [2]]
+    kl = texts.groupby(["method", "factor"])["kl"].mean().unstack()
+    assert (kl[0.5] < kl[1.0]).all()
+    drawn = drawn_points(texts, base_rewards(study))
+    assert drawn.methods == methods and drawn.n_texts == 3
+    assert drawn.budget("worst") == min(drawn.kl[m, "worst"][0].max() for m in methods)
 
 
 # --------------------------------------------------------------------------------------------------- each by itself
