@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 
 import torch
 
@@ -16,10 +17,14 @@ from mixdpo_lib import store
 from mixdpo_lib.data.pairs import Text
 from mixdpo_lib.policy.example import example_folder
 from mixdpo_lib.runner.parameters import resolve_parameters
-from mixdpo_lib.study import ReviewUsers
+from mixdpo_lib.study import ReviewUsers, ReviewUsersConfig
 from mixdpo_lib.study.fits import Fitted
 
 NOTEBOOK = "04_mix_dpo"
+NOT_SHOWN = re.compile(  # the base writes anything; these are not put before everybody
+    r"rape|sex|porn|f[u*]+ck|shit|suicid|kill|murder|slut|whore|queer|nazi|drug|https?:",
+    re.IGNORECASE,
+)
 
 
 def comparisons(study: ReviewUsers, fitted: Fitted, count: int) -> list[list[str]]:
@@ -34,6 +39,7 @@ def comparisons(study: ReviewUsers, fitted: Fitted, count: int) -> list[list[str
     ]
     for number in study.splits["test"]:
         own = table.index[table["prompt_id"] == number].tolist()
+        own = [i for i in own if not NOT_SHOWN.search(table["prompt"][i] + table["response"][i])]
         for a, b in itertools.combinations(own, 2):
             p = torch.sigmoid(rewards[a] - rewards[b])
             found.append((float(p.var()), number, a, b))
@@ -42,6 +48,25 @@ def comparisons(study: ReviewUsers, fitted: Fitted, count: int) -> list[list[str
         if number not in best and len(best) < count:
             best[number] = [table["prompt"][a], table["response"][a], table["response"][b]]
     return list(best.values())
+
+
+def provenance(
+    config: ReviewUsersConfig, design: str, seed: int, n_pairs: int, serves: dict[int, str]
+) -> dict[str, str]:
+    """What the card of the mixture says."""
+    flips = f"{config.design.flip_rate:.0%}" if design == "default" else "none"
+    return {
+        "What it is": f"Mix-DPO of `notebooks/{NOTEBOOK}.ipynb`, default profile, seed {seed}.",
+        "Data": (
+            f"{n_pairs:,} comparisons of {config.design.n_users} simulated users in three hidden groups ({design} design, "
+            f"{flips} of the labels flipped) between continuations that the base wrote for the first words of film "
+            f"reviews ({config.reviews}, see data/README.md)."
+        ),
+        "Who is served": "; ".join(f"expert {k}: {serves[k]}" for k in sorted(serves)),
+        "Make it again": "`python scripts/package_mixture.py`",
+        "Use": "`mx.example_mixture()`, `notebooks/00_start_here.ipynb`, `notebooks/explorer.ipynb`",
+        "Limits": "simulated users; texts may be untrue, offensive or ungrammatical, as those of the base.",
+    }
 
 
 def main() -> None:
@@ -57,29 +82,12 @@ def main() -> None:
     if -1 in fitted.order or len(set(fitted.order)) != len(study.groups):
         raise SystemExit(f"experts {fitted.order} serve no group each: package another seed")
     serves = {k: group for group, k in zip(study.groups, fitted.order, strict=True)}
-    common, design = parameters["common"], study.config.design
     train = study.pairs(options.design, options.seed)["train"]
-    flips = (
-        f"{design.flip_rate:.0%} of the labels flipped"
-        if options.design == "default"
-        else "no label flipped"
-    )
-    provenance = {
-        "What it is": f"Mix-DPO of `notebooks/{NOTEBOOK}.ipynb`, default profile, seed {options.seed}.",
-        "Data": (
-            f"{len(train):,} comparisons of {design.n_users} simulated users in three hidden groups ({options.design} "
-            f"design, {flips}) between continuations that the base wrote for the first words of film reviews "
-            f"({common['reviews']}, see data/README.md)."
-        ),
-        "Who is served": "; ".join(f"expert {k}: {serves[k]}" for k in sorted(serves)),
-        "Make it again": "`python scripts/package_mixture.py`",
-        "Use": "`mx.example_mixture()`, `notebooks/00_start_here.ipynb`, `notebooks/explorer.ipynb`",
-        "Limits": "Users are simulated; texts may be untrue, offensive or ungrammatical, as those of the base.",
-    }
+    told = provenance(study.config, options.design, options.seed, len(train), serves)
     folder = example_folder()
     with store.writing_to(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fitted.policy.save_pretrained(folder, provenance)
+        fitted.policy.save_pretrained(folder, told)
         about = {
             "design": options.design,
             "seed": options.seed,
@@ -90,7 +98,7 @@ def main() -> None:
         (folder / "about.json").write_text(text + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(
-        f"{folder}: {size / 1000:.0f} kB, {provenance['Who is served']}; stopped as {fitted.result.stop_reason}"
+        f"{folder}: {size / 1000:.0f} kB, {told['Who is served']}; stopped as {fitted.result.stop_reason}"
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -63,46 +65,46 @@ class Panel:
             widgets.HTML(layout=wide if i in (1, 2, 4) else widgets.Layout()) for i in range(5)
         )
         self._wire()
-        self._guarded(lambda _: (self._write(), self._ask()))(None)
+        self._guarded(self._begin)
 
     def _wire(self) -> None:
-        guarded, s = self._guarded, self.session
-        self.prompt.observe(guarded(lambda c: self._new_prompt(c["new"])), "value")
-        self.length.observe(guarded(lambda _: self._write()), "value")
-        self.again.on_click(guarded(lambda _: self._write(again=True)))
+        self._on_value(self.prompt, self._new_prompt)
+        self._on_value(self.length, lambda _: self._write())
+        self._on_value(self.temperature, lambda new: self._set(temperature=new))
+        self._on_value(self.top_s, lambda new: self._set(top_s=new))
+        self._on_value(self.angle, lambda new: self._turn(math.radians(new)))
         for name, control in self.metadata.items():
-            control.observe(
-                guarded(lambda c, name=name: self._set(metadata={**s.metadata, name: c["new"]})),
-                "value",
-            )
-        self.temperature.observe(guarded(lambda c: self._set(temperature=c["new"])), "value")
-        self.top_s.observe(guarded(lambda c: self._set(top_s=c["new"])), "value")
-        radians = 0.017453292519943295
-        self.angle.observe(guarded(lambda c: self._turn(c["new"] * radians)), "value")
+            self._on_value(control, partial(self._know, name))
         for side, button in enumerate(self.choices):
-            button.on_click(guarded(lambda _, side=side: self._answer(side)))
-        self.forget.on_click(guarded(lambda _: (s.forget(), self._ask())))
+            button.on_click(lambda _, side=side: self._guarded(partial(self._answer, side)))
+        self.again.on_click(lambda _: self._guarded(self._write_again))
+        self.forget.on_click(lambda _: self._guarded(self._forget))
 
-    def _guarded(self, do: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def _on_value(self, control: Any, do: Callable[[Any], None]) -> None:
+        control.observe(lambda change: self._guarded(partial(do, change["new"])), "value")
+
+    def _guarded(self, do: Callable[[], None]) -> None:
         """An error of a callback would be seen by nobody: it is shown where people look."""
-
-        def run(change: Any) -> None:
-            try:
-                do(change)
-                self.status.value = ""
-            except (ValueError, MixDPOError) as error:
-                self.status.value = f"<b style='color:#A50026'>{escape(str(error))}</b>"
-
-        return run
+        try:
+            do()
+            self.status.value = ""
+        except (ValueError, MixDPOError) as error:
+            self.status.value = f"<b style='color:#A50026'>{escape(str(error))}</b>"
 
     # ------------------------------------------------------------------------------------------------- what changes
+
+    def _begin(self) -> None:
+        self._write()
+        self._ask()
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
             setattr(self.session, name, value)
         self._show()
-        if "metadata" in values:
-            self._ask()
+
+    def _know(self, name: str, value: Any) -> None:
+        self.session.metadata[name] = value
+        self._ask()
 
     def _turn(self, angle: float) -> None:
         self.session.angle = angle
@@ -121,8 +123,15 @@ class Panel:
             self.session.answer(self.number, side)
         self._ask()
 
-    def _write(self, again: bool = False) -> None:
-        self.seed += int(again)
+    def _forget(self) -> None:
+        self.session.forget()
+        self._ask()
+
+    def _write_again(self) -> None:
+        self.seed += 1
+        self._write()
+
+    def _write(self) -> None:
         self.spoken = self.session.write(self.length.value, self.seed)
         self.rewards = self.session.rewards(self.spoken)
         self._show()

@@ -123,5 +123,5 @@ def speak(
         upto = [answer_text(base.tokenizer, ids, tokens[:n]) for n in range(len(tokens) + 1)]
         pieces.append([after[len(before) :] for before, after in zip(upto, upto[1:], strict=False)])
         kept.append(logps[row, : len(tokens)])
-        kl.append(float(kls[row, : len(tokens) + int(ended)].sum()))
+        kl.append(max(0.0, float(kls[row, : len(tokens) + int(ended)].sum())))  # rounding
     return Spoken(prompt, list(voices), pieces, kept, kl)

@@ -115,8 +115,11 @@ def test_metadata_is_what_the_gate_says(experts, tmp_path, monkeypatch):
     session = Session(policy, prompts=PROMPTS, comparisons=ASKED)
     assert session.metadata == {"age": 30.0, "country": "x"} and session.names[1] == "expert 1"
     torch.testing.assert_close(session.log_w(), policy.user(metadata={"age": 30, "country": "x"}))
-    session.metadata["country"] = "y"
-    assert float(session.log_w().exp()[0]) == pytest.approx(0.5)
+    panel = mx.explore(policy, 4, prompts=PROMPTS, comparisons=ASKED)
+    assert panel.metadata["age"].min < 20 and panel.metadata["country"].options == ("x", "y")
+    panel.metadata["country"].value = "y"
+    assert float(panel.session.log_w().exp()[0]) == pytest.approx(0.5)
+    assert ">0.500<" in panel.weights.value and panel.status.value == ""
 
 
 def test_a_gate_of_prompts_asks_nobody(experts, tmp_path, monkeypatch):
