@@ -249,11 +249,11 @@ def relaxation(log_tau: float, log_q: float, K: int) -> None:
     left.axvline(10**log_tau, color="black", linestyle=":")
     draw = torch.Generator().manual_seed(1)
     z = elbo.gumbel_softmax_samples(log_w[None], 10**log_tau, n_samples=4000, generator=draw)
-    z = z.reshape(-1, K)[:, 0].numpy()
-    right.hist(z, bins=np.linspace(0, 1, 31), color=figures.look.COLOURS[0])
+    share = z.reshape(-1, K)[:, 0].numpy()
+    right.hist(share, bins=np.linspace(0, 1, 31), color=figures.look.COLOURS[0])
     right.axvline(q, color="black", linestyle=":")
     right.set(xlabel="first expert's share of a draw", ylabel="draws of 4,000")
-    right.set_title(f"τ = {10**log_tau:.2f}: mean {z.mean():.2f}, q = {q:.2f}")
+    right.set_title(f"τ = {10**log_tau:.2f}: mean {share.mean():.2f}, q = {q:.2f}")
 
 
 # ------------------------------------------------------------------------------ 4: who answered?
