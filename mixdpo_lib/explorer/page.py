@@ -16,6 +16,7 @@ from .session import Session, degrees
 from .speaking import Spoken
 
 _MUTED = "color:#666"
+_TEXT = "text-align:left;min-width:300px;max-width:460px"
 
 
 def colours(session: Session) -> list[str]:
@@ -95,7 +96,7 @@ def texts(session: Session, spoken: Spoken, rewards: Any) -> str:
         told = "".join(f"<td>{value:.2f}</td>" for value in rewards.iloc[row])
         rows += (
             f"<tr><td style='{mark};white-space:nowrap'>{escape(session.name(voice))}{weight}</td>"
-            f"<td class='mixdpo-text' style='text-align:left;min-width:300px;max-width:460px'><i>{escape(spoken.prompt)}</i>{text}</td>"
+            f"<td class='mixdpo-text' style='{_TEXT}'><i>{escape(spoken.prompt)}</i>{text}</td>"
             f"<td>{unfolding(spoken, row, log_w, own)}</td><td>{spoken.kl[row]:.1f}</td>{told}</tr>"
         )
     return f"<table class='mixdpo-voices' cellpadding='4' style='line-height:1.4'>{rows}</table>"
