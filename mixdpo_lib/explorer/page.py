@@ -16,6 +16,7 @@ from .session import Session, degrees
 from .speaking import Spoken
 
 _MUTED = "color:#666"
+_TEXT = "text-align:left;min-width:300px;max-width:460px"
 
 
 def colours(session: Session) -> list[str]:
@@ -66,7 +67,7 @@ def tokens(spoken: Spoken, row: int, log_w: Tensor, names: Sequence[str], of: Se
 
 
 def unfolding(
-    spoken: Spoken, row: int, log_w: Tensor, of: Sequence[str], width: int = 240, height: int = 34
+    spoken: Spoken, row: int, log_w: Tensor, of: Sequence[str], width: int = 200, height: int = 34
 ) -> str:
     """The same as a strip: a column a token, from the weights before the first on, shares of the experts stacked."""
     posterior = spoken.posterior(row, log_w).tolist()
@@ -95,10 +96,10 @@ def texts(session: Session, spoken: Spoken, rewards: Any) -> str:
         told = "".join(f"<td>{value:.2f}</td>" for value in rewards.iloc[row])
         rows += (
             f"<tr><td style='{mark};white-space:nowrap'>{escape(session.name(voice))}{weight}</td>"
-            f"<td class='mixdpo-text' style='text-align:left;max-width:420px'><i>{escape(spoken.prompt)}</i>{text}</td>"
+            f"<td class='mixdpo-text' style='{_TEXT}'><i>{escape(spoken.prompt)}</i>{text}</td>"
             f"<td>{unfolding(spoken, row, log_w, own)}</td><td>{spoken.kl[row]:.1f}</td>{told}</tr>"
         )
-    return f"<table class='mixdpo-voices' cellpadding='4'>{rows}</table>"
+    return f"<table class='mixdpo-voices' cellpadding='4' style='line-height:1.4'>{rows}</table>"
 
 
 def question(session: Session, number: int | None) -> str:
@@ -110,7 +111,7 @@ def question(session: Session, number: int | None) -> str:
         f"<tr><th>{letter}</th><td style='text-align:left'><i>{escape(c.prompt)}</i>{escape(answer)}</td></tr>"
         for letter, answer in (("A", c.first), ("B", c.second))
     )
-    return f"<b>Which do you like better?</b><table>{rows}</table>"
+    return f"<b>Which do you like better?</b><table style='line-height:1.4'>{rows}</table>"
 
 
 def dial(session: Session, size: int = 150) -> str:

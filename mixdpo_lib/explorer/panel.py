@@ -49,7 +49,7 @@ class Panel:
         self.again = widgets.Button(description="write again", icon="refresh")
         low, high = TEMPERATURES
         self.temperature = widgets.FloatSlider(
-            1.0, min=low, max=high, step=0.1, description="gate temperature", **slider
+            1.0, min=low, max=high, step=0.1, description="temperature", **slider
         )
         self.top_s = widgets.IntSlider(
             session.top_s, 1, session.policy.n_experts, description="top S experts", **slider
