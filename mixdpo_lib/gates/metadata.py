@@ -16,7 +16,7 @@ Columns = Mapping[str, list[str] | tuple[float, float]]
 
 
 def read_columns(
-    metadata: Mapping[str, Sequence[Any]],
+    metadata: Mapping[str, Any],
 ) -> dict[str, list[str] | tuple[float, float]]:
     """By name, the categories of a column (text and truth values), or mean and standard deviation of its numbers.
 
@@ -63,9 +63,7 @@ def n_features(columns: Columns) -> int:
     return sum(len(kind) if isinstance(kind, list) else 1 for kind in columns.values())
 
 
-def encode(
-    columns: Columns, metadata: Mapping[str, Sequence[Any]]
-) -> Float[Tensor, "rows features"]:
+def encode(columns: Columns, metadata: Mapping[str, Any]) -> Float[Tensor, "rows features"]:
     """(rows, features) float32 of these users: what a gate reads.
 
     A category that is not among the columns' is all zeros, with a warning that names it.
@@ -111,7 +109,7 @@ def encode(
     return torch.cat(parts, 1)
 
 
-def _check_metadata(name: str, values: Sequence[Any]) -> None:
+def _check_metadata(name: str, values: Any) -> None:
     if isinstance(values, str | Real):
         raise ValueError(
             f"metadata column {name!r}: found {values!r}, expected a list with a value a row; of one user: "

@@ -53,9 +53,7 @@ class UserGate(Gate):
         self.outer = zero_linear(n_features(self.columns), n_experts)
 
     @classmethod
-    def from_metadata(
-        cls, metadata: Mapping[str, Sequence[Any]], n_experts: int, **options: Any
-    ) -> UserGate:
+    def from_metadata(cls, metadata: Mapping[str, Any], n_experts: int, **options: Any) -> UserGate:
         """A gate for these columns: text and truth values are categorical, other numbers numeric.
 
         Raises

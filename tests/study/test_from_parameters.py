@@ -5,10 +5,11 @@ import json
 import pytest
 
 from mixdpo_lib.runner import notebooks, parameters
+from mixdpo_lib.study.baselines import Baselines
 from mixdpo_lib.study.review_users import ReviewUsers, review_users_config
 from mixdpo_lib.study.two_domains import TwoDomains, two_domains_config
 
-STUDIES = {"ReviewUsers": ReviewUsers, "TwoDomains": TwoDomains}
+STUDIES = {"ReviewUsers": ReviewUsers, "TwoDomains": TwoDomains, "Baselines": Baselines}
 SHARED = {"rank": 4, "passes": 1.0, "training_reviews": 800}
 
 
