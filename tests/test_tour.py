@@ -1,13 +1,11 @@
 """What a newcomer sees first: the picture that moves, ten results in words, the map."""
 
-import io
 import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from mixdpo_lib import figures, store
 from mixdpo_lib.runner import notebooks, results
@@ -57,7 +55,7 @@ def test_users_part_in_a_small_picture_that_moves():
     moving = figures.users_part(pd.DataFrame(rows), last=1)
     assert moving.data[:6] == b"GIF89a" and b"NETSCAPE2.0" in moving.data  # it repeats
     assert np.frombuffer(moving.data[6:10], "<u2").tolist() == [630, 270]
-    assert Image.open(io.BytesIO(moving.data)).n_frames in (2, 3)  # the last one stays
+    assert moving.data.count(b"\x21\xf9\x04") in (2, 3)  # pictures; the last one stays
     assert len(moving.data) < 100_000 and moving._repr_html_().count("alt=") == 1
     with pytest.raises(ValueError, match="bound"):
         figures.users_part(pd.DataFrame(rows).drop(columns="bound"))
