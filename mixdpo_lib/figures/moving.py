@@ -49,7 +49,8 @@ def users_part(
     need(table, ["step", "user", "group", *experts, "bound"], "users_part")
     looks, steps = looks_of(sorted(table["group"].unique()), groups), sorted(table["step"].unique())
     style("page")
-    fig = Figure(figsize=(7.0, 3.0), layout="none")  # nothing moves but what is drawn
+    fig = Figure(figsize=(7.0, 3.0))
+    fig.set_layout_engine("none")  # nothing moves but what is drawn
     fig.subplots_adjust(left=0.03, right=0.98, bottom=0.17, top=0.9, wspace=0.25)
     triangle, curve = fig.subplots(1, 2)
     bound = table.groupby("step")["bound"].first().loc[steps]
