@@ -64,7 +64,8 @@ def one(k: int, seed: int, arm: str, remedy: str, start: str = "random_responsib
     """One fit."""
     train, held, groups = generated(k, seed)
     names = [f"topic {t}" for t in range(len(groups))]
-    experts = mx.TabularExperts(N_ANSWERS, k, answers=numbered_answers(N_ANSWERS))
+    answers = numbered_answers(N_ANSWERS)
+    experts = mx.TabularExperts(N_ANSWERS, k, answers=answers, prior_scale=1e3)  # next to none
     gate = mx.UserGate.from_metadata({"topic": names}, k, weight_scale=3.0)
     policy = mx.MixturePolicy(experts, gate, beta=1.0)
     anneal = ANNEAL if arm == "annealed" else 0.0

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from .architecture import read_on
 
-MOST_BYTES = (
-    1 << 29
-)  # of kept states, for each model; the batch that was used longest ago goes first
+# Of kept states, for each model; the batch that was used longest ago goes first.
+MOST_BYTES = 1 << 29
 _Key = tuple[Any, ...]
 _kept: WeakKeyDictionary[nn.Module, OrderedDict[_Key, tuple[Tensor, Any, int]]] = (
     WeakKeyDictionary()

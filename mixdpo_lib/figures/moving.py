@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.animation import FuncAnimation, PillowWriter
@@ -16,6 +17,7 @@ from .look import Looks, looks_of, style
 from .plots import need
 
 DPI = 90
+STILL: Any = {"figure.constrained_layout.use": False}  # nothing moves but what is drawn
 CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(3) / 2]])
 
 
@@ -49,8 +51,8 @@ def users_part(
     need(table, ["step", "user", "group", *experts, "bound"], "users_part")
     looks, steps = looks_of(sorted(table["group"].unique()), groups), sorted(table["step"].unique())
     style("page")
-    fig = Figure(figsize=(7.0, 3.0))
-    fig.set_layout_engine("none")  # nothing moves but what is drawn
+    with mpl.rc_context(STILL):
+        fig = Figure(figsize=(7.0, 3.0))
     fig.subplots_adjust(left=0.03, right=0.98, bottom=0.17, top=0.9, wspace=0.25)
     triangle, curve = fig.subplots(1, 2)
     bound = table.groupby("step")["bound"].first().loc[steps]
@@ -102,7 +104,7 @@ def users_part(
 
 def _gif(moving: FuncAnimation, frames_per_second: int) -> bytes:
     """The frames as a GIF that repeats; matplotlib's writer knows files alone."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mpl.rc_context(STILL):
         path = Path(folder) / "moving.gif"
         moving.save(path, writer=PillowWriter(fps=frames_per_second), dpi=DPI)
         return path.read_bytes()

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..data.pairs import Pairs
+from ..experts.contract import Experts
 from ..policy.mixture import MixturePolicy
 from ..store import canonical_json, differences
 from .config import FitConfig
@@ -110,6 +111,8 @@ def fit_identity(
             "keep": config.keep,
         },
     }
+    if type(policy.experts).log_prior is not Experts.log_prior:
+        own["prior"] = "counted"  # fits of tables from before it was are others
     if policy.given_lapse:  # folders of fits from before there were lapses go on
         own["lapse"] = policy.given_lapse
     try:

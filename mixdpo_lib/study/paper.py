@@ -139,6 +139,31 @@ def _reliability(rows: pd.DataFrame, ax: Axes) -> Axes:
     )
 
 
+def _sparse(table: Callable[[str], pd.DataFrame]) -> list[Panel]:
+    def draw(column: str, label: str) -> Draw:
+        return lambda rows, ax: figures.dots(rows, ax, "fit", column, label)
+
+    found = (("dead", "dead experts"), ("NMI", "NMI of topics with the groups"))
+    return [("", table("fits"), draw(*one)) for one in found]
+
+
+def _grown(rows: pd.DataFrame, ax: Axes) -> Axes:
+    one = rows[rows["seed"] == rows["seed"].min()]
+    ends = {"low": one["gain"] - one["error"], "high": one["gain"] + one["error"]}
+    label = "gain on held-out users (nats per user)"
+    return figures.dots(one.assign(**ends), ax, "decision", "gain", label)
+
+
+def _late(rows: pd.DataFrame, ax: Axes) -> Axes:
+    figures.points(rows, ax, "users", "accuracy", by="fit")
+    ax.set(ylabel="accuracy on further pairs", xlabel="")
+    return ax
+
+
+def _free(rows: pd.DataFrame, ax: Axes) -> Axes:
+    return figures.dots(rows, ax, "K", "loglik", "held-out log-likelihood (nats per user)")
+
+
 _NMI = ("NMI", "NMI of users' experts\nwith hidden groups")
 _USED = ("used experts", "used experts, exp H")
 _HELD_OUT = ("held-out log-likelihood", "held-out log-likelihood\n(nats per user)")
@@ -164,6 +189,12 @@ FIGURES = (
     Shown("08_ablation_experts", "held_out", _against_k(_HELD_OUT)),
     Shown("08_ablation_experts", "collapse", _settings("collapse", _USED, _NMI), height=2.0, stacked=True),
     Shown("10_model_sizes", "accuracy_by_capacity", _one("accuracy", shown.accuracy_by_capacity), height=3.0),
+    Shown("1_extreme_sparsity", "fits", _sparse, height=2.2, stacked=True),
+    Shown("2_growing_experts", "gains", _one("decisions", _grown)),
+    Shown("2_growing_experts", "late", _one("late", _late)),
+    Shown("3_continuous_groups", "users", _one("users", figures.users_on_circle), height=3.1),
+    Shown("3_continuous_groups", "said", _one("said", figures.said_by_angle), "page", 3.4),
+    Shown("3_continuous_groups", "held_out", _one("held_out", _free)),
 )  # fmt: skip
 
 

@@ -103,11 +103,9 @@ def test_growth_finds_the_groups_and_leaves_the_old_users_alone(theory):
         assert abs(accuracy[users, "grown"] - accuracy[users, "from the beginning"]) < 0.03
 
 
-def test_no_expert_dies_where_all_are_computed_or_use_is_balanced(theory):
+def test_few_experts_die_where_one_is_drawn_at_random(theory):
     fits = pd.read_csv(theory["1_extreme_sparsity"] / "tables" / "fits.csv").set_index("fit")
-    safe = ["dense", "dense, random start", "S = 1, balance", "S = 1, random start, balance"]
-    assert (fits.loc[safe, "dead"] == 0).all() and fits.loc["S = 1, random start", "dead"] <= 3
-    assert fits.loc["dense", "computed at the end"] == 6
+    assert (fits["dead"] <= 1).all() and fits.loc["dense", "computed at the end"] == 6
     assert fits["computed at the end"].value_counts().to_dict() == {2: 5, 6: 2}
 
 
