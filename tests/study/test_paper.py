@@ -56,13 +56,13 @@ def test_every_figure_of_the_study_is_among_them():
 
 
 def test_figures_captions_and_tables_are_written(tmp_path, monkeypatch):
-    chosen = tuple(BY_NAME[name] for name in ("elbo", "held_out"))
+    chosen = tuple(BY_NAME[name] for name in ("elbo", "collapse"))
     monkeypatch.setattr(paper, "FIGURES", chosen)
     said = paper.write(REFERENCE, "column", tmp_path)
     assert said == f"2 figures, 3 tables: {tmp_path}"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "04-mix-dpo-elbo.pdf",
-        "08-ablation-experts-held-out.pdf",
+        "08-ablation-experts-collapse.pdf",
         "figures.tex",
         "tables.tex",
     ]
