@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import transformers
 
 from .. import store
 from ..store import MixDPOError
@@ -29,14 +29,14 @@ def convert_gguf(file: Path, folder: Path) -> None:
             "the package gguf is missing; it reads the packaged weights: pip install gguf"
         )
     place, name = file.parent, file.name
-    AutoTokenizer.from_pretrained(place, gguf_file=name, trust_remote_code=False).save_pretrained(
-        folder
-    )
-    loader: Any = AutoModelForCausalLM
+    transformers.AutoTokenizer.from_pretrained(
+        place, gguf_file=name, trust_remote_code=False
+    ).save_pretrained(folder)
+    loader: Any = transformers.AutoModelForCausalLM
     quantised = loader.from_pretrained(
         place, gguf_file=name, dtype=torch.float32, trust_remote_code=False
     )
-    config = AutoConfig.from_pretrained(place, gguf_file=name, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(place, gguf_file=name, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain: Any = type(quantised)(config)

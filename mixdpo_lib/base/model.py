@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import store
 from ..store import MixDPOError
@@ -194,8 +193,8 @@ def load_base(
     weights = _weight_files(folder)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            loader: Any = AutoModelForCausalLM
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            loader: Any = transformers.AutoModelForCausalLM
             model, report = loader.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),

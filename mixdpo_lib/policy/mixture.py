@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import transformers
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
@@ -19,7 +20,6 @@ from ..data.messages import as_prompt
 from ..data.pairs import Pairs, Text, Texts
 from ..elbo import keep_top_s, log_responsibilities, predictive_probability
 from . import generating, saving
-from .causal_lm import MixtureForCausalLM
 from .generating import Generated
 from .model import MixtureModel
 
@@ -195,7 +195,7 @@ class MixturePolicy(MixtureModel):
 
     def as_causal_lm(
         self, user: Float[Tensor, ...] | None = None, prompts: Sequence[Any] | None = None
-    ) -> MixtureForCausalLM:
+    ) -> transformers.PreTrainedModel:
         """The mixture as a transformers model: `generate` with sampling, greedy, beams, streamers.
 
         Parameters
@@ -207,6 +207,8 @@ class MixturePolicy(MixtureModel):
             raise ValueError(
                 f"the gate reads {', '.join(self.gate.reads)}: give prompts=[...], or user="
             )
+        from .causal_lm import MixtureForCausalLM  # here: model code takes seconds to load
+
         log_w = self.prompt_log_w([""] if prompts is None else prompts) if user is None else user
         return MixtureForCausalLM(self.experts, log_w.reshape(-1, self.n_experts).detach())
 

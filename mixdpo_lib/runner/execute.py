@@ -120,6 +120,20 @@ def _command(notebook: str, profile: str, overrides: Mapping[str, Any]) -> str:
     return shlex.join(["mixdpo", "run", notebook, "--profile", profile, *chosen])
 
 
+def _papermill() -> Any:
+    """papermill, without the grammar of internet addresses that jsonschema builds for a second, and no notebook needs."""
+    grammar = "rfc3987_syntax"
+    if grammar in sys.modules:
+        import papermill
+    else:
+        sys.modules[grammar] = None  # type: ignore[assignment]
+        try:
+            import papermill
+        finally:
+            del sys.modules[grammar]
+    return papermill
+
+
 def _execute(
     path: Path,
     folder: Path,
@@ -128,8 +142,7 @@ def _execute(
     cell_timeout: int | None,
     failed: Path,
 ) -> None:
-    import papermill
-
+    papermill = _papermill()
     mark = (ending.KERNEL, str(folder))
     with (
         _scratch() as scratch,

@@ -45,11 +45,17 @@ def _table(path: Path, columns: Sequence[str], what: str) -> pd.DataFrame:
     return table
 
 
-def arguments(folder: str | Path | None = None) -> tuple[dict[str, Pairs], dict[str, Pairs]]:
+def arguments(
+    folder: str | Path | None = None, n_topics: int = 0
+) -> tuple[dict[str, Pairs], dict[str, Pairs]]:
     """Which argument is more convincing? The judgments of `data/arguments`, by part: as texts, and as items by name alone.
 
     Prompts are topic and stance. Test judgments compare arguments that were compared with others in training. Source:
     UKPConvArg1 (Habernal and Gurevych 2016), CC BY 4.0.
+
+    Parameters
+    ----------
+    n_topics : the prompts with most judgments that are kept; 0 keeps all.
 
     Returns
     -------
@@ -61,6 +67,9 @@ def arguments(folder: str | Path | None = None) -> tuple[dict[str, Pairs], dict[
         folder / "judgments.csv", ("part", "user", "first", "second", "winner"), "the judgments"
     )
     by_name = written.set_index("argument")
+    if n_topics:
+        topic = judged["first"].map(by_name["prompt"])
+        judged = judged[topic.isin(topic.value_counts().index[:n_topics])].reset_index(drop=True)
     lost = judged["first"].where(judged["winner"] != judged["first"], judged["second"])
     rows = pd.DataFrame({"prompt": by_name.loc[judged["winner"], "prompt"].to_numpy()})
     for side, names in (("chosen", judged["winner"]), ("rejected", lost)):

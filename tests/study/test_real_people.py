@@ -93,6 +93,10 @@ def test_the_arguments_that_are_shipped():
     counts = [pd.Series(texts[part].rows["user"]).value_counts() for part in ("train", "test")]
     assert len(counts[0]) == 34 and counts[0].min() >= 10 and counts[1].min() >= 3
     assert max(len(t.response.split()) for t in texts["train"].texts.texts) <= 32
+    few, _ = real_people.arguments(n_topics=2)
+    asked = pd.concat([pairs.rows.to_pandas()["prompt"] for pairs in texts.values()]).value_counts()
+    kept = pd.concat([pairs.rows.to_pandas()["prompt"] for pairs in few.values()]).value_counts()
+    assert kept.to_dict() == asked[:2].to_dict()
     traits = helped.traits_of_writing(texts["train"])
     assert traits["words"].max() <= 32 and traits["capital letters"].between(0, 1).all()
 
