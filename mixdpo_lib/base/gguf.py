@@ -6,6 +6,9 @@ import importlib.util
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +31,30 @@ def convert_gguf(file: Path, folder: Path) -> None:
         raise MixDPOError(
             "the package gguf is missing; it reads the packaged weights: pip install gguf"
         )
-    place, name = file.parent, file.name
-    transformers.AutoTokenizer.from_pretrained(
-        place, gguf_file=name, trust_remote_code=False
-    ).save_pretrained(folder)
+    with _read_once():
+        _convert(file.parent, file.name, folder)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads the file for each of its parts, and makes one table of names for each module."""
+    gguf = importlib.import_module("gguf")
+    made = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, make in made.items():
+        setattr(gguf, name, cache(make))
+    try:
+        yield
+    finally:
+        for name, make in made.items():
+            setattr(gguf, name, make)
+
+
+def _convert(place: Path, name: str, folder: Path) -> None:
+    options: Any = {"gguf_file": name, "trust_remote_code": False}
+    transformers.AutoTokenizer.from_pretrained(place, **options).save_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(place, **options)
     loader: Any = transformers.AutoModelForCausalLM
-    quantised = loader.from_pretrained(
-        place, gguf_file=name, dtype=torch.float32, trust_remote_code=False
-    )
-    config = transformers.AutoConfig.from_pretrained(place, gguf_file=name, trust_remote_code=False)
+    quantised = loader.from_pretrained(place, dtype=torch.float32, **options)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain: Any = type(quantised)(config)

@@ -24,7 +24,7 @@ from ..learning.result import FitResult
 from ..learning.starts import RANDOM_HEADS_SCALE
 from ..policy.mixture import MixturePolicy
 from .baseline_parts import GroupRobust, HardAssignment, simplex, soup
-from .fits import Fitted
+from .fits import Fitted, kept_rewards
 from .review_users import Method, ReviewUsers
 from .told_in_prompt import ToldInPrompt
 
@@ -157,7 +157,7 @@ class Baselines(ReviewUsers):
             weights = simplex(n, n) if method == "soup" else torch.full((1, n), 1 / n)
             heads: HeadExperts = oracle.policy.experts  # type: ignore[assignment]
             policy = self._with_weights(soup(heads, weights))
-            return policy, oracle.result, policy.text_rewards(self.texts)
+            return policy, oracle.result, kept_rewards(policy, self.texts)
         return super().learned(method, seed, design)
 
     def fitted(self, method: str, seed: int, design: str = "") -> Fitted:

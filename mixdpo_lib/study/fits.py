@@ -22,7 +22,7 @@ from ..data.pairs import Pairs, Text, Texts
 from ..evaluation import align
 from ..learning.config import FitConfig
 from ..learning.fit import fit
-from ..learning.identity import fit_identity
+from ..learning.identity import fit_identity, state_hash
 from ..learning.result import FitResult
 from ..policy.mixture import MixturePolicy
 from ..store import (
@@ -167,6 +167,22 @@ def kept_fit(
     )
     result.restore(policy)
     return result, load_file(folder / "rewards.safetensors")["rewards"], float(facts["seconds"])
+
+
+def kept_rewards(policy: MixturePolicy, texts: Texts) -> Tensor:
+    """`policy.text_rewards(texts)`, kept in the cache: of a policy that no fit left as it is."""
+    parameters = {
+        "state": state_hash(policy),
+        "experts": policy.experts.describe(),
+        "base": policy.base.fingerprint,
+        "beta": policy.beta,
+    }
+
+    def build(folder: Path) -> None:
+        save_file({"rewards": policy.text_rewards(texts)}, folder / "rewards.safetensors")
+
+    folder = cached("implicit_rewards", VERSION, parameters, build, inputs=[texts.key])
+    return load_file(folder / "rewards.safetensors")["rewards"]
 
 
 class Study(ABC):

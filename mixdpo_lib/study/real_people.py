@@ -55,7 +55,7 @@ def arguments(
 
     Parameters
     ----------
-    n_topics : the prompts with most judgments that are kept; 0 keeps all.
+    n_topics : the prompts with most judgments that are kept, with the people of their training judgments; 0 keeps all.
 
     Returns
     -------
@@ -69,7 +69,9 @@ def arguments(
     by_name = written.set_index("argument")
     if n_topics:
         topic = judged["first"].map(by_name["prompt"])
-        judged = judged[topic.isin(topic.value_counts().index[:n_topics])].reset_index(drop=True)
+        judged = judged[topic.isin(topic.value_counts().index[:n_topics])]
+        known = judged.loc[judged["part"] == "train", "user"]
+        judged = judged[judged["user"].isin(known)].reset_index(drop=True)
     lost = judged["first"].where(judged["winner"] != judged["first"], judged["second"])
     rows = pd.DataFrame({"prompt": by_name.loc[judged["winner"], "prompt"].to_numpy()})
     for side, names in (("chosen", judged["winner"]), ("rejected", lost)):

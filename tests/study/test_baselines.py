@@ -11,6 +11,7 @@ from small_study import small_study
 from mixdpo_lib.learning.config import FitConfig
 from mixdpo_lib.learning.inference import Moment
 from mixdpo_lib.learning.table import LoglikTable
+from mixdpo_lib.policy.mixture import MixturePolicy
 from mixdpo_lib.study.baseline_parts import (
     GroupRobust,
     HardAssignment,
@@ -20,7 +21,8 @@ from mixdpo_lib.study.baseline_parts import (
     soup,
 )
 from mixdpo_lib.study.baselines import METHODS, Baselines, method_table
-from mixdpo_lib.study.frontiers import base_rewards, drawn_points, served_texts
+from mixdpo_lib.study.fits import kept_rewards
+from mixdpo_lib.study.frontiers import at_strength, base_rewards, drawn_points, served_texts
 from mixdpo_lib.study.judges import REWARDS
 from mixdpo_lib.study.tables import design_gains
 from mixdpo_lib.study.told_in_prompt import sentence
@@ -55,6 +57,17 @@ def test_every_method_is_told_what_its_table_says():
     assert list(said.index[said["reads_metadata"]]) == ["dpo_metadata", "moe_dpo"]
     assert list(said.index[said["profile"] == "full"]) == ["dpo_metadata", "translations_2"]
     assert (said["source"] != "").all()
+
+
+def test_rewards_of_a_soup_are_kept_by_all_that_they_depend_on(study, fits):
+    policy, texts = fits["soup"].policy, study.texts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(policy), "text_rewards", lambda *_: pytest.fail("computed again"))
+        torch.testing.assert_close(kept_rewards(policy, texts), fits["soup"].rewards)
+    other = MixturePolicy(policy.experts, policy.gate, 2 * policy.beta, policy.lapse)
+    torch.testing.assert_close(kept_rewards(other, texts), 2 * fits["soup"].rewards)
+    with at_strength(policy.experts, 0.5):
+        assert not torch.equal(kept_rewards(policy, texts), fits["soup"].rewards)
 
 
 def test_every_method_has_its_accuracy(study, fits):
