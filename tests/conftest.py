@@ -14,6 +14,7 @@ for name in ("ROOT", "RUN_FOLDER", "PROGRESS", "STARTED", "PROFILE", "COMMAND"):
 for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of the make that runs the tests
     os.environ.pop(name, None)
 
+import gc  # noqa: E402
 import signal  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(items):
     """The notebooks, which take longest, come first: the other worker does the rest meanwhile."""
     first = ["test_notebooks.py", "test_theory_notebooks.py", "test_faults.py"]
     items.sort(key=lambda item: (*first, item.path.name).index(item.path.name))
+
+
+def pytest_collection_finish():
+    """What is imported stays: each fit collects garbage, and would look through all of it for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

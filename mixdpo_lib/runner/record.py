@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import importlib.metadata
 import math
@@ -272,6 +273,7 @@ def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
         Path(folder).mkdir(parents=True, exist_ok=True)
     if profile in NOTES:
         print(NOTES[profile])
+    gc.freeze()  # what is imported stays: every fit collects garbage, and would look through all of it
     return Run(notebook, values, Path(folder), f"{notebook}-{key[:10]}", profile)
 
 
