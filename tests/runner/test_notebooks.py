@@ -302,7 +302,7 @@ def test_a_second_run_does_nothing(smoke):
 def test_plain_papermill_runs_a_notebook_with_four_experts(smoke, tmp_path):
     """Without the runner: what the smoke profile cached is used, and the record lands where it is told to."""
     values = parameters_file.resolve_parameters("08_ablation_experts", "smoke")
-    values |= {"n_experts_compared": [4]}
+    values |= {"n_experts_compared": [4], "common": {**values["common"], "passes": 0.5}}
     (tmp_path / "values.yaml").write_text(json.dumps(values))  # JSON is YAML
     book, out = ROOT / "notebooks" / "08_ablation_experts.ipynb", tmp_path / "out.ipynb"
     words = [book, out, "-f", tmp_path / "values.yaml", "-p", "n_experts_collapse", "4"]
