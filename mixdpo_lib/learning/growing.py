@@ -112,8 +112,8 @@ def grow(
     ----------
     policy : its gate learns and does not read the prompt. One that is still its reference is fitted first.
     pairs : training pairs with the unit column. validation : pairs that decide, of the same units or of others.
-    config : how experts are fitted, and `unit`; a proposal takes a pass, what is kept all passes before it may shrink and
-        at the end.
+    config : how experts are fitted, and `unit`; a proposal takes two short ones of a pass, what is kept all passes (tables:
+        before they may shrink and at the end): experts that still learn would seem to gain by a split.
     growth : see `Growth`.
     freeze_others : the experts that the policy has stay as they are, to the bit; new ones come beside them, for tastes
         that arrive later. Users' predictions move a little, since a new expert takes weight.
@@ -322,7 +322,7 @@ class _Growing:
         )
         if kept:
             self.policy.experts, self.policy.gate, self.now = tried.experts, tried.gate, tried
-            self._settle(short=True)
+            self._settle(short=self.teacher.exact)
         experts = " and ".join(str(k) for k in proposal.gone or proposal.copies)
         row = [proposal.kind, experts, before.experts.n_experts, len(gains), gain, error, kept]
         self.rows.append([*row, time.monotonic() - began])
@@ -363,6 +363,6 @@ class _Growing:
 
     def _settled_since(self, row: int) -> int:
         """All passes, if something was kept since that row: half-learned experts would be merged for nothing."""
-        if any(one[_COLUMNS.index("kept")] for one in self.rows[row:]):
+        if self.teacher.exact and any(one[_COLUMNS.index("kept")] for one in self.rows[row:]):
             self._settle(short=False)
         return len(self.rows)

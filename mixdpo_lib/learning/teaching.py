@@ -60,6 +60,7 @@ class Teaching(ABC):
     """What growth asks of learning: log-likelihoods of units, the units' gradients, and two ways to learn."""
 
     rounds: int  # of learning and new responsibilities, for a proposal
+    exact: bool  # whether an expert learns from its units at once; else more steps alone would look like a gain
 
     def __init__(self, policy: MixturePolicy, sets: Sets, config: FitConfig) -> None:
         self.policy, self.sets, self.config = policy, sets, config
@@ -96,7 +97,7 @@ class Teaching(ABC):
 class ByTable(Teaching):
     """Tables: exact M-steps on soft responsibilities."""
 
-    rounds = 12
+    rounds, exact = 12, True
 
     def __init__(self, policy: MixturePolicy, sets: Sets, config: FitConfig) -> None:
         super().__init__(policy, sets, config)
@@ -145,7 +146,7 @@ class ByTable(Teaching):
 class BySteps(Teaching):
     """Gradient steps of `fit`: a unit belongs to the expert that answers for more than half of it."""
 
-    rounds = 2
+    rounds, exact = 2, False
 
     def gradients(
         self, expert: Experts, units: Int[Tensor, "some"]

@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 import datasets
+import gguf
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mixdpo_lib import store
 from mixdpo_lib.base import model as model_file
 from mixdpo_lib.base import packaged
+from mixdpo_lib.base.gguf import convert_gguf
 from mixdpo_lib.store import MixDPOError
 from mixdpo_lib.study import reviews as reviews_file
 
@@ -369,3 +371,12 @@ def test_the_packaged_base():
         likely = base.model(**tokens).logits[0, -1].argmax()
     assert base.tokenizer.decode(likely).strip() == "Paris"
     assert not hasattr(base.model.config, "quantization_config")
+
+
+def test_a_damaged_file_of_weights_leaves_the_reader_as_it_was(tmp_path):
+    """While a file is converted, the package gguf reads it once and remembers."""
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises((ValueError, OSError, IndexError)):
+        convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
