@@ -16,6 +16,7 @@ from ..base.tokens import answer_text
 from ..data.messages import as_prompt
 from ..elbo import keep_top_s
 from ..store import progress
+from .model import as_user
 from .next_token import MixtureNextToken, NextToken
 from .sampling import sample
 
@@ -53,6 +54,11 @@ def _prompt_ids(
         )
     if len(prompts) == 0:
         raise ValueError("no prompts: give at least one")
+    if policy.base is None:
+        raise ValueError(
+            f"{type(policy.experts).__name__} of items by name write no texts: no language model was asked; "
+            "experts.reward_table() says what they prefer"
+        )
     ids = [policy.base.prompt_ids(p) for p in prompts]
     for p, tokens in zip(prompts, ids, strict=True):
         if not tokens or len(tokens) + max_new_tokens > policy.base.context:
@@ -121,6 +127,7 @@ def generate(
         raise ValueError(
             f"form={form!r}: possible are 'sequence' (an expert a text) and 'token' (their posterior)"
         )
+    user = user if user is None else as_user(user, policy.n_experts)
     ids = _prompt_ids(policy, prompts, max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     log_w = torch.empty(0)
@@ -189,6 +196,7 @@ def say(
     voices = range(-1, policy.n_experts)
     weight = [""] * policy.n_experts
     if user is not None:
+        user = as_user(user, policy.n_experts)
         weight = [f" ({w:.0%})" for w in user.detach().reshape(-1).softmax(0).tolist()]
     columns = {}
     for k in voices:

@@ -21,7 +21,7 @@ from ..data.pairs import Pairs, Text, Texts
 from ..elbo import keep_top_s, log_responsibilities, predictive_probability
 from . import generating, saving
 from .generating import Generated
-from .model import MixtureModel
+from .model import MixtureModel, as_user
 
 
 def _by_weights(
@@ -33,7 +33,7 @@ def _by_weights(
 ) -> Float[Tensor, "pairs"]:
     """sum_k w_k exp(loglik_k), or of the S experts of largest weight, whose weights are divided by their total."""
     data = policy.prepare(data)
-    log_w = policy.log_w(data) if user is None else user
+    log_w = policy.log_w(data) if user is None else as_user(user, policy.n_experts)
     if top_s is None:
         return predictive_probability(loglik(data), log_w)
     kept = keep_top_s(log_w, top_s)
@@ -171,7 +171,8 @@ class MixturePolicy(MixtureModel):
         bound, which grows with S and is exact for S = K.
         """
         constants = self.constants(Texts.of([Text(as_prompt(prompt), response, ended)]))
-        log_w = (self.prompt_log_w([prompt]) if user is None else user).reshape(1, self.n_experts)
+        log_w = self.prompt_log_w([prompt]) if user is None else as_user(user, self.n_experts)
+        log_w = log_w.reshape(1, self.n_experts)
         log_w = log_w if top_s is None else keep_top_s(log_w, top_s)
         chosen = None if top_s is None else log_w > -math.inf
         logps, _ = self.experts.all_text_logps(
@@ -209,7 +210,11 @@ class MixturePolicy(MixtureModel):
             )
         from .causal_lm import MixtureForCausalLM  # here: model code takes seconds to load
 
-        log_w = self.prompt_log_w([""] if prompts is None else prompts) if user is None else user
+        log_w = (
+            self.prompt_log_w([""] if prompts is None else prompts)
+            if user is None
+            else as_user(user, self.n_experts)
+        )
         return MixtureForCausalLM(self.experts, log_w.reshape(-1, self.n_experts).detach())
 
     def save_pretrained(

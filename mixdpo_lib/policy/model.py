@@ -24,6 +24,22 @@ from .lapses import Lapses
 DPO_BETA = 0.1  # DPO's usual value
 
 
+def as_user(user: Any, n_experts: int) -> Tensor:
+    """`user` as it is, where it is log weights (..., K) of `MixturePolicy.user`.
+
+    Raises
+    ------
+    ValueError : a name, a dictionary, or weights of another number of experts.
+    """
+    if isinstance(user, Tensor) and user.is_floating_point() and user.shape[-1:] == (n_experts,):
+        return user
+    found = f"a tensor of shape {tuple(user.shape)}" if isinstance(user, Tensor) else repr(user)
+    raise ValueError(
+        f"user: found {found[:60]}, expected log weights of {n_experts} experts; make them by policy.user(pairs of this "
+        "user) or policy.user(metadata={...})"
+    )
+
+
 class MixtureModel(Lapses):
     """The latent-variable model of preferences: p(y_w over y_l given x) = sum_k w_k(x) sigma(D_k)  (arXiv 2510.08256).
 
