@@ -94,7 +94,9 @@ def reproduce(
     ] = None,
     profile: _Profile = "default",
     cores: Annotated[int, typer.Option(help="Processor cores; each notebook takes two.")] = 2,
-    everything: Annotated[bool, typer.Option("--all", help="Also the ablations.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also the ablations and further studies.")
+    ] = False,
 ) -> None:
     """Execute the notebooks of the main study that are not up to date."""
     reproduction.reproduce(profile, cores, snakemake or [], everything)

@@ -301,6 +301,8 @@ class _Growing:
             train[:, len(stay) :], held[:, len(stay) :] = self.teacher.logliks(new)
             tried = self._weighed(_Mixture(experts, gate, train, held))
             weight = self.log_q(tried).exp()[:, len(stay) :]
+            if not self.teacher.exact and self._hopeless(proposal.kind, tried):
+                break
         whole = [(now.experts, k) for k in stay] + [(new, k) for k in range(n_new)]
         return _Mixture(gathered(experts, whole), gate, train, held)
 
@@ -310,12 +312,21 @@ class _Growing:
         gate_em(mixture.gate, inputs, mixture.train, max_iter=GATE_ITERATIONS, tolerance=1e-4)
         return mixture
 
+    def _gain(self, tried: _Mixture) -> tuple[float, float]:
+        """Mean gain of held-out log-likelihood a unit over the mixture of now, nats, and its standard error."""
+        gains = self.score(tried) - self.score(self.now)
+        return float(gains.mean()), float(gains.std(ddof=1)) / len(gains) ** 0.5
+
+    def _hopeless(self, kind: str, tried: _Mixture) -> bool:
+        """Whether a round of teaching leaves so little that the next one, which costs as much, need not be asked."""
+        gain, error = self._gain(tried)
+        return gain < -max(2 * self.growth.errors * error, LEAST) if kind == "merge" else gain <= 0
+
     def decide(self, proposal: _Proposal) -> bool:
         """Try what is proposed, write the row, and take it where it holds."""
         began, before = time.monotonic(), self.now
         tried = self._tried(proposal)
-        gains = self.score(tried) - self.score(before)
-        gain, error = float(gains.mean()), float(gains.std(ddof=1)) / len(gains) ** 0.5
+        gain, error = self._gain(tried)
         allowed = self.growth.errors * error
         kept = {"retire": gain > -LEAST, "merge": gain > -max(allowed, LEAST)}.get(
             proposal.kind, gain > max(allowed, LEAST)
@@ -324,7 +335,8 @@ class _Growing:
             self.policy.experts, self.policy.gate, self.now = tried.experts, tried.gate, tried
             self._settle(short=self.teacher.exact)
         experts = " and ".join(str(k) for k in proposal.gone or proposal.copies)
-        row = [proposal.kind, experts, before.experts.n_experts, len(gains), gain, error, kept]
+        n_units = len(self.sets.held_names)
+        row = [proposal.kind, experts, before.experts.n_experts, n_units, gain, error, kept]
         self.rows.append([*row, time.monotonic() - began])
         return kept
 

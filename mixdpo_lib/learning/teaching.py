@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,10 @@ from ..gates.weights import LearnedWeights
 from ..policy.mixture import MixturePolicy
 from .config import FitConfig
 from .fit import fit
+
+PAIRS_ASKED = (
+    48  # of a unit, evenly spaced: in which direction its gradient points is plain from these
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ class BySteps(Teaching):
     def gradients(
         self, expert: Experts, units: Int[Tensor, "some"]
     ) -> Float[Tensor, "some numbers"]:
-        """See `Teaching.gradients`: of all parameters, one backward pass a unit.
+        """See `Teaching.gradients`: of all parameters, one backward pass a unit, over at most `PAIRS_ASKED` of its pairs.
 
         Raises
         ------
@@ -163,11 +168,12 @@ class BySteps(Teaching):
         need_memory(4 * size * len(units), f"gradients of {len(units)} units", parameters[0].device)
         constants, found = alone.constants(data.texts), torch.empty(len(units), size)
         for row, one in enumerate(units.tolist()):
-            batch = expert.batch(constants, data.index[self.sets.unit == one])
+            own = data.index[self.sets.unit == one]
+            batch = expert.batch(constants, own[:: math.ceil(len(own) / PAIRS_ASKED)])
             batch = {name: value.to(parameters[0].device) for name, value in batch.items()}
             with torch.enable_grad():
-                own = torch.autograd.grad(alone.batch_loglik(batch).sum(), parameters)
-            found[row] = torch.cat([g.flatten().float().cpu() for g in own])
+                each = torch.autograd.grad(alone.batch_loglik(batch).mean(), parameters)
+            found[row] = len(own) * torch.cat([g.flatten().float().cpu() for g in each])
         return found
 
     def _config(self, short: bool) -> FitConfig:

@@ -29,6 +29,7 @@ BASELINE_STYLE: Mapping[str, Look] = {
 }
 FRONT_LABELS = {"worst": "worst-served group"}
 KNOWING = "* knows the groups"
+BEYOND = 2.0  # times the KL that all methods reach is drawn
 
 
 def accuracy_by_method(accuracy: pd.DataFrame, ax: Axes) -> Axes:
@@ -58,6 +59,8 @@ def accuracy_by_method(accuracy: pd.DataFrame, ax: Axes) -> Axes:
 def frontiers(table: pd.DataFrame, ax: Axes) -> Axes:
     """Gain of each method's texts against their distance from the base; a panel a reward, and the worst-served group.
 
+    Each panel ends at `BEYOND` times the distance that all methods reach, and says so where points lie farther.
+
     Parameters
     ----------
     table : as `frontiers.front_points` gives it: ``method``, ``front``, ``kl`` (nats a text), ``gain``, ``low``, ``high``
@@ -66,7 +69,8 @@ def frontiers(table: pd.DataFrame, ax: Axes) -> Axes:
     need(table, ["method", "front", "kl", "gain", "low", "high", "n"], "frontiers")
     fronts, looks = ordered(set(table["front"])), looks_of(table["method"], BASELINE_STYLE)
     ax.set_axis_off()
-    thin = 0.6 * mpl.rcParams["lines.linewidth"]
+    thin, cut = 0.6 * mpl.rcParams["lines.linewidth"], False
+    reached = table.groupby(["front", "method"])["kl"].max().groupby("front").min()
     rows = (len(fronts) + 1) // 2
     high = 1 / (1.28 * rows - 0.28)
     for place, front in enumerate(fronts):
@@ -87,7 +91,13 @@ def frontiers(table: pd.DataFrame, ax: Axes) -> Axes:
             panel.vlines(part["kl"], part["low"], part["high"], color=look.colour, linewidth=thin)
         panel.axhline(0, color="black", linestyle=":", linewidth=thin, zorder=1)
         panel.set_title(FRONT_LABELS.get(front, front))
-        panel.set_xlim(left=0)
+        near = BEYOND * reached[front]
+        seen = table[(table["front"] == front) & (table["kl"] <= near)]
+        panel.set_xlim(0, near)
+        if table.loc[table["front"] == front, "kl"].max() > near:
+            room = 0.05 * (seen["high"].max() - seen["low"].min())
+            panel.set_ylim(min(0, seen["low"].min()) - room, max(0, seen["high"].max()) + room)
+            cut = True
         panel.locator_params(nbins=5)
         if column == 0:
             panel.set_ylabel("gain (SD of the\nbase's texts)")
@@ -106,6 +116,7 @@ def frontiers(table: pd.DataFrame, ax: Axes) -> Axes:
         f"n = {int(table['n'].min()):,} texts a point and group; bars: 95 % intervals over prompts"
     )
     notes += f"; {KNOWING}" if any(look.label.endswith("*") for look in looks.values()) else ""
+    notes += "\nfarther points are in the table" if cut else ""
     size = mpl.rcParams["xtick.labelsize"]
     ax.text(0, -0.15, notes, transform=ax.transAxes, va="top", fontsize=size)
     legend_above(ax, 1.07)

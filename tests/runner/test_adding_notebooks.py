@@ -30,7 +30,7 @@ def test_a_notebook_as_the_page_says(blocks, project):
     book = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_markdown_cell("# How many answers?"), head, *code]
     )
-    nbformat.write(book, project / "notebooks" / "12_how_many_answers.ipynb")
+    nbformat.write(book, project / "notebooks" / "13_how_many_answers.ipynb")
     profiles, (line, values), (command,) = (
         project / "notebooks" / "profiles",
         blocks["yaml"],
@@ -40,7 +40,7 @@ def test_a_notebook_as_the_page_says(blocks, project):
     (project / "workflow" / "notebooks.yaml").write_text(line)
     (profiles / "smoke.yaml").write_text("common: {n_users: 12, pairs_per_user: 9}\n" + values)
 
-    default = parameters.resolve_parameters("12_how_many_answers")
+    default = parameters.resolve_parameters("13_how_many_answers")
     assert default == {
         "parts": [0.5, 1.0],
         "profile": "default",
@@ -58,4 +58,4 @@ def test_a_notebook_as_the_page_says(blocks, project):
     }
     table = results.load_table(str(folder.parent), folder.name, "answers")
     assert table["answers"].tolist() == [120.0]
-    assert yaml.safe_load(line)["further"].keys() == {"12_how_many_answers"}
+    assert yaml.safe_load(line)["further"].keys() == {"13_how_many_answers"}
