@@ -49,7 +49,7 @@ def test_a_notebook_as_the_page_says(blocks, project):
     with pytest.raises(SystemExit) as ended:
         cli.main(shlex.split(command)[1:])
     assert ended.value.code == 0
-    (folder,) = (project / "runs" / "custom").glob("12_*")
+    (folder,) = (project / "runs" / "custom").glob("13_*")
     manifest = results.verify_manifest(folder)
     assert manifest["parameters"] == {
         "parts": [1.0],
