@@ -167,6 +167,24 @@ def _check(policy: MixturePolicy, config: FitConfig, validation: Any) -> None:
         )
 
 
+def _hopeless(kind: str, gain: float, error: float) -> bool:
+    """Whether a round of teaching leaves so little that the next one, which costs as much, need not be asked."""
+    return gain < -max(2 * error, LEAST) if kind == "merge" else gain <= 0
+
+
+def _gate_inputs(
+    policy: MixturePolicy, sets: Sets, gate: Gate, held: bool = False
+) -> dict[str, Tensor]:
+    """What a gate reads of the training or of the held-out units."""
+    own, policy.gate = policy.gate, gate
+    try:
+        if held:
+            return unit_inputs(policy, sets.held, sets.held_unit)
+        return unit_inputs(policy, sets.train, sets.unit)
+    finally:
+        policy.gate = own
+
+
 class _Growing:
     """The course of one growth."""
 
@@ -201,25 +219,19 @@ class _Growing:
             self.policy.experts, self.policy.gate, *self.teacher.logliks(self.policy.experts)
         )
 
-    def _gate_inputs(self, gate: Gate, held: bool = False) -> dict[str, Tensor]:
-        policy, own = self.policy, self.policy.gate
-        policy.gate = gate
-        try:
-            if held:
-                return unit_inputs(policy, self.sets.held, self.sets.held_unit)
-            return unit_inputs(policy, self.sets.train, self.sets.unit)
-        finally:
-            policy.gate = own
-
     def log_q(self, mixture: _Mixture) -> Float[Tensor, "units experts"]:
         """Responsibilities of the training units, nats."""
-        log_w = mixture.gate.log_w(self._gate_inputs(mixture.gate)).detach()
+        log_w = mixture.gate.log_w(_gate_inputs(self.policy, self.sets, mixture.gate)).detach()
         return (log_w + mixture.train).log_softmax(1)
 
     def score(self, mixture: _Mixture) -> Float[Any, "held_units"]:
         """Log-likelihood of all held-out pairs of each unit, nats."""
         place = self.sets.place
-        log_w = mixture.gate.log_w(self._gate_inputs(mixture.gate, held=True)).detach().double()
+        log_w = (
+            mixture.gate.log_w(_gate_inputs(self.policy, self.sets, mixture.gate, held=True))
+            .detach()
+            .double()
+        )
         log_w = log_w.expand(len(place), -1)
         prior = torch.where(place[:, None] < 0, log_w, self.log_q(mixture)[place])
         return (prior + mixture.held).logsumexp(1).numpy()
@@ -301,14 +313,14 @@ class _Growing:
             train[:, len(stay) :], held[:, len(stay) :] = self.teacher.logliks(new)
             tried = self._weighed(_Mixture(experts, gate, train, held))
             weight = self.log_q(tried).exp()[:, len(stay) :]
-            if not self.teacher.exact and self._hopeless(proposal.kind, tried):
+            if not self.teacher.exact and _hopeless(proposal.kind, *self._gain(tried)):
                 break
         whole = [(now.experts, k) for k in stay] + [(new, k) for k in range(n_new)]
         return _Mixture(gathered(experts, whole), gate, train, held)
 
     def _weighed(self, mixture: _Mixture) -> _Mixture:
         """With a gate that was moved to its responsibilities."""
-        inputs = self._gate_inputs(mixture.gate)
+        inputs = _gate_inputs(self.policy, self.sets, mixture.gate)
         gate_em(mixture.gate, inputs, mixture.train, max_iter=GATE_ITERATIONS, tolerance=1e-4)
         return mixture
 
@@ -316,11 +328,6 @@ class _Growing:
         """Mean gain of held-out log-likelihood a unit over the mixture of now, nats, and its standard error."""
         gains = self.score(tried) - self.score(self.now)
         return float(gains.mean()), float(gains.std(ddof=1)) / len(gains) ** 0.5
-
-    def _hopeless(self, kind: str, tried: _Mixture) -> bool:
-        """Whether a round of teaching leaves so little that the next one, which costs as much, need not be asked."""
-        gain, error = self._gain(tried)
-        return gain < -max(2 * self.growth.errors * error, LEAST) if kind == "merge" else gain <= 0
 
     def decide(self, proposal: _Proposal) -> bool:
         """Try what is proposed, write the row, and take it where it holds."""
@@ -374,7 +381,7 @@ class _Growing:
         return self.rows
 
     def _settled_since(self, row: int) -> int:
-        """All passes, if something was kept since that row: half-learned experts would be merged for nothing."""
+        """All passes, if something was kept since: half-learned experts would be merged for nothing."""
         if self.teacher.exact and any(one[_COLUMNS.index("kept")] for one in self.rows[row:]):
             self._settle(short=False)
         return len(self.rows)

@@ -171,8 +171,7 @@ class MixturePolicy(MixtureModel):
         bound, which grows with S and is exact for S = K.
         """
         constants = self.constants(Texts.of([Text(as_prompt(prompt), response, ended)]))
-        log_w = self.prompt_log_w([prompt]) if user is None else as_user(user, self.n_experts)
-        log_w = log_w.reshape(1, self.n_experts)
+        log_w = self.served_log_w([prompt], user).reshape(1, self.n_experts)
         log_w = log_w if top_s is None else keep_top_s(log_w, top_s)
         chosen = None if top_s is None else log_w > -math.inf
         logps, _ = self.experts.all_text_logps(
@@ -210,11 +209,7 @@ class MixturePolicy(MixtureModel):
             )
         from .causal_lm import MixtureForCausalLM  # here: model code takes seconds to load
 
-        log_w = (
-            self.prompt_log_w([""] if prompts is None else prompts)
-            if user is None
-            else as_user(user, self.n_experts)
-        )
+        log_w = self.served_log_w([""] if prompts is None else prompts, user)
         return MixtureForCausalLM(self.experts, log_w.reshape(-1, self.n_experts).detach())
 
     def save_pretrained(

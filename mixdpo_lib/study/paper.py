@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from .. import figures, store
 from ..store import MixDPOError
 from . import figures as shown
+from . import frontier_figures as fronts
 from .judges import figures as judged
 from .readme import readme_blocks
 
@@ -164,6 +165,18 @@ def _free(rows: pd.DataFrame, ax: Axes) -> Axes:
     return figures.dots(rows, ax, "K", "loglik", "held-out log-likelihood (nats per user)")
 
 
+def _verdicts(rows: pd.DataFrame, ax: Axes) -> Axes:
+    rows = rows.dropna(subset="gain")
+    rows = rows.assign(mixture=rows["people_of"] + ", K = " + rows["K"].astype(str))
+    return figures.dots(rows, ax, "mixture", "gain", "gain (nats per test pair)")
+
+
+def _people(rows: pd.DataFrame, ax: Axes) -> Axes:
+    most = rows[rows["K"] == rows["K"].max()]
+    x, y = "share of people", "gain (nats per test pair)"
+    return figures.curves(most, ax, "share", "gain", "people_of", x, y)
+
+
 _NMI = ("NMI", "NMI of users' experts\nwith hidden groups")
 _USED = ("used experts", "used experts, exp H")
 _HELD_OUT = ("held-out log-likelihood", "held-out log-likelihood\n(nats per user)")
@@ -189,6 +202,10 @@ FIGURES = (
     Shown("08_ablation_experts", "held_out", _against_k(_HELD_OUT)),
     Shown("08_ablation_experts", "collapse", _settings("collapse", _USED, _NMI), height=2.0, stacked=True),
     Shown("10_model_sizes", "accuracy_by_capacity", _one("accuracy", shown.accuracy_by_capacity), height=3.0),
+    Shown("11_real_people", "gains", _one("verdicts", _verdicts)),
+    Shown("11_real_people", "people", _one("people", _people)),
+    Shown("12_baselines", "accuracy_by_method", _one("accuracy", fronts.accuracy_by_method), "page", 4.2),
+    Shown("12_baselines", "frontiers", _one("points", fronts.frontiers), "page", 5.0),
     Shown("1_extreme_sparsity", "fits", _sparse, height=2.2, stacked=True),
     Shown("2_growing_experts", "gains", _one("decisions", _grown)),
     Shown("2_growing_experts", "late", _one("late", _late)),
