@@ -43,6 +43,11 @@ def _by_weights(
     )
 
 
+def _served(policy: MixtureModel, prompts: Sequence[Any], user: Any) -> Tensor:
+    """The weights of a user, where they are given; else the gate's of each prompt. Nats."""
+    return policy.prompt_log_w(prompts) if user is None else as_user(user, policy.n_experts)
+
+
 class MixturePolicy(MixtureModel):
     """K experts, a gate and the strength `beta` of the KL term, as one policy.
 
@@ -171,7 +176,7 @@ class MixturePolicy(MixtureModel):
         bound, which grows with S and is exact for S = K.
         """
         constants = self.constants(Texts.of([Text(as_prompt(prompt), response, ended)]))
-        log_w = self.served_log_w([prompt], user).reshape(1, self.n_experts)
+        log_w = _served(self, [prompt], user).reshape(1, self.n_experts)
         log_w = log_w if top_s is None else keep_top_s(log_w, top_s)
         chosen = None if top_s is None else log_w > -math.inf
         logps, _ = self.experts.all_text_logps(
@@ -209,7 +214,7 @@ class MixturePolicy(MixtureModel):
             )
         from .causal_lm import MixtureForCausalLM  # here: model code takes seconds to load
 
-        log_w = self.served_log_w([""] if prompts is None else prompts, user)
+        log_w = _served(self, [""] if prompts is None else prompts, user)
         return MixtureForCausalLM(self.experts, log_w.reshape(-1, self.n_experts).detach())
 
     def save_pretrained(

@@ -237,7 +237,3 @@ class MixtureModel(Lapses):
             )
         inputs = self.gate.inputs({name: list(prompts) for name in self.gate.of_prompt}, self.base)
         return self.gate.log_w(inputs).expand(len(prompts), self.n_experts)
-
-    def served_log_w(self, prompts: Sequence[Any], user: Any = None) -> Tensor:
-        """The weights of a user that are given, see `as_user`; where none are, the gate's of each prompt. Nats."""
-        return self.prompt_log_w(prompts) if user is None else as_user(user, self.n_experts)
