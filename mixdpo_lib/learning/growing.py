@@ -167,9 +167,10 @@ def _check(policy: MixturePolicy, config: FitConfig, validation: Any) -> None:
         )
 
 
-def _hopeless(kind: str, gain: float, error: float) -> bool:
+def _hopeless(kind: str, found: tuple[float, float], growth: Growth) -> bool:
     """Whether a round of teaching leaves so little that the next one, which costs as much, need not be asked."""
-    return gain < -max(2 * error, LEAST) if kind == "merge" else gain <= 0
+    gain, error = found
+    return gain < -max(2 * growth.errors * error, LEAST) if kind == "merge" else gain <= 0
 
 
 def _gate_inputs(
@@ -313,7 +314,7 @@ class _Growing:
             train[:, len(stay) :], held[:, len(stay) :] = self.teacher.logliks(new)
             tried = self._weighed(_Mixture(experts, gate, train, held))
             weight = self.log_q(tried).exp()[:, len(stay) :]
-            if not self.teacher.exact and _hopeless(proposal.kind, *self._gain(tried)):
+            if not self.teacher.exact and _hopeless(proposal.kind, self._gain(tried), self.growth):
                 break
         whole = [(now.experts, k) for k in stay] + [(new, k) for k in range(n_new)]
         return _Mixture(gathered(experts, whole), gate, train, held)

@@ -123,13 +123,11 @@ def _command(notebook: str, profile: str, overrides: Mapping[str, Any]) -> str:
 def _papermill() -> Any:
     """papermill, without the grammar of internet addresses that jsonschema builds for a second, and no notebook needs."""
     grammar = "rfc3987_syntax"
-    if grammar in sys.modules:
+    known = sys.modules.setdefault(grammar, None)  # type: ignore[arg-type]
+    try:
         import papermill
-    else:
-        sys.modules[grammar] = None  # type: ignore[assignment]
-        try:
-            import papermill
-        finally:
+    finally:
+        if known is None:
             del sys.modules[grammar]
     return papermill
 

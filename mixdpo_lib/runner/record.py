@@ -273,7 +273,10 @@ def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
         Path(folder).mkdir(parents=True, exist_ok=True)
     if profile in NOTES:
         print(NOTES[profile])
-    gc.freeze()  # what is imported stays: every fit collects garbage, and would look through all of it
+    if (
+        "MIXDPO_RUN_FOLDER" in os.environ
+    ):  # a kernel of this one run: what is imported stays, and no fit looks through it for
+        gc.freeze()  # garbage; where cells run twice, what the first run left would stay too
     return Run(notebook, values, Path(folder), f"{notebook}-{key[:10]}", profile)
 
 

@@ -126,9 +126,9 @@ def _against_k(*columns: tuple[str, str]) -> Callable:
     return lambda table: [("", table("experts"), draw(*one)) for one in columns]
 
 
-def _settings(name: str, *columns: tuple[str, str]) -> Callable:
+def _settings(name: str, *columns: tuple[str, str], by: str = "setting") -> Callable:
     def draw(column: str, label: str) -> Draw:
-        return lambda rows, ax: figures.dots(rows, ax, "setting", column, label)
+        return lambda rows, ax: figures.dots(rows, ax, by, column, label)
 
     return lambda table: [("", table(name), draw(*one)) for one in columns]
 
@@ -138,14 +138,6 @@ def _reliability(rows: pd.DataFrame, ax: Axes) -> Axes:
     return figures.reliability(
         rows, ax, "method", shown.METHOD_STYLE, x, "share of prompts about films"
     )
-
-
-def _sparse(table: Callable[[str], pd.DataFrame]) -> list[Panel]:
-    def draw(column: str, label: str) -> Draw:
-        return lambda rows, ax: figures.dots(rows, ax, "fit", column, label)
-
-    found = (("dead", "dead experts"), ("NMI", "NMI of topics with the groups"))
-    return [("", table("fits"), draw(*one)) for one in found]
 
 
 def _grown(rows: pd.DataFrame, ax: Axes) -> Axes:
@@ -178,6 +170,7 @@ def _people(rows: pd.DataFrame, ax: Axes) -> Axes:
 
 
 _NMI = ("NMI", "NMI of users' experts\nwith hidden groups")
+_DIED = (("dead", "dead experts"), ("NMI", "NMI of topics with the groups"))
 _USED = ("used experts", "used experts, exp H")
 _HELD_OUT = ("held-out log-likelihood", "held-out log-likelihood\n(nats per user)")
 FIGURES = (
@@ -206,7 +199,7 @@ FIGURES = (
     Shown("11_real_people", "people", _one("people", _people)),
     Shown("12_baselines", "accuracy_by_method", _one("accuracy", fronts.accuracy_by_method), "page", 4.2),
     Shown("12_baselines", "frontiers", _one("points", fronts.frontiers), "page", 5.0),
-    Shown("1_extreme_sparsity", "fits", _sparse, height=2.2, stacked=True),
+    Shown("1_extreme_sparsity", "fits", _settings("fits", *_DIED, by="fit"), height=2.2, stacked=True),
     Shown("2_growing_experts", "gains", _one("decisions", _grown)),
     Shown("2_growing_experts", "late", _one("late", _late)),
     Shown("3_continuous_groups", "users", _one("users", figures.users_on_circle), height=3.1),

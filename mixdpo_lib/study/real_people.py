@@ -57,6 +57,10 @@ def arguments(
     ----------
     n_topics : the prompts with most judgments that are kept, with the people of their training judgments; 0 keeps all.
 
+    Raises
+    ------
+    MixDPOError : a file or column that is not there. ValueError : more topics than there are.
+
     Returns
     -------
     texts : rows with prompt, chosen, rejected, user, for experts that read. items : the same for tables of arguments.
@@ -67,8 +71,12 @@ def arguments(
         folder / "judgments.csv", ("part", "user", "first", "second", "winner"), "the judgments"
     )
     by_name = written.set_index("argument")
+    topic = judged["first"].map(by_name["prompt"])
+    if not 0 <= n_topics <= topic.nunique():
+        raise ValueError(
+            f"n_topics={n_topics}: expected 1 to {topic.nunique()}, as many as there are, or 0 for all"
+        )
     if n_topics:
-        topic = judged["first"].map(by_name["prompt"])
         judged = judged[topic.isin(topic.value_counts().index[:n_topics])]
         known = judged.loc[judged["part"] == "train", "user"]
         judged = judged[judged["user"].isin(known)].reset_index(drop=True)

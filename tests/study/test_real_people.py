@@ -98,6 +98,9 @@ def test_the_arguments_that_are_shipped():
     kept = pd.concat([pairs.rows.to_pandas()["prompt"] for pairs in few.values()]).value_counts()
     assert set(kept.index) == set(asked.index[:2]) and (kept >= 0.95 * asked[:2]).all()
     assert set(few["test"].rows["user"]) <= set(few["train"].rows["user"])
+    for wrong in (-1, 11):
+        with pytest.raises(ValueError, match=f"n_topics={wrong}: expected 1 to 10"):
+            real_people.arguments(n_topics=wrong)
     traits = helped.traits_of_writing(texts["train"])
     assert traits["words"].max() <= 32 and traits["capital letters"].between(0, 1).all()
 
