@@ -106,7 +106,8 @@ def grow(
     while and kept when the held-out log-likelihood **per unit** rises by more than a standard error of the paired
     difference. At the end a **merge** of two experts stands when it loses less than that, and an expert is **retired**
     when nothing is lost. Log-likelihood of a held-out unit: log sum_k q_uk prod_n exp(loglik_nk), q_u by its training
-    pairs, or the gate's weights where it has none. Source: docs/method.md.
+    pairs (at most 48 of them in families that take gradient steps), or the gate's weights where it has none. Source:
+    docs/method.md.
 
     Parameters
     ----------
@@ -241,7 +242,7 @@ class _Growing:
 
     def _birth(self) -> _Proposal:
         """A new expert for the units that the mixture serves worst."""
-        sets, counts = self.sets, torch.bincount(self.sets.unit).double()
+        sets, counts = self.sets, self.teacher.asked_unit.bincount().double()
         log_q = self.log_q(self.now)
         each = (log_q + self.now.train).logsumexp(1) / counts
         tested = torch.from_numpy(self.score(self.now)) / torch.bincount(sets.held_unit).double()
@@ -285,7 +286,7 @@ class _Growing:
             return
         if free:
             yield _Proposal("retire", (min(free, key=lambda k: float(q[:, k].sum())),))
-        per_unit = self.now.train / torch.bincount(self.sets.unit)[:, None]
+        per_unit = self.now.train / self.teacher.asked_unit.bincount()[:, None]
         apart = torch.cdist(per_unit.T, per_unit.T)
         for i, j in sorted(
             ((i, j) for i in free for j in free if i < j), key=lambda p: float(apart[p])

@@ -23,9 +23,7 @@ from ..policy.mixture import MixturePolicy
 from .config import FitConfig
 from .fit import fit
 
-PAIRS_ASKED = (
-    48  # of a unit, evenly spaced: in which direction its gradient points is plain from these
-)
+PAIRS_ASKED = 48  # of a unit, evenly spaced: where its gradient points and who answers for it is plain from these
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,12 @@ class Teaching(ABC):
     rounds: int  # of learning and new responsibilities, for a proposal
     exact: bool  # whether an expert learns from its units at once; else more steps alone would look like a gain
 
+    asked: Pairs  # training pairs by which units are told apart
+    asked_unit: Int[Tensor, "asked"]  # unit of each
+
     def __init__(self, policy: MixturePolicy, sets: Sets, config: FitConfig) -> None:
         self.policy, self.sets, self.config = policy, sets, config
+        self.asked, self.asked_unit = sets.train, sets.unit
 
     def alone(self, experts: Experts) -> MixturePolicy:
         """These experts with equal weights, at the lapse rate of now."""
@@ -78,9 +80,10 @@ class Teaching(ABC):
     def logliks(
         self, experts: Experts
     ) -> tuple[Float[Tensor, "units experts"], Float[Tensor, "held_units experts"]]:
-        """Log-likelihood of all training and all held-out pairs of each unit, nats."""
+        """Log-likelihood of the training pairs asked and of all held-out pairs of each unit, nats."""
         alone, sets = self.alone(experts), self.sets
-        train = sum_over_units(alone.loglik(sets.train).double(), sets.unit, len(sets.names))
+        loglik = alone.loglik(self.asked).double()
+        train = sum_over_units(loglik, self.asked_unit, len(sets.names))
         held = alone.loglik(sets.held).double()
         return train, sum_over_units(held, sets.held_unit, len(sets.held_names))
 
@@ -149,31 +152,41 @@ class ByTable(Teaching):
 
 
 class BySteps(Teaching):
-    """Gradient steps of `fit`: a unit belongs to the expert that answers for more than half of it."""
+    """Gradient steps of `fit`: a unit belongs to the expert that answers for more than half of it.
+
+    It is asked at most `PAIRS_ASKED` of its pairs: to run all of them through every expert costs more than to teach it.
+    """
 
     rounds, exact = 2, False
+
+    def __init__(self, policy: MixturePolicy, sets: Sets, config: FitConfig) -> None:
+        super().__init__(policy, sets, config)
+        chosen = np.zeros(len(sets.unit), dtype=bool)
+        for one in range(len(sets.names)):
+            own = (sets.unit == one).nonzero().squeeze(1).numpy()
+            chosen[own[:: math.ceil(len(own) / PAIRS_ASKED)]] = True
+        self.asked, self.asked_unit = sets.train.where(chosen), sets.unit[chosen]
 
     def gradients(
         self, expert: Experts, units: Int[Tensor, "some"]
     ) -> Float[Tensor, "some numbers"]:
-        """See `Teaching.gradients`: of all parameters, one backward pass a unit, over at most `PAIRS_ASKED` of its pairs.
+        """See `Teaching.gradients`: of all parameters, one backward pass a unit, over the pairs asked.
 
         Raises
         ------
         MixDPOError : less memory than the gradients of all units need.
         """
-        alone, data = self.alone(expert), self.sets.train
+        alone, data, counts = self.alone(expert), self.asked, self.sets.unit.bincount()
         parameters = [p for p in expert.parameters() if p.requires_grad]
         size = sum(p.numel() for p in parameters)
         need_memory(4 * size * len(units), f"gradients of {len(units)} units", parameters[0].device)
         constants, found = alone.constants(data.texts), torch.empty(len(units), size)
         for row, one in enumerate(units.tolist()):
-            own = data.index[self.sets.unit == one]
-            batch = expert.batch(constants, own[:: math.ceil(len(own) / PAIRS_ASKED)])
+            batch = expert.batch(constants, data.index[self.asked_unit == one])
             batch = {name: value.to(parameters[0].device) for name, value in batch.items()}
             with torch.enable_grad():
                 each = torch.autograd.grad(alone.batch_loglik(batch).mean(), parameters)
-            found[row] = len(own) * torch.cat([g.flatten().float().cpu() for g in each])
+            found[row] = counts[one] * torch.cat([g.flatten().float().cpu() for g in each])
         return found
 
     def _config(self, short: bool) -> FitConfig:

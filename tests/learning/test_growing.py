@@ -126,19 +126,21 @@ def test_gradients_of_units_equal_those_of_plain_autograd(tiny_base):
     torch.testing.assert_close(found.float(), slow, atol=1e-5, rtol=1e-4)
 
 
-def test_of_many_pairs_some_evenly_spaced_say_where_a_unit_points():
-    """Each of twelve pairs stands eight times: every second of them says as much as all."""
+def test_of_many_pairs_some_evenly_spaced_say_where_a_unit_points_and_whose_it_is():
+    """Each of twelve pairs stands eight times: every second of them points where all point, half as likely in nats."""
     _, train, held = generated(2, seed=2, users=12)
     many = Pairs.of(train.rows.select([i for i in range(len(train)) for _ in range(8)]))
     policy = table()
     policy.experts.perturb(0.5, torch.Generator().manual_seed(0))
     sets = Sets.of(many, held, "user")
-    exact, some = (
-        one(policy, sets, mx.FitConfig()).gradients(policy.experts, torch.tensor([0, 4]))
-        for one in (ByTable, BySteps)
-    )
+    teachers = [one(policy, sets, mx.FitConfig()) for one in (ByTable, BySteps)]
+    exact, some = (one.gradients(policy.experts, torch.tensor([0, 4])) for one in teachers)
     assert len(many) > 2 * 48 and bool(exact.any())
     torch.testing.assert_close(exact.float(), some, atol=1e-4, rtol=1e-4)
+    assert teachers[1].asked_unit.bincount().tolist() == [48] * 8
+    (of_all, held_all), (of_some, held_some) = (one.logliks(policy.experts) for one in teachers)
+    torch.testing.assert_close(of_all, 2 * of_some)
+    assert torch.equal(held_all, held_some)  # what decides is asked whole
 
 
 def test_held_out_likelihood_of_units_by_hand():
