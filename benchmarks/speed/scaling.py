@@ -54,17 +54,27 @@ QUICK = {
 LARGE = "MIXDPO_BENCH_LARGE_VOCABULARY"  # folder of a model with some 262,000 tokens
 
 
-def head_step(policy: Any, pairs: Any, batch: int) -> Callable[[], float]:
-    """A function that makes one step on the next `batch` pairs and gives its loss, nats a pair."""
+def head_step(policy: Any, pairs: Any, batch: int, routed: bool = False) -> Callable[[], float]:
+    """A function that makes one step on the next `batch` pairs and gives its loss, nats a pair.
+
+    routed : of each pair two experts alone are computed, at random: the one routed to and the one tried (S = 1).
+    """
     experts, constants = policy.experts, policy.constants(pairs.texts)
     optimizer = torch.optim.SGD(experts.parameters(), lr=1e-4)
-    device, turn = policy.base.device, 0
+    device, turn, draw = policy.base.device, 0, torch.Generator().manual_seed(0)
 
     def step() -> float:
         nonlocal turn
         rows = torch.arange(turn, turn + batch) % len(pairs)
         turn += batch
-        loss = -policy.batch_loglik(on(experts.batch(constants, pairs.index[rows]), device)).mean()
+        numbers = on(experts.batch(constants, pairs.index[rows]), device)
+        if routed:
+            two = torch.rand(batch, experts.n_experts, generator=draw).topk(2).indices
+            chosen = torch.zeros(batch, experts.n_experts, dtype=torch.bool).scatter(1, two, True)
+            chosen = chosen.to(device)
+            loss = -policy.batch_log_sigma(numbers, chosen)[chosen].mean()
+        else:
+            loss = -policy.batch_loglik(numbers).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -91,7 +101,9 @@ def in_experts(base: Any, settings: dict[str, Any], device: str) -> list[Row]:
     """Time of a step by K, as multiples of K = 1, and what is shared and what each expert adds."""
     batch, counts = settings["pairs"], settings["experts"]
     pairs, active = as_pairs(length_rows(base, batch)), usual_tokens(base)
-    steps = {str(k): head_step(head_policy(base, k, pairs, active), pairs, batch) for k in counts}
+    policies = {k: head_policy(base, k, pairs, active) for k in counts}
+    steps = {str(k): head_step(policies[k], pairs, batch) for k in counts}
+    steps["routed"] = head_step(policies[counts[-1]], pairs, batch, routed=True)
     seconds = in_turns(steps, settings["turns"], device=device)
     note = f"{batch} pairs, answers of 32, {len(active):,} active tokens"
     points = [
@@ -108,6 +120,9 @@ def in_experts(base: Any, settings: dict[str, Any], device: str) -> list[Row]:
         rows.append(
             row(f"a step, K = {k} / K = 1", "times", ratios(seconds[str(k)], seconds["1"]), aim)
         )
+    what, aim = f"a step, S = 1 of {counts[-1]}", ("<=", 2.5) if counts[-1] == 32 else None
+    rows.append(row(what, "s", seconds["routed"], note="two experts a pair are computed"))
+    rows.append(row(f"{what} / K = 1", "times", ratios(seconds["routed"], seconds["1"]), aim))
     if 8 in counts:
         found = {k: in_own_process(peak, k, batch, device) for k in (1, 8)}
         rows += [row(f"peak memory of steps, K = {k}", "GiB", [found[k][0]]) for k in (1, 8)]
