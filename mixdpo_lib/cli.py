@@ -118,7 +118,11 @@ def grid(
 @app.command()
 def reference(profile: _Profile = "default") -> None:
     """Copy a finished profile's figures, tables and values to figures/reference."""
-    pages = {"README.md": with_results, "docs/claims.md": with_quoted}
+    pages = {
+        "README.md": with_results,
+        "docs/results.md": with_results,
+        "docs/claims.md": with_quoted,
+    }
     typer.echo(reproduction.update_reference(profile, pages))
 
 

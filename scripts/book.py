@@ -26,7 +26,7 @@ SITE = ROOT / "docs" / "site"
 BUILD = ROOT / "build" / "book"
 DOCS = {
     "Guide": ("running", "using-your-own-model-and-data", "reading-your-result", "adding"),
-    "Method": ("method", "analysis-plan", "claims"),
+    "Method": ("method", "results", "claims", "analysis-plan"),
     "The house": ("architecture", "reliability", "log"),
 }
 WIDTH = 1050  # pixels of a picture in the gallery

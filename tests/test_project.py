@@ -165,14 +165,33 @@ def test_the_workflow_knows_every_notebook():
     )
 
 
-def test_readme_quotes_the_reference_results():
-    values = results.load_values("reference")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme_file.with_results(readme, values) == readme, (
-        "run `mixdpo reference`: README is not that of values.json"
+@pytest.mark.parametrize("name, n_pictures", [("README.md", 7), ("docs/results.md", 2)])
+def test_pages_quote_the_reference_results(name, n_pictures):
+    values, path = results.load_values("reference"), ROOT / name
+    page = path.read_text(encoding="utf-8")
+    assert readme_file.with_results(page, values) == page, (
+        f"run `mixdpo reference`: {name} is not that of values.json"
     )
-    for picture in re.findall(r"\]\((figures/reference/[^)]+)\)", readme):
-        assert (ROOT / picture).is_file(), f"README shows {picture}, which is not there"
+    pictures = re.findall(r"(?:\]\(|src=\")([^)\"]*figures/reference/[^)\"]+)", page)
+    assert len(pictures) == n_pictures
+    for picture in pictures:
+        assert (path.parent / picture).is_file(), f"{name} shows {picture}, which is not there"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/running.md", "CONTRIBUTING.md"])
+def test_commands_can_be_pasted_into_any_shell(name):
+    """Interactive zsh takes `#` for a word and `<` for a redirection, and brackets for patterns."""
+    page = (ROOT / name).read_text(encoding="utf-8")
+    lines = [
+        line
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+        if not language
+        for line in block.splitlines()
+    ]
+    assert lines
+    for line in lines:
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", line)
+        assert not re.search(r"[#<>\[\]?*]", bare), line
 
 
 def test_every_claim_has_a_verdict_a_place_and_numbers_of_the_reference_results():

@@ -1,4 +1,4 @@
-"""Which numbers stand in README and in the table of claims? Those of the reference results."""
+"""Which numbers stand in README, on the page of results and in the table of claims? Those of the reference results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _quoted(values: Mapping[str, Mapping[str, Any]], name: str, digits: int) -> 
 
 
 def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The tables of README, from the values of the reference run: block name and its lines."""
+    """The tables of README and docs/results.md, from the values of the reference run: block name and its lines."""
 
     def q(name: str, digits: int = 3) -> str:
         return _quoted(values, name, digits)
@@ -86,16 +86,25 @@ def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {"results": "\n".join(results), "further": "\n".join(further), "costs": "\n".join(costs)}
 
 
-def with_results(readme: str, values: Mapping[str, Mapping[str, Any]]) -> str:
-    """README with the blocks between `<!-- name ... -->` and `<!-- end of name -->` written anew."""
-    for name, text in readme_blocks(values).items():
+def with_results(page: str, values: Mapping[str, Mapping[str, Any]]) -> str:
+    """A page with its blocks between `<!-- name ... -->` and `<!-- end of name -->` written anew.
+
+    Raises
+    ------
+    MixDPOError : no block of `readme_blocks` on the page, or one twice.
+    """
+    known, written = readme_blocks(values), 0
+    for name, text in known.items():
         pattern = re.compile(rf"(<!-- {name}\b[^\n]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        found = list(pattern.finditer(readme))
-        if len(found) != 1:
-            raise MixDPOError(f"README.md: found {len(found)} blocks named {name}, expected one")
-        (block,) = found
-        readme = f"{readme[: block.start()]}{block[1]}{text}\n{block[2]}{readme[block.end() :]}"
-    return readme
+        found = list(pattern.finditer(page))
+        if len(found) > 1:
+            raise MixDPOError(f"found {len(found)} blocks named {name} on one page, expected one")
+        for block in found:
+            page = f"{page[: block.start()]}{block[1]}{text}\n{block[2]}{page[block.end() :]}"
+            written += 1
+    if not written:
+        raise MixDPOError(f"found none of the blocks {', '.join(known)} on a page, expected one or more")
+    return page
 
 
 def with_quoted(page: str, values: Mapping[str, Mapping[str, Any]]) -> str:
