@@ -23,6 +23,7 @@ from .gates.weights import LearnedWeights
 from .learning.config import FitConfig
 from .learning.fit import fit
 from .learning.result import certainty, dead_experts, equal_experts
+from .learning.routing import Routing
 from .policy.mixture import MixturePolicy
 
 FEW_UNITS = 10  # fewer drawn with replacement give an interval that is too narrow
@@ -225,7 +226,10 @@ def report(
     log_w, unknown = served_weights(policy, train, test, unit)
     if single is None:
         single = single_counterpart(policy)
-        fit(single, train, config or FitConfig(unit=unit), validation=validation)
+        own = (config or FitConfig(unit=unit)).change(
+            routing=Routing()
+        )  # one expert is not routed to
+        fit(single, train, own, validation=validation)
     single_w = (
         served_weights(single, train, test, unit)[0] if single.gate.reads else single.log_w(test)
     )
@@ -237,10 +241,11 @@ def report(
     units = pd.DataFrame(columns)
     units["difference"] = units["loglik"] - units["single_loglik"]
     for name, part in (("n_test", test), ("n_train", train)):
-        counts = pd.Series([str(value) for value in part.rows[unit]]).value_counts()
+        place, names = part.units(unit)
+        counts = pd.Series(torch.bincount(place).numpy(), names)
         units.insert(0, name, counts.reindex(units.index, fill_value=0))
     units.insert(2, "served_by", _by_expert(log_w, test, unit))
-    log_q = policy.log_posterior(train, unit)[0]
+    log_q = policy.log_posterior(train, None if policy.gate.of_prompt else unit)[0]
     bounds = mean_bounds(units["difference"].to_numpy(float), SURE)
     return Report(
         totals=_totals(units),

@@ -746,7 +746,7 @@ def gumbel_softmax_samples(
     gumbel_temperature : > 0.  Near 0 the draws are nearly one-hot and their gradient is noisy.
     n_samples : >= 1 Monte-Carlo draws.
     hard : one-hot values with the gradient of the soft ones (straight-through).
-    generator : source of the noise, on the device of log_q; None takes the global one.
+    generator : source of the noise, on any device: a draw is the same wherever log_q is; None takes the global one.
 
     Returns
     -------
@@ -767,8 +767,10 @@ def gumbel_softmax_samples(
         )
     if n_samples < 1:
         raise ValueError(f"n_samples={n_samples}: expected at least 1 Monte-Carlo sample")
-    noise = torch.empty(n_samples, *log_q.shape, dtype=log_q.dtype, device=log_q.device)
+    drawn_on = log_q.device if generator is None else generator.device
+    noise = torch.empty(n_samples, *log_q.shape, dtype=log_q.dtype, device=drawn_on)
     noise = -noise.exponential_(generator=generator).clamp_min(torch.finfo(log_q.dtype).tiny).log()
+    noise = noise.to(log_q.device)
     soft = ((log_q + noise) / gumbel_temperature).softmax(-1)
     if not hard:
         return soft

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from tiny import plain_fit, preference_rows
 
 import mixdpo_lib as mx
 from mixdpo_lib import choosing
@@ -287,3 +288,36 @@ def test_choose_k_refuses(table, opposed):
         mx.choose_k(lambda k: table(*[0.0] * k), TRAIN, [1, 2])
     with pytest.raises(ValueError, match=r"make\(2\) gave a policy of 1 experts; expected 2"):
         mx.choose_k(lambda k: table(0.0), opposed, [2])
+
+
+def test_a_report_of_a_gate_that_reads_the_prompt(tiny_base):
+    """Its users answer several prompts, each with weights of its own."""
+    data = preference_rows(48, users=4)
+    policy = mx.MixturePolicy(
+        mx.HeadExperts(tiny_base, 2, rank=2), mx.ContextGate(tiny_base, 2), 0.3
+    )
+    config = plain_fit(latent="pair", passes=1.0, batch_size=8)
+    mx.fit(policy, data, config)
+    found = mx.report(policy, data, data, config=config)
+    assert found.units["n_test"].sum() == len(data) and found.experts["usage"].sum() == (
+        pytest.approx(1.0)
+    )
+
+
+@pytest.mark.parametrize("own", [{"start__kind": "clusters"}, {"routing__balance": 1.0}])
+def test_a_report_takes_the_configuration_that_the_mixture_was_fitted_with(tiny_base, own):
+    data = preference_rows(48, users=4)
+    data = data.add_column("town", ["x" if u in ("user0", "user1") else "y" for u in data["user"]])
+    gate = mx.UserGate.from_metadata({"town": ["x", "y"]}, 2)
+    policy = mx.MixturePolicy(mx.HeadExperts(tiny_base, 2, rank=2), gate, 0.3)
+    config = plain_fit(passes=1.0, batch_size=8).change(**own)
+    mx.fit(policy, data, config)
+    assert len(mx.report(policy, data, data, config=config).units) == 4
+
+
+def test_units_may_be_truth_values(table):
+    yes = datasets.Dataset.from_list([{**row, "user": row["user"] == "ann"} for row in TRAIN])
+    found = mx.report(table(LOG3, -LOG3), yes, yes, single=table(0.0))
+    assert found.units[["n_train", "n_test"]].to_dict("index") == {
+        name: {"n_train": 2, "n_test": 2} for name in ("true", "false")
+    }

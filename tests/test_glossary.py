@@ -66,3 +66,17 @@ def test_every_quoted_value_is_explained():
     assert unknown(quoted, patterns) == []
     of_beyond = {"circle_error_ratio", "circle_ahead"}  # its notebooks' values, once they are there
     assert set(unused(quoted, patterns)) <= of_beyond
+
+
+@pytest.mark.parametrize("notebook", ["11_real_people", "12_baselines"])
+def test_columns_of_other_peoples_tables_are_explained(notebook):
+    folder = store.project_root() / "figures" / "reference" / notebook / "tables"
+    columns = {
+        name
+        for path in folder.glob("*.csv")
+        for name in path.read_text().splitlines()[0].split(",")
+        if not re.fullmatch(r"(expert )?\d+", name)
+    }
+    assert len(columns) > 15
+    known = names("Columns of notebooks 11 and 12") | names("Columns that many tables share")
+    assert unknown(columns, known) == []

@@ -178,7 +178,7 @@ def test_pages_quote_the_reference_results(name, n_pictures):
         assert (path.parent / picture).is_file(), f"{name} shows {picture}, which is not there"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/running.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/running.md"])
 def test_commands_can_be_pasted_into_any_shell(name):
     """Interactive zsh takes `#` for a word and `<` for a redirection, and brackets for patterns."""
     page = (ROOT / name).read_text(encoding="utf-8")
@@ -206,6 +206,63 @@ def test_every_claim_has_a_verdict_a_place_and_numbers_of_the_reference_results(
     values = results.load_values("reference")
     assert sum(f"`{name}` " in page for name in values) > 15
     assert readme_file.with_quoted(page, values) == page, "run `mixdpo reference`"
+
+
+METHODS = {
+    "Mix-DPO": "mix_dpo",
+    "DPO": "dpo",
+    "uniform mixture of DPO policies": "uniform",
+    "a continuous latent a user (one number)": "translations",
+    "hard clusters, a DPO each": "hard_clusters",
+    "hard clusters": "hard_clusters",
+    "MoE-DPO (reads genre and age)": "moe_dpo",
+    "group-robust DPO": "robust",
+    "equal soup of a DPO a group": "soup_equal",
+    "soup chosen by the own pairs": "soup",
+    "soup (knows the groups)": "soup",
+    "a DPO a group": "oracle",
+}
+
+
+def _rows(page, first):
+    """Cells of the table of a page whose head begins so."""
+    lines = page.split(f"\n{first}")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_tables_of_baselines_are_those_of_the_reference_results():
+    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8").split("## Baselines")[1]
+    accuracy, differences, volumes = (
+        results.load_table("reference", "12_baselines", name)
+        for name in ("accuracy", "differences", "hypervolumes")
+    )
+    of = accuracy[accuracy["seed"] == "mean"].set_index(["method", "group"])["accuracy"]
+    apart = differences.set_index(["method", "group"])
+    rows = _rows(page, "| | mean | worst group |")
+    assert len(rows) == 10
+    for name, mean, worst, *other in rows:
+        method = METHODS[name]
+        assert [mean, worst] == [f"{of[method, group]:.3f}"[1:] for group in ("mean", "worst")], (
+            name
+        )
+        if method == "mix_dpo":
+            continue
+        found = [apart.loc[(method, group)] for group in ("mean", "worst")]
+        for cell, one in zip(other[:2], found, strict=True):
+            numbers = [float(n) for n in re.findall(r"[+-]?\d*\.\d+", cell)]
+            assert numbers == pytest.approx([one["difference"], one["low"], one["high"]], abs=6e-4)
+        holm = [float(n) for n in other[2].split(", ")]
+        assert holm == pytest.approx([one["p_holm"] for one in found], abs=6e-4)
+    fronts = volumes.set_index(["method", "front"])
+    rows = _rows(page, "| | sentiment | informativeness |")
+    assert len(rows) == 3
+    for name, *cells in rows:
+        for cell, front in zip(
+            cells, ("sentiment", "informativeness", "grammar", "worst"), strict=True
+        ):
+            one = fronts.loc[(METHODS[name], front)]
+            numbers = [float(n) for n in re.findall(r"\d*\.\d+", cell)]
+            assert numbers == pytest.approx([one["ratio"], one["low"], one["high"]], abs=6e-3)
 
 
 # --------------------------------------------------------------------------------------------------------------- data

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .messages import Prompt, as_messages, check_turns, described, is_written
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
@@ -184,13 +186,14 @@ def check_ended(value: Any) -> bool:
 
 
 def is_missing(value: Any) -> bool:
-    """None, not a number, or a text without words.
+    """None, pandas' NA and NaT, not a number, or a text without words.
 
     >>> [is_missing(value) for value in (None, float("nan"), "", "None", 0)]
     [True, True, True, False, False]
     """
     return (
         value is None
+        or type(value).__name__ in ("NAType", "NaTType")
         or (isinstance(value, float) and math.isnan(value))
         or (isinstance(value, str) and not value.strip())
     )
@@ -229,4 +232,13 @@ def unit_name(value: Any, column: str) -> str:
             "name it in columns=)",
             column,
         )
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return written(value)
+
+
+def written(value: Any) -> str:
+    """A value as `unit_name` writes it, whatever it is: what can be no name is nobody's.
+
+    >>> written(True), written(7), written(None)
+    ('true', '7', 'None')
+    """
+    return str(value).lower() if isinstance(value, bool | np.bool_) else str(value)

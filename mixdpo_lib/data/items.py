@@ -118,7 +118,9 @@ def _comparison(first: Any, second: Any, winner: Any) -> tuple[list[str], int | 
     pair = [unit_name(first, "first"), unit_name(second, "second")]
     if pair[0] == pair[1]:
         raise RowError(f"found {pair[1]!r} in both columns, expected two different items", "second")
-    won = TIE if is_missing(winner) else unit_name(winner, "winner")
+    if is_missing(winner):
+        return pair, None
+    won = unit_name(winner, "winner")
     if won in pair:
         return pair, pair.index(won)
     if won == TIE:

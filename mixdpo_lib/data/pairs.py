@@ -102,10 +102,10 @@ class Pairs:
         if len(rows) == 0:
             raise ValueError("the preference set is empty: at least one pair is needed")
         check_preferences(rows, "preference set")
-        prompts = [as_prompt(value) for value in _values(rows, "prompt")]
-        ended = _values(rows, "ended") if "ended" in rows.column_names else [True] * len(rows)
+        prompts = [as_prompt(value) for value in values_of(rows, "prompt")]
+        ended = values_of(rows, "ended") if "ended" in rows.column_names else [True] * len(rows)
         sides = [
-            [Text(p, r, e) for p, r, e in zip(prompts, _values(rows, side), ended, strict=True)]
+            [Text(p, r, e) for p, r, e in zip(prompts, values_of(rows, side), ended, strict=True)]
             for side in ("chosen", "rejected")
         ]
         texts = Texts.of([*sides[0], *sides[1]]) if texts is None else texts
@@ -131,7 +131,7 @@ class Pairs:
     @property
     def columns(self) -> dict[str, list[Any]]:
         """The rows' columns by name, one value a pair."""
-        return {name: list(self.rows[name]) for name in self.rows.column_names}
+        return {name: values_of(self.rows, name) for name in self.rows.column_names}
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -152,7 +152,7 @@ class Pairs:
                 f"unit column {column!r} is missing; found {self.rows.column_names}: name one of them"
             )
         values, bad = [], BadRows()
-        for row, value in enumerate(_values(self.rows, column)):
+        for row, value in enumerate(values_of(self.rows, column)):
             try:
                 values.append(unit_name(value, column))
             except RowError as error:
@@ -199,8 +199,8 @@ def check_preferences(data: Dataset, place: str, columns: Sequence[str] = ()) ->
             raise ValueError(
                 f"{place}: column {column!r} is missing; found {data.column_names}; rename or add it"
             )
-    values = {name: _values(data, name) for name in (*TEXT_COLUMNS, *columns)}
-    ended = _values(data, "ended") if "ended" in data.column_names else [True] * len(data)
+    values = {name: values_of(data, name) for name in (*TEXT_COLUMNS, *columns)}
+    ended = values_of(data, "ended") if "ended" in data.column_names else [True] * len(data)
     bad, first = BadRows(), None
     for i in range(len(data)):
         try:
@@ -216,6 +216,6 @@ def check_preferences(data: Dataset, place: str, columns: Sequence[str] = ()) ->
     return data
 
 
-def _values(rows: Dataset, column: str) -> list[Any]:
+def values_of(rows: Dataset, column: str) -> list[Any]:
     """A column as Python values, whatever format is set."""
     return list(rows.with_format(None)[column])

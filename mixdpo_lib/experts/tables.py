@@ -20,6 +20,7 @@ from ..base.features import tokenise
 from ..base.head import reference_logps
 from ..base.model import Base
 from ..data.items import item, item_pairs
+from ..data.messages import as_prompt
 from ..data.pairs import Pairs, Text, Texts
 from .contract import Voices
 from .reward_table import RewardTable
@@ -140,7 +141,9 @@ class TabularExperts(RewardTable):
         cls, options: Mapping[str, Any], find_base: Callable[..., Base]
     ) -> TabularExperts:
         """A table of the same answers, with rewards of 0."""
-        answers = options["answers"] and [Text(*answer) for answer in options["answers"]]
+        answers = options["answers"] and [
+            Text(as_prompt(prompt), *rest) for prompt, *rest in options["answers"]
+        ]
         return cls(**{**options, "answers": answers}, base=find_base() if answers else None)
 
     # ------------------------------------------------------------------------------------------------- likelihoods

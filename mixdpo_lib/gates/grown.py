@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..base.model import Base
+from ..data.checks import written
 from .contract import Gate, make_gate
 from .inputs import column as column_of
 
@@ -72,7 +73,7 @@ class GrownGate(Gate):
     def inputs(self, columns: Mapping[str, Sequence[Any]], base: Base | None) -> dict[str, Tensor]:
         """What both gates read, and whether a row's user keeps the weights."""
         known = set(self.units)
-        kept = [str(name) in known for name in column_of(columns, self.column)]
+        kept = [written(name) in known for name in column_of(columns, self.column)]
         return self._read(columns, base) | {"kept": torch.tensor(kept)}
 
     def user_inputs(

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..base.model import Base
+from ..data.checks import written
 from .contract import Gate, make_gate
 from .inputs import column, log_normal, positive
 from .m_step import gate_em
@@ -109,14 +110,14 @@ class MixedMembershipGate(Gate):
             other.offset[known] = self.offset[places[known]]
         return other
 
-    def places(self, names: Sequence[str]) -> Int[Tensor, "rows"]:
+    def places(self, names: Sequence[object]) -> Int[Tensor, "rows"]:
         """Place of each user's offset; -1 for users without one."""
         place = {name: i for i, name in enumerate(self.units)}
-        return torch.tensor([place.get(str(name), -1) for name in names])
+        return torch.tensor([place.get(written(name), -1) for name in names])
 
     def inputs(self, columns: Mapping[str, Sequence[Any]], base: Base | None) -> dict[str, Tensor]:
         """What the gates read, each under its number, and the place of each row's user."""
-        unit = self.places([str(name) for name in column(columns, self.column)])
+        unit = self.places(list(column(columns, self.column)))
         return {**self._of_gates(columns, base), "unit": unit}
 
     def user_inputs(

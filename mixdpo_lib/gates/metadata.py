@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..data.checks import is_missing
+
 Columns = Mapping[str, list[str] | tuple[float, float]]
 
 
@@ -32,7 +34,7 @@ def read_columns(
     """
     columns: dict[str, list[str] | tuple[float, float]] = {}
     for name, values in metadata.items():
-        _check_metadata(name, values)
+        values = _checked(name, values)
         if len(set(values)) < 2:
             raise ValueError(
                 f"metadata column {name!r} is {values[0]!r} in every row: a gate can learn nothing from it; "
@@ -78,8 +80,7 @@ def encode(columns: Columns, metadata: Mapping[str, Any]) -> Float[Tensor, "rows
             raise ValueError(
                 f"metadata column {name!r} is absent; found {list(metadata)}: the gate was trained with it, give it"
             )
-        values = metadata[name]
-        _check_metadata(name, values)
+        values = _checked(name, metadata[name])
         if n_rows is not None and len(values) != n_rows:
             raise ValueError(
                 f"metadata column {name!r} has {len(values)} rows, the ones before it {n_rows}"
@@ -91,7 +92,8 @@ def encode(columns: Columns, metadata: Mapping[str, Any]) -> Float[Tensor, "rows
                 raise ValueError(
                     f"metadata row {wrong[0]}, column {name!r}: found {values[wrong[0]]!r}, expected a number"
                 )
-            parts.append(((torch.tensor([float(v) for v in values]) - kind[0]) / kind[1])[:, None])
+            numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
+            parts.append(((numbers - kind[0]) / kind[1]).float()[:, None])
         else:
             place = {category: i for i, category in enumerate(kind)}
             unseen = sorted({str(v) for v in values} - set(place))
@@ -109,20 +111,23 @@ def encode(columns: Columns, metadata: Mapping[str, Any]) -> Float[Tensor, "rows
     return torch.cat(parts, 1)
 
 
-def _check_metadata(name: str, values: Any) -> None:
+def _checked(name: str, values: Any) -> list[Any]:
+    """A column as a list: a list, a tuple, an array, a series."""
     if isinstance(values, str | Real):
         raise ValueError(
             f"metadata column {name!r}: found {values!r}, expected a list with a value a row; of one user: "
             "policy.user(metadata={...})"
         )
-    if len(values) == 0:
+    values = list(values)
+    if not values:
         raise ValueError(f"metadata column {name!r} has no rows: give at least one user")
     for row, value in enumerate(values):
         if isinstance(value, list | tuple | set | Mapping):
             raise ValueError(
                 f"metadata row {row}, column {name!r}: found {value!r}, expected one value, not several"
             )
-        if value is None or (isinstance(value, Real) and not math.isfinite(value)):
+        if is_missing(value) or (isinstance(value, Real) and not math.isfinite(value)):
             raise ValueError(
                 f"metadata row {row}, column {name!r}: found {value!r}, expected text or a finite number"
             )
+    return values

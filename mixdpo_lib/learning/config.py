@@ -211,7 +211,7 @@ class FitConfig:
         """
         unused = {"keep", "accumulate"}
         if n_experts == 1:
-            unused |= {"start"} | (set() if self.inference.alone else {"inference"})
+            unused |= set() if self.inference.alone else {"inference"}
         if n_experts == 1 or not reads:
             unused |= {"routing"}
         if self.latent == "pair":

@@ -181,6 +181,7 @@ def fit(
         result.restore(policy)
     if nodes is not None and config.latent == "unit":
         nodes.warn_narrow(log_q)
+    policy.gate.to("cpu")  # where it was before: what users are served by is asked there
     if trainer.args.should_save:
         note(f"fit K={policy.n_experts}: {result.summary}")
     return result

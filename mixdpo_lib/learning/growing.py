@@ -181,8 +181,8 @@ def _gate_inputs(
     own, policy.gate = policy.gate, gate
     try:
         if held:
-            return unit_inputs(policy, sets.held, sets.held_unit)
-        return unit_inputs(policy, sets.train, sets.unit)
+            return unit_inputs(policy, sets.held, sets.held_unit, sets.column)
+        return unit_inputs(policy, sets.train, sets.unit, sets.column)
     finally:
         policy.gate = own
 
@@ -211,6 +211,8 @@ class _Growing:
             after = policy.gate.resized(policy.n_experts)
             policy.gate = GrownGate(policy.gate, after, freeze_users, config.unit)
         self.now = self.measured()
+        if freeze_users:  # the gate of the others is new, and starts where this mixture puts it
+            self.now = self._weighed(self.now)
         self.rows: list[list[Any]] = []
 
     # ------------------------------------------------------------------------------------------------ what is known

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..data.pairs import Pairs
+from ..data.pairs import Pairs, values_of
 from ..experts.contract import Experts
 from ..policy.mixture import MixturePolicy
 from ..store import canonical_json, differences
@@ -75,7 +75,7 @@ def _described(data: Pairs | None, columns: Sequence[str]) -> dict[str, Any] | N
     return {
         "number": len(data),
         "texts": _hash(sides),
-        **{f"column {name!r}": _hash(list(data.rows[name])) for name in read},
+        **{f"column {name!r}": _hash(values_of(data.rows, name)) for name in read},
     }
 
 

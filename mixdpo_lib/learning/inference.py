@@ -343,7 +343,8 @@ class RecognitionDraws(RelaxedDraws):
         self, log_w: Float[Tensor, "latents experts"], index: Int[Tensor, "pairs 2"]
     ) -> dict[str, float]:
         """`elbo_recognition`, the bound at q_phi: how far it lies below the bound is the amortisation gap."""
-        parts = [self.network(self.describe(part)) for part in index.split(1024)]
+        device = self.network.mean.device
+        parts = [self.network(self.describe(part).to(device)) for part in index.split(1024)]
         self.evidence.fill(torch.cat(parts))
         table = self._table[0]
         own = self.evidence.log_q(log_w)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,16 @@ def latent_inputs(
     inputs = policy.gate_inputs(data)
     if config.latent == "pair":
         return inputs
+    return of_units(inputs, unit, config.unit)
+
+
+def of_units(inputs: Mapping[str, Tensor], unit: Tensor, column: str) -> dict[str, Tensor]:
+    """What the gate reads of each unit, from what it reads of each pair.
+
+    Raises
+    ------
+    ValueError : pairs of a unit that differ in it; the row is named.
+    """
     _, first = np.unique(unit.numpy(), return_index=True)
     shared = {name: value[first] for name, value in inputs.items()}
     for name, value in inputs.items():
@@ -56,9 +66,9 @@ def latent_inputs(
         if rows.any():
             row = int(rows.nonzero()[0])
             raise ValueError(
-                f"row {row}: {name} differs from the first row of its {config.unit}: with latent='unit' a gate may "
-                f"read only what the pairs of a {config.unit} share; use latent='pair', or a gate that reads the "
-                f"{config.unit}"
+                f"row {row}: {name} differs from the first row of its {column}: with latent='unit' a gate may "
+                f"read only what the pairs of a {column} share; use latent='pair', or a gate that reads the "
+                f"{column}"
             )
     return shared
 
@@ -108,7 +118,7 @@ class Learner(nn.Module):
         self.table = LoglikTable(unit, policy.n_experts, policy.with_lapse)
         inputs = latent_inputs(policy, data, config, unit)
         start, n_latents, nodes = config.start, self.table.n_units, policy.experts.nodes
-        if start.kind == "clusters":
+        if start.kind == "clusters" and policy.n_experts > 1:
             together = _cluster_names(data, config, unit)
             log_q = cluster_log_q(inputs, policy.n_experts, config.seed, together, start.certainty)
         elif start.kind == "linear" and policy.n_experts > 1:

@@ -22,6 +22,7 @@ from ..gates.weights import LearnedWeights
 from ..policy.mixture import MixturePolicy
 from .config import FitConfig
 from .fit import fit
+from .learner import of_units
 
 PAIRS_ASKED = 48  # of a unit, evenly spaced: where its gradient points and who answers for it is plain from these
 
@@ -31,7 +32,7 @@ class Sets:
     """Training and held-out pairs, and whose they are.
 
     unit, held_unit : of each pair. names, held_names : of the units. place : training unit of each held-out unit, -1
-        where there is none.
+        where there is none. column : that names them.
     """
 
     train: Pairs
@@ -41,6 +42,7 @@ class Sets:
     held_unit: Int[Tensor, "held_pairs"]
     held_names: list[str]
     place: Int[Tensor, "held_units"]
+    column: str
 
     @classmethod
     def of(cls, train: Pairs, held: Pairs, column: str) -> Sets:
@@ -48,15 +50,14 @@ class Sets:
         (unit, names), (held_unit, held_names) = train.units(column), held.units(column)
         known = {name: i for i, name in enumerate(names)}
         place = torch.tensor([known.get(name, -1) for name in held_names])
-        return cls(train, held, unit, names, held_unit, held_names, place)
+        return cls(train, held, unit, names, held_unit, held_names, place, column)
 
 
 def unit_inputs(
-    policy: MixturePolicy, data: Pairs, unit: Int[Tensor, "pairs"]
+    policy: MixturePolicy, data: Pairs, unit: Int[Tensor, "pairs"], column: str
 ) -> dict[str, Tensor]:
-    """What the gate reads of each unit: of its first pair."""
-    _, first = np.unique(unit.numpy(), return_index=True)
-    return {name: value[first] for name, value in policy.gate_inputs(data).items()}
+    """What the gate reads of each unit, see `of_units`."""
+    return of_units(policy.gate_inputs(data), unit, column) if policy.gate.reads else {}
 
 
 class Teaching(ABC):
@@ -135,7 +136,7 @@ class ByTable(Teaching):
         """See `Teaching.settle`."""
         policy, sets = self.policy, self.sets
         table: Any = policy.experts
-        inputs, before = unit_inputs(policy, sets.train, sets.unit), -torch.inf
+        inputs, before = unit_inputs(policy, sets.train, sets.unit, sets.column), -torch.inf
         inputs, place = distinct_rows(inputs, len(sets.names))
         for _ in range(30 if short else 300):
             log_sigma = table.loglik(self.index).detach()

@@ -20,7 +20,7 @@ from ..data.messages import Prompt
 from ..data.pairs import Pairs
 from ..elbo import certified_gap, correct
 from ..policy.mixture import MixturePolicy
-from ..store import progress, writing_to
+from ..store import curve, progress, writing_to
 from .checkpoints import Checkpoints
 from .config import FitConfig, Monitor
 from .learner import Learner
@@ -272,7 +272,7 @@ class MixDPOTrainer(Trainer):
                 self.validation_unit is not None
             ):  # a unit with training pairs by them, another one by the gate alone
                 place = self.validation_unit
-                weights = torch.where(place[:, None] < 0, weights, log_q[place])
+                weights = torch.where(place[:, None] < 0, weights, log_q.cpu()[place])
             prediction = (loglik + weights).logsumexp(1)
             row["validation_loglik"] = float(prediction.mean())
             row["validation_accuracy"] = float(correct(prediction.exp()).mean())
@@ -360,7 +360,9 @@ class Watch(TrainerCallback):
         trainer = self.trainer
         every = max(1, int(trainer.steps_per_pass / trainer.config.evaluations_per_pass + 1e-9))
         stage = f"fit K={trainer.policy.n_experts} {trainer.config.latent}"
-        progress(stage, state.global_step, state.max_steps, f"steps, loss {trainer.losses[-1]:.4f}")
+        bound = curve([row["elbo"] for row in state.log_history if "elbo" in row])
+        text = f"steps, loss {trainer.losses[-1]:.4f}, bound {bound}"
+        progress(stage, state.global_step, state.max_steps, text)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self.look(state)
             if self.stop_reason:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..base.model import Base
 from ..data.messages import as_prompt
-from ..data.pairs import Pairs, Text, Texts
+from ..data.pairs import Pairs, Text, Texts, values_of
 from ..elbo import keep_top_s, log_responsibilities, predictive_probability
 from . import generating, saving
 from .generating import Generated
@@ -125,7 +125,7 @@ class MixturePolicy(MixtureModel):
         columns = {name: [value] for name, value in (metadata or {}).items()}
         for name in self.gate.reads:
             if name not in columns and data is not None and name in data.rows.column_names:
-                if len(set(values := list(data.rows[name]))) > 1:
+                if len(set(values := values_of(data.rows, name))) > 1:
                     raise ValueError(
                         f"pairs, column {name!r}: found {sorted(map(str, set(values)))[:3]}, expected one "
                         "user; give that user's pairs alone, or metadata"

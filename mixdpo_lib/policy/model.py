@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..base.features import check_rows
-from ..data.pairs import Pairs, Texts, as_pairs
+from ..data.pairs import Pairs, Texts, as_pairs, values_of
 from ..elbo import margins
 from ..experts.contract import Experts, chosen_texts
 from ..experts.groups import Taste
@@ -201,13 +201,13 @@ class MixtureModel(Lapses):
     def gate_inputs(self, data: Pairs) -> dict[str, Tensor]:
         """What the gate reads of each pair, see `Gate.inputs`."""
         names = [name for name in self.gate.reads if name in data.rows.column_names]
-        return self.gate.inputs({name: list(data.rows[name]) for name in names}, self.base)
+        return self.gate.inputs({name: values_of(data.rows, name) for name in names}, self.base)
 
     def log_w(self, data: Dataset | Pairs) -> Float[Tensor, "pairs experts"]:
         """The gate's weights of each pair, nats; gradients flow to the gate."""
         data = self.prepare(data)
         inputs, place = distinct_rows(self.gate_inputs(data), len(data))
-        return self.gate.log_w(inputs)[place]
+        return self.gate.read(inputs)[place]
 
     def taste(self, log_w: Float[Tensor, "*users nodes"]) -> Taste:
         """Where on a group users are, by their weights of its nodes (`user`, `log_posterior`): see `groups.Taste`.
@@ -236,4 +236,4 @@ class MixtureModel(Lapses):
                 f"the gate reads what is known of the user ({', '.join(missing)}): give user=policy.user(...)"
             )
         inputs = self.gate.inputs({name: list(prompts) for name in self.gate.of_prompt}, self.base)
-        return self.gate.log_w(inputs).expand(len(prompts), self.n_experts)
+        return self.gate.read(inputs).expand(len(prompts), self.n_experts)

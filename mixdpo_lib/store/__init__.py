@@ -32,7 +32,7 @@ from .places import (
     raw_folder,
     writing_to,
 )
-from .reporting import heartbeat, note, progress
+from .reporting import curve, heartbeat, note, progress
 
 __all__ = [
     "sync",
@@ -51,6 +51,7 @@ __all__ = [
     "cached",
     "canonical_json",
     "hash_seed",
+    "curve",
     "heartbeat",
     "large_array",
     "locked",

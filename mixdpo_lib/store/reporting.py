@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -83,6 +84,20 @@ def progress(stage: str, done: int, total: int, text: str = "") -> None:
         return
     _last_line[stage] = (now, done)
     note(f"{stage} {done}/{total}" + (f" {text}" if text else ""))
+
+
+def curve(values: Sequence[float]) -> str:
+    """The course of a number in signs, from its lowest to its highest, and its last value; at most 24 of the latest.
+
+    >>> curve([-0.7, -0.6, -0.55, -0.5])
+    '▁▄▆█ -0.500'
+    """
+    if not values:
+        return ""
+    shown = [value for value in values[-24:] if math.isfinite(value)]
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    steps = [round(7 * (value - low) / (high - low)) if high > low else 0 for value in shown]
+    return "".join("▁▂▃▄▅▆▇█"[step] for step in steps) + f" {values[-1]:.3f}"
 
 
 def _show_bar(stage: str, done: int, total: int, text: str) -> None:

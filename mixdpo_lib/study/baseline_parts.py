@@ -86,7 +86,7 @@ class RobustWeights(Responsibilities):
 
     def __init__(self, table: LoglikTable, step: float | int) -> None:
         super().__init__(table)
-        self.step = step
+        self.step, self.moved = step, -1
         self.register_buffer("share", torch.bincount(table.unit) / len(table.unit))
         self.register_buffer("log_alpha", torch.zeros(table.n_units).log_softmax(0))
 
@@ -98,7 +98,8 @@ class RobustWeights(Responsibilities):
         described: Tensor | None = None,
     ) -> tuple[Float[Tensor, "batch experts"], Float[Tensor, ""]]:
         """alpha_g / share_g of each row, whose mean over rows is 1 on average; a training step moves alpha first."""
-        if now.training:
+        if now.training and now.step != self.moved:  # once a step, in however many parts
+            self.moved = now.step
             total = sum_over_units(-self.table.read(), self.table.unit, len(self.share))
             loss = total.squeeze(1) / torch.bincount(self.table.unit)
             self.log_alpha.copy_((self.log_alpha + self.step * loss).log_softmax(0))

@@ -103,7 +103,9 @@ def with_results(page: str, values: Mapping[str, Mapping[str, Any]]) -> str:
             page = f"{page[: block.start()]}{block[1]}{text}\n{block[2]}{page[block.end() :]}"
             written += 1
     if not written:
-        raise MixDPOError(f"found none of the blocks {', '.join(known)} on a page, expected one or more")
+        raise MixDPOError(
+            f"found none of the blocks {', '.join(known)} on a page, expected one or more"
+        )
     return page
 
 

@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.linear_model import LogisticRegression
 
 import mixdpo_lib as mx
+from mixdpo_lib.data.items import item_pairs
 from mixdpo_lib.elbo import mixture_log_likelihood
 from mixdpo_lib.gates.membership import MixedMembershipGate
 from mixdpo_lib.learning.full_batch import full_batch_em
@@ -265,3 +266,10 @@ def test_a_survey_is_fitted_chosen_reported_saved(pairs, tmp_path):
     assert again.experts.reward_table().equals(policy.experts.reward_table())
     young = again.user(metadata={"age": np.int64(20), "region": "west"})
     assert float(young.exp().sum()) == pytest.approx(1)
+
+
+def test_who_did_not_choose_did_not_choose_an_item_named_tie():
+    pairs = item_pairs(
+        ["tie", "scarf", "tie"], ["bow", "hat", "bow"], [None, "hat", "tie"], user=["a", "a", "b"]
+    )
+    assert [pairs.texts.texts[i].response for i in pairs.index[:, 0].tolist()] == ["hat", "tie"]

@@ -1,5 +1,6 @@
 """Exact experts on finite answers and full-batch EM: optima, monotone ascent, recovery of known experts, cycles."""
 
+import json
 import math
 
 import pandas as pd
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from mixdpo_lib.data.pairs import Text
 from mixdpo_lib.elbo import log_responsibilities, margins, mixture_log_likelihood
 from mixdpo_lib.evaluation import choose_n_experts, recovery
 from mixdpo_lib.experts.tables import TabularExperts
@@ -260,3 +262,12 @@ def test_the_choice_of_k_takes_the_smallest_within_one_standard_error():
         assert choose_n_experts(table) == chosen
     with pytest.raises(ValueError, match="no held-out units"):
         choose_n_experts(table.iloc[:0])
+
+
+def test_tables_of_conversations_are_made_again_from_json(tiny_base):
+    """JSON has no tuples: messages come back as lists."""
+    asked = (("system", "w5"), ("user", "w1 w2"))
+    answers = [Text(asked, "w3", True), Text(asked, "w4", True)]
+    experts = TabularExperts(2, 3, answers=answers, base=tiny_base)
+    kept = json.loads(json.dumps(experts.options()))
+    assert TabularExperts.from_options(kept, lambda: tiny_base).answers == tuple(answers)

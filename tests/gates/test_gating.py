@@ -4,10 +4,12 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixdpo_lib import elbo
 from mixdpo_lib import gates as gates_file
@@ -411,3 +413,36 @@ def test_a_gate_is_made_anew_from_its_options():
 def test_gates_refuse_what_they_cannot_use(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_large_numbers_of_users_stay_apart():
+    """Seconds since 1970 that differ by ten: float32 holds them to 128."""
+    joined = [1_700_000_000, 1_700_000_010, 1_700_000_020]
+    gate = UserGate.from_metadata({"joined": joined}, 2)
+    (read,) = gate.inputs({"joined": joined}, None).values()
+    assert read[:, 0].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5])
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (pd.Series([20, pd.NA, 40], dtype="Int64"), "row 1, column 'age': found <NA>"),
+        (pd.Series([pd.NaT, pd.Timestamp(0)]), "row 0, column 'age': found NaT"),
+        (["x", " ", "y"], "row 1, column 'age': found ' '"),
+        (pd.Series([7, 7], index=[5, 6]), "'age' is 7 in every row"),
+    ],
+)
+def test_what_pandas_calls_missing_is_missing(values, message):
+    with pytest.raises(ValueError, match=message):
+        UserGate.from_metadata({"age": values}, 2)
+
+
+def test_a_gate_on_another_device_is_asked_from_the_processor(monkeypatch):
+    """A device that there is not here: fake tensors know where they are, and refuse to be mixed."""
+    monkeypatch.setattr(gates_file.user, "given", lambda inputs, name, n: inputs[name])
+    with FakeTensorMode():
+        gate = UserGate({"age": (30.0, 10.0)}, 2).to("cuda")
+        assert {one.device.type for one in gate.parameters()} == {"cuda"}
+        assert gate.read({"metadata": torch.ones(3, 1)}).device.type == "cpu"
+        with pytest.raises(RuntimeError, match="cuda"):
+            gate.log_w({"metadata": torch.ones(3, 1)})

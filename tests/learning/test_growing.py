@@ -191,3 +191,32 @@ def test_growth_that_cannot_be_decided_is_refused(changed, said):
 def test_bad_choices_of_growth_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         Growth(**options)
+
+
+def test_users_who_keep_nothing_are_not_set_back_to_equal_weights():
+    """Every proposal is refused: who was served at .9 and .1 still is, named or not."""
+    _, train, held = generated(1, seed=4)
+    policy = table(2)
+    policy.experts.perturb(2.0, torch.Generator().manual_seed(0))
+    policy.gate = mx.LearnedWeights(2)
+    policy.gate.update(torch.tensor([0.9, 0.1]), n_units=10_000)
+    growth = Growth(max_experts=2)
+    grow(
+        policy, train, validation=held, growth=growth, freeze_others=True, freeze_users=["u0", "u1"]
+    )
+    assert policy.n_experts == 2
+    weights = policy.gate.log_w({"kept": torch.tensor([True, False])}).exp()
+    assert weights[0, 0] == pytest.approx(0.9, abs=0.01)
+    q = policy.posterior(train).mean()
+    assert weights[1].tolist() == pytest.approx(q.tolist(), abs=0.02)  # where EM ends
+
+
+def test_a_gate_that_reads_what_differs_inside_a_unit_is_refused():
+    _, train, held = generated(2, seed=2, users=12)
+    towns = ["x" if i % 5 else "y" for i in range(len(train))]
+    mixed = train.rows.add_column("town", towns)
+    held = held.rows.add_column("town", ["x"] * len(held))
+    policy = table()
+    policy.gate = mx.UserGate.from_metadata({"town": ["x", "y"]}, 1)
+    with pytest.raises(ValueError, match="row 1: metadata differs from the first row of its user"):
+        grow(policy, mixed, validation=held)

@@ -184,3 +184,8 @@ def test_a_recognition_network_starts_at_the_gate_and_standardises_its_input():
         network(features[:1]), torch.tanh(inner).sum(1, keepdim=True).expand(1, 3)
     )
     assert {"mean", "scale"} <= set(network.state_dict())
+
+
+def test_draws_are_made_where_the_generator_is_and_go_where_the_responsibilities_are():
+    draw = torch.Generator().manual_seed(0)
+    assert gumbel_softmax_samples(torch.zeros(3, 2, device="meta"), 1.0, generator=draw).is_meta

@@ -149,6 +149,8 @@ def test_robust_weights_by_hand():
     assert weights.squeeze(1).tolist() == pytest.approx(by_hand)
     said = {"weight_0": alpha[0], "weight_1": alpha[1]}
     assert part.measure(log_w, index) == pytest.approx(said)
+    part.weights(row, log_w, NOW)  # a further part of the same step
+    assert part.measure(log_w, index) == pytest.approx(said)
     part.weights(row, log_w, dataclasses.replace(NOW, training=False))
     assert part.measure(log_w, index) == pytest.approx(said)  # moved by training alone
     with pytest.raises(ValueError, match="step=0: expected above 0"):
