@@ -293,9 +293,8 @@ def test_choose_k_refuses(table, opposed):
 def test_a_report_of_a_gate_that_reads_the_prompt(tiny_base):
     """Its users answer several prompts, each with weights of its own."""
     data = preference_rows(48, users=4)
-    policy = mx.MixturePolicy(
-        mx.HeadExperts(tiny_base, 2, rank=2), mx.ContextGate(tiny_base, 2), 0.3
-    )
+    gate = mx.ContextGate.from_prompts(tiny_base, data["prompt"], 2)
+    policy = mx.MixturePolicy(mx.HeadExperts(tiny_base, 2, rank=2), gate, 0.3)
     config = plain_fit(latent="pair", passes=1.0, batch_size=8)
     mx.fit(policy, data, config)
     found = mx.report(policy, data, data, config=config)

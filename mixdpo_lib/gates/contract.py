@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -103,11 +102,6 @@ class Gate(nn.Module, ABC):
         """Weights of each row of the inputs, nats, normalised; one row where the gate reads nothing."""
         return self.logits(inputs or {}).log_softmax(-1)
 
-    def read(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "rows experts"]:
-        """`log_w` of inputs that lie on the processor, as do the weights, wherever a fit has put the gate."""
-        own = next(chain(self.parameters(), self.buffers()), torch.empty(0)).device
-        return self.log_w({name: value.to(own) for name, value in inputs.items()}).cpu()
-
     def forward(self, inputs: Mapping[str, Tensor] | None = None) -> Float[Tensor, "rows experts"]:
         """See `log_w`."""
         return self.log_w(inputs)
@@ -160,7 +154,7 @@ class Gate(nn.Module, ABC):
 
         One latent for the user: q_k proportional to w_k prod_n sigma(D_nk). Source: docs/method.md.
         """
-        prior = self.read(inputs)[0]
+        prior = self.log_w(inputs)[0]
         if loglik is None:
             return prior.detach().clone()
         return log_responsibilities(loglik, prior, torch.zeros(len(loglik), dtype=torch.long))[0]

@@ -205,14 +205,12 @@ class _Growing:
         if not bool(policy.text_rewards(sets.train.texts).any()):  # still the reference
             self.teacher.settle(short=False)
         self.held_back = policy.n_experts if freeze_others else 0
-        kept = set(freeze_users)
-        self.moving = torch.tensor([name not in kept for name in sets.names])
+        self.moving = torch.tensor([name not in set(freeze_users) for name in sets.names])
         if freeze_users:
             after = policy.gate.resized(policy.n_experts)
             policy.gate = GrownGate(policy.gate, after, freeze_users, config.unit)
         self.now = self.measured()
-        if freeze_users:  # the gate of the others is new, and starts where this mixture puts it
-            self.now = self._weighed(self.now)
+        self.now = self._weighed(self.now) if freeze_users else self.now  # a new gate of the others
         self.rows: list[list[Any]] = []
 
     # ------------------------------------------------------------------------------------------------ what is known

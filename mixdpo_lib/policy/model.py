@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,6 +39,12 @@ def as_user(user: Any, n_experts: int) -> Tensor:
         f"user: found {found[:60]}, expected log weights of {n_experts} experts; make them by policy.user(pairs of this "
         "user) or policy.user(metadata={...})"
     )
+
+
+def _weights(gate: Gate, inputs: dict[str, Tensor]) -> Float[Tensor, "rows experts"]:
+    """The gate's, on the processor as its inputs are, wherever a fit that goes on has put it."""
+    there = next(chain(gate.parameters(), gate.buffers()), torch.empty(0)).device
+    return gate.log_w({name: value.to(there) for name, value in inputs.items()}).cpu()
 
 
 class MixtureModel(Lapses):
@@ -207,7 +214,7 @@ class MixtureModel(Lapses):
         """The gate's weights of each pair, nats; gradients flow to the gate."""
         data = self.prepare(data)
         inputs, place = distinct_rows(self.gate_inputs(data), len(data))
-        return self.gate.read(inputs)[place]
+        return _weights(self.gate, inputs)[place]
 
     def taste(self, log_w: Float[Tensor, "*users nodes"]) -> Taste:
         """Where on a group users are, by their weights of its nodes (`user`, `log_posterior`): see `groups.Taste`.
@@ -236,4 +243,4 @@ class MixtureModel(Lapses):
                 f"the gate reads what is known of the user ({', '.join(missing)}): give user=policy.user(...)"
             )
         inputs = self.gate.inputs({name: list(prompts) for name in self.gate.of_prompt}, self.base)
-        return self.gate.read(inputs).expand(len(prompts), self.n_experts)
+        return _weights(self.gate, inputs).expand(len(prompts), self.n_experts)

@@ -90,7 +90,7 @@ def curve(values: Sequence[float]) -> str:
     """The course of a number in signs, from its lowest to its highest, and its last value; at most 24 of the latest.
 
     >>> curve([-0.7, -0.6, -0.55, -0.5])
-    '▁▄▆█ -0.500'
+    '▁▅▆█ -0.500'
     """
     if not values:
         return ""

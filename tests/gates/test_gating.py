@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixdpo_lib import elbo
 from mixdpo_lib import gates as gates_file
@@ -435,14 +434,3 @@ def test_large_numbers_of_users_stay_apart():
 def test_what_pandas_calls_missing_is_missing(values, message):
     with pytest.raises(ValueError, match=message):
         UserGate.from_metadata({"age": values}, 2)
-
-
-def test_a_gate_on_another_device_is_asked_from_the_processor(monkeypatch):
-    """A device that there is not here: fake tensors know where they are, and refuse to be mixed."""
-    monkeypatch.setattr(gates_file.user, "given", lambda inputs, name, n: inputs[name])
-    with FakeTensorMode():
-        gate = UserGate({"age": (30.0, 10.0)}, 2).to("cuda")
-        assert {one.device.type for one in gate.parameters()} == {"cuda"}
-        assert gate.read({"metadata": torch.ones(3, 1)}).device.type == "cpu"
-        with pytest.raises(RuntimeError, match="cuda"):
-            gate.log_w({"metadata": torch.ones(3, 1)})

@@ -681,7 +681,7 @@ def test_a_fit_has_at_most_twenty_choices_and_its_key_holds_only_what_is_used():
     assert len(dataclasses.fields(FitConfig)) <= 20
     one, many = config.identity(1, reads=False), config.identity(3, reads=True)
     assert not {"inference", "routing", "keep"} & set(one)
-    hot = config.change(start__temperature=20.0)
+    hot = config.change(start__temperature=7.0)
     assert hot.identity(1, False) != one  # a lapse rate is learned once the temperature has fallen
     assert (
         many["inference"] == {"kind of choice": "Exact"}

@@ -629,3 +629,25 @@ def test_bad_rows_are_refused_here_too(policy):
     rows = datasets.Dataset.from_list([{"prompt": "the", "chosen": "film", "rejected": 3}])
     with pytest.raises(ValueError, match="preference set: row 0, column 'rejected': found int 3"):
         policy.predict(rows)
+
+
+def test_a_gate_that_a_fit_has_put_elsewhere_is_asked_from_the_processor(tiny_base, monkeypatch):
+    """Numbers of "meta" stand for those of a GPU: they are of no processor, and refuse to be mixed with its numbers."""
+
+    class Elsewhere(UserGate):
+        def log_w(self, inputs=None):
+            assert inputs["metadata"].is_meta
+            return (
+                super()
+                .logits({"metadata": torch.zeros(len(inputs["metadata"]), 1)})
+                .log_softmax(-1)
+            )
+
+    monkeypatch.setattr(
+        "mixdpo_lib.gates.user.given", lambda inputs, name, n: inputs[name].to("meta")
+    )
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.full(self.shape, -math.log(2)))
+    gate = Elsewhere({"age": (30.0, 10.0)}, 2).to("meta")
+    policy = MixturePolicy(HeadExperts(tiny_base, 2, rank=2), gate, 0.3)
+    data = preference_rows(6).add_column("age", [20, 40] * 3)
+    assert policy.log_w(data).flatten().tolist() == pytest.approx([-math.log(2)] * 12)
