@@ -34,7 +34,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIES, PICTURES, SITE = ROOT / "lab-browser", ROOT / "screenshots", ROOT / "build" / "book" / "html"
+COPIES, PICTURES, SITE = (
+    ROOT / "lab-browser",
+    ROOT / "screenshots",
+    ROOT / "build" / "book" / "html",
+)
 NOTEBOOKS = ("00_start_here", "theory/1_from_bradley_terry_to_mixtures", "theory/3_gumbel_softmax")
 PARTS = ("explorer", "notebooks", "site")
 PAGES = 3  # of the book
@@ -229,7 +233,10 @@ def timed(
     took = time.monotonic() - began
     print(f"[browser] {name}: {took:.2f} s, at most {limit:g}", flush=True)
     check(browser, f"explorer-{name}")
-    expect(took <= limit, f"{name}: took {took:.2f} s, expected at most {limit:g} on a machine that does nothing else")
+    expect(
+        took <= limit,
+        f"{name}: took {took:.2f} s, expected at most {limit:g} on a machine that does nothing else",
+    )
     return took
 
 
