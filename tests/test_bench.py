@@ -370,13 +370,18 @@ def test_stages_are_read_from_manifests(tmp_path, monkeypatch):
     content = {"notebook": "03_dpo", "seconds": 90.0, "peak_mb": 5369}
     content["machine"] = {"device": "cpu", "threads": 2}
     (folder / "manifest.json").write_text(json.dumps(content))
+    (tmp_path / "default" / "09_results").mkdir()
+    content = {**content, "notebook": "09_results", "seconds": 6.0, "machine": {"device": "cpu"}}
+    (tmp_path / "default" / "09_results" / "manifest.json").write_text(json.dumps(content))
     monkeypatch.setenv("MIXDPO_BENCH_RUNS", str(tmp_path))
     rows = stages.measure(stages.SETTINGS, "cpu", tmp_path)
     assert [(one["what"], one["values"]) for one in rows] == [
         ("make reproduce PROFILE=smoke", []),
         ("default: 03_dpo", [1.5]),
-        ("default: all of these", [1.5]),
+        ("default: 09_results", [0.1]),
+        ("default: all of these", [1.6]),
     ]
+    assert "without torch" in rows[2]["note"]  # a notebook that draws alone
 
 
 # -------------------------------------------------------------------------------------------------------------- project

@@ -28,7 +28,8 @@ def measure(settings: dict[str, Any], device: str, folder: Path) -> list[Row]:
             continue
         for name, content in found.items():
             where = content["machine"]
-            note = f"{where['device']}, {where['threads']} threads, peak {content['peak_mb']:,} MB"
+            threads = f"{where['threads']} threads" if "threads" in where else "without torch"
+            note = f"{where['device']}, {threads}, peak {content['peak_mb']:,} MB"
             rows.append(row(f"{profile}: {name}", "min", [content["seconds"] / 60], note=note))
         total = sum(content["seconds"] for content in found.values()) / 60
         rows.append(row(f"{profile}: all of these", "min", [total]))
