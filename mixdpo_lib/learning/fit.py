@@ -172,10 +172,10 @@ def fit(
     learner = trainer.learner
     back = valid is not None or result.stop_reason in FAILED
     kept = result.best_step if back else None
-    log_q = learner.table.log_q(learner.log_w())
+    log_q = learner.table.log_q(learner.log_w()).cpu()
     nodes = policy.experts.nodes
     result.summary = summarise(
-        history, result.stop_reason, kept, log_q, learner.table.loglik, nodes
+        history, result.stop_reason, kept, log_q, learner.table.loglik.cpu(), nodes
     )
     if kept is not None:
         result.restore(policy)
