@@ -1,6 +1,6 @@
 """How often does `report` say that a mixture pays, where it does and where it does not? 100 data sets of each kind.
 
-    .venv/bin/python benchmarks/verdict.py [--seeds 100] [--groups 1 3] [--users 20 40 60] [--pairs 32] [--out FILE.csv]
+    .venv/bin/python benchmarks/verdict.py [--seeds 100] [--first 0] [--groups 1 3] [--users 20 40 60] [--pairs 32] [--out FILE.csv]
 
 Users of one group, for whom no mixture pays, and of three, for whom one does (the tastes of
 notebooks/theory/4_who_answered): 20 answers, rewards of standard deviation 2, a group drawn for each user, as many pairs
@@ -56,6 +56,7 @@ def main() -> None:
     """How often a mixture is said to pay, by the report and by the 95 % bootstrap interval."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--users", type=int, nargs="+", default=[20, 40, 60])
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--pairs", type=int, default=32)
@@ -64,7 +65,7 @@ def main() -> None:
     done = pd.read_csv(options.out) if options.out and options.out.exists() else pd.DataFrame()
     for n_groups, n_users in itertools.product(options.groups, options.users):
         at = {"groups": n_groups, "users": n_users, "pairs": options.pairs}
-        for seed in range(options.seeds):
+        for seed in range(options.first, options.first + options.seeds):
             if not done.empty and (done[[*at, "seed"]] == [*at.values(), seed]).all(axis=1).any():
                 continue
             row = pd.DataFrame([one(n_groups, n_users, options.pairs, seed)])
