@@ -1,6 +1,6 @@
 """How often does `report` say that a mixture pays, where it does and where it does not? 100 data sets of each kind.
 
-    .venv/bin/python benchmarks/verdict.py [--seeds 100] [--first 0] [--groups 1 3] [--users 20 40 60] [--pairs 32] [--out FILE.csv]
+    .venv/bin/python benchmarks/verdict.py [--seeds 100] [--first 0] [--groups 1 3] [--users 20 40 60] [--out FILE.csv]
 
 Users of one group, for whom no mixture pays, and of three, for whom one does (the tastes of
 notebooks/theory/4_who_answered): 20 answers, rewards of standard deviation 2, a group drawn for each user, as many pairs
