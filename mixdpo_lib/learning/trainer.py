@@ -360,8 +360,9 @@ class Watch(TrainerCallback):
         trainer = self.trainer
         every = max(1, int(trainer.steps_per_pass / trainer.config.evaluations_per_pass + 1e-9))
         stage = f"fit K={trainer.policy.n_experts} {trainer.config.latent}"
-        bound = curve([row["elbo"] for row in state.log_history if "elbo" in row])
-        text = f"steps, loss {trainer.losses[-1]:.4f}, bound {bound}"
+        bounds = [row["elbo"] for row in state.log_history if "elbo" in row]
+        course = f", bound {curve(bounds)}" if len(bounds) > 1 else ""
+        text = f"steps, loss {trainer.losses[-1]:.4f}{course}"
         progress(stage, state.global_step, state.max_steps, text)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self.look(state)
