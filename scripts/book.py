@@ -32,6 +32,7 @@ DOCS = {
 WIDTH = 1050  # pixels of a picture in the gallery
 REMOTE = r"""<(?:script|img|iframe)[^>]+src="(?:https?:)?//[^"]+"|<link[^>]+stylesheet"[^>]+href="(?:https?:)?//"""
 PICTURES = {"docs/house.svg"}
+SHOWN = "../figures/reference/"  # as a page of docs/ names it
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -80,19 +81,23 @@ def linked(text: str, folder: str, pages: set[str]) -> str:
     """
 
     def new(found: re.Match) -> str:
-        label, target = found[1], found[2]
+        label, target = found[2], found[3]
+        if found[1] and target.startswith(
+            SHOWN
+        ):  # a picture of the reference run, copied beside the pages
+            return found[0]
         path, mark, anchor = target.partition("#")
         if "//" in target or not path:
             return found[0]
         name = Path(path).name
         for there in (f"docs/{name}", f"notebooks/{name}"):
             if there in pages:
-                return f"[{label}](../{there}{mark}{anchor})"
+                return f"{found[1]}[{label}](../{there}{mark}{anchor})"
         if f"docs/{name}" in PICTURES:
             return found[0]
         return f"{label} (`{name}`)"
 
-    return re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", new, text)
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", new, text)
 
 
 def told_of(name: str, profile: str) -> str:
@@ -186,6 +191,13 @@ def collect(profile: str, mathjax: Path | None) -> list[str]:
     for name in shown:
         text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         (source / "docs" / f"{name}.md").write_text(linked(text, "docs", pages), encoding="utf-8")
+    for page_of in (ROOT / "docs").glob("*.md"):
+        for name in re.findall(
+            rf"!\[[^\]]*\]\({SHOWN}([^)]+)\)", page_of.read_text(encoding="utf-8")
+        ):
+            copy = source / "figures" / "reference" / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / "figures" / "reference" / name, copy)
     for picture in PICTURES:
         shutil.copy(ROOT / picture, source / picture)
     for name, text in api_pages.pages(ROOT / "mixdpo_lib").items():
