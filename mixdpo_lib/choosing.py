@@ -226,10 +226,8 @@ def report(
     log_w, unknown = served_weights(policy, train, test, unit)
     if single is None:
         single = single_counterpart(policy)
-        own = (config or FitConfig(unit=unit)).change(
-            routing=Routing()
-        )  # one expert is not routed to
-        fit(single, train, own, validation=validation)
+        own = config or FitConfig(unit=unit)  # but for routing, of which one expert has none
+        fit(single, train, own.change(routing=Routing()), validation=validation)
     single_w = (
         served_weights(single, train, test, unit)[0] if single.gate.reads else single.log_w(test)
     )

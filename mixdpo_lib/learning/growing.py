@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -205,12 +206,12 @@ class _Growing:
         if not bool(policy.text_rewards(sets.train.texts).any()):  # still the reference
             self.teacher.settle(short=False)
         self.held_back = policy.n_experts if freeze_others else 0
-        self.moving = torch.tensor([name not in set(freeze_users) for name in sets.names])
+        self.moving = torch.from_numpy(~np.isin(sets.names, freeze_users))
+        self.now = self.measured()
         if freeze_users:
             after = policy.gate.resized(policy.n_experts)
             policy.gate = GrownGate(policy.gate, after, freeze_users, config.unit)
-        self.now = self.measured()
-        self.now = self._weighed(self.now) if freeze_users else self.now  # a new gate of the others
+            self.now = self._weighed(replace(self.now, gate=policy.gate))
         self.rows: list[list[Any]] = []
 
     # ------------------------------------------------------------------------------------------------ what is known

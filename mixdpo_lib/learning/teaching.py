@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -162,11 +160,11 @@ class BySteps(Teaching):
 
     def __init__(self, policy: MixturePolicy, sets: Sets, config: FitConfig) -> None:
         super().__init__(policy, sets, config)
-        chosen = np.zeros(len(sets.unit), dtype=bool)
-        for one in range(len(sets.names)):
-            own = (sets.unit == one).nonzero().squeeze(1).numpy()
-            chosen[own[:: math.ceil(len(own) / PAIRS_ASKED)]] = True
-        self.asked, self.asked_unit = sets.train.where(chosen), sets.unit[chosen]
+        counts, order = sets.unit.bincount(), sets.unit.argsort(stable=True)
+        place = torch.empty_like(order)  # of a pair among those of its unit
+        place[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[sets.unit[order]]
+        chosen = place % (counts / PAIRS_ASKED).ceil().long()[sets.unit] == 0
+        self.asked, self.asked_unit = sets.train.where(chosen.numpy()), sets.unit[chosen]
 
     def gradients(
         self, expert: Experts, units: Int[Tensor, "some"]

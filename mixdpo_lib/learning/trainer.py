@@ -287,6 +287,7 @@ class Watch(TrainerCallback):
         self.snapshots: dict[int, dict[str, Tensor]] = {}
         self.monitor = Monitor(trainer.config.stop.patience, trainer.config.stop.min_usage)
         self.stop_reason: str | None = None
+        self.course = ""  # of the bound so far, as progress shows it
 
     def look(self, state: TrainerState) -> None:
         """One row of the history (kept in the trainer's state, so in checkpoints too) and one snapshot."""
@@ -297,6 +298,8 @@ class Watch(TrainerCallback):
         row["seconds"] = time.monotonic() - self.start
         row["responsibility_temperature"] = trainer.learner.temperature()
         state.log_history.append(row)
+        bounds = [row["elbo"] for row in state.log_history if "elbo" in row]
+        self.course = f", bound {curve(bounds)}" if len(bounds) > 1 else ""
         self.snapshots[step] = {
             k: v.detach().clone() for k, v in trainer.policy.state_dict().items()
         }
@@ -360,9 +363,7 @@ class Watch(TrainerCallback):
         trainer = self.trainer
         every = max(1, int(trainer.steps_per_pass / trainer.config.evaluations_per_pass + 1e-9))
         stage = f"fit K={trainer.policy.n_experts} {trainer.config.latent}"
-        bounds = [row["elbo"] for row in state.log_history if "elbo" in row]
-        course = f", bound {curve(bounds)}" if len(bounds) > 1 else ""
-        text = f"steps, loss {trainer.losses[-1]:.4f}{course}"
+        text = f"steps, loss {trainer.losses[-1]:.4f}{self.course}"
         progress(stage, state.global_step, state.max_steps, text)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self.look(state)

@@ -66,14 +66,17 @@ def draw(one: Shown, results: Results, size: str) -> list[Figure]:
 
 def _drawn(panels: list[Panel], one: Shown, width: str, titled: bool) -> Figure:
     across = 1 if one.stacked or width == "column" else min(2, len(panels))
-    down = len(panels) // across
+    down = -(-len(panels) // across)
     height = 0 if width == "slide" else down * one.height
     fig, axes = figures.subplots(width, down, across, height=height, squeeze=False)
-    for ax, (title, rows, plot) in zip(axes.flat, panels, strict=True):
+    used, empty = axes.flat[: len(panels)], axes.flat[len(panels) :]
+    for ax in empty:
+        ax.remove()
+    for ax, (title, rows, plot) in zip(used, panels, strict=True):
         plot(rows, ax)
         if titled:
             ax.set_title(title)
-    if titled and all(ax.get_legend() for ax in axes.flat):  # titles stand where legends do
+    if titled and all(ax.get_legend() for ax in used):  # titles stand where legends do
         figures.share_legend(fig)
     return fig
 

@@ -55,6 +55,20 @@ def test_every_figure_of_the_study_is_among_them():
     assert kept - left_out == {(one.notebook, one.name) for one in paper.FIGURES}
 
 
+def test_an_odd_panel_has_a_row_of_its_own():
+    panels = paper.draw(BY_NAME["moments"], REFERENCE, "page")[0].axes
+    assert len(panels) == 4
+    with matplotlib.rc_context():
+        three = BY_NAME["moments"]._replace(
+            panels=lambda table: BY_NAME["moments"].panels(table)[:3]
+        )
+        fig = paper.draw(three, REFERENCE, "page")[0]
+        assert (
+            len(fig.axes) == 3 and len({ax.get_subplotspec().rowspan.start for ax in fig.axes}) == 2
+        )
+        plt.close("all")
+
+
 def test_figures_captions_and_tables_are_written(tmp_path, monkeypatch):
     chosen = tuple(BY_NAME[name] for name in ("elbo", "collapse"))
     monkeypatch.setattr(paper, "FIGURES", chosen)
