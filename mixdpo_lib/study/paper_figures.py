@@ -178,7 +178,7 @@ _TAU = "gumbel_temperature"
 _AXES = {
     "K": "number of experts K",
     _TAU: "Gumbel-Softmax temperature τ",
-    "start_temperature": "temperature of the first responsibilities",
+    "start_temperature": "temperature at the start",
     "reward_scale": "standard deviation of the rewards",
 }
 _THEORY = (

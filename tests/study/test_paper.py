@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 from test_figure_sizes import texts_of
 
 from mixdpo_lib import store
+from mixdpo_lib.runner.notebooks import notebook_path
 from mixdpo_lib.runner.results import Finished
 from mixdpo_lib.study import paper
 
@@ -53,6 +54,19 @@ def test_every_figure_of_the_study_is_among_them():
         ("3_continuous_groups", "newcomer"),  # the true angle stands in no table
     }
     assert kept - left_out == {(one.notebook, one.name) for one in paper.FIGURES}
+
+
+@pytest.mark.parametrize(
+    "one", [o for o in paper.FIGURES if "theory" in str(notebook_path(o.notebook))]
+)
+def test_nothing_of_a_theory_figure_is_cut_in_a_column(one, monkeypatch):
+    with matplotlib.rc_context():
+        (fig,) = paper.draw(one, REFERENCE, "column")
+        page = fig.bbox.padded(0.5)
+        for text in texts_of(fig, monkeypatch):
+            box = text.get_window_extent()
+            assert page.x0 <= box.x0 and box.x1 <= page.x1, text.get_text()
+        plt.close("all")
 
 
 def test_an_odd_panel_has_a_row_of_its_own():
