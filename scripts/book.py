@@ -31,8 +31,7 @@ DOCS = {
 }
 WIDTH = 1050  # pixels of a picture in the gallery
 REMOTE = r"""<(?:script|img|iframe)[^>]+src="(?:https?:)?//[^"]+"|<link[^>]+stylesheet"[^>]+href="(?:https?:)?//"""
-PICTURES = {"docs/house.svg"}
-SHOWN = "../figures/reference/"  # as a page of docs/ names it
+PICTURE = r"!\[[^\]]*\]\(([^)\s]+)\)"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -62,7 +61,7 @@ def page(book: dict[str, Any], told: str, pages: set[str]) -> dict[str, Any]:
     for cell in book["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            source = linked(source, "notebooks", pages)
+            source = linked(source, pages)
             if not cells:
                 title, _, rest = source.partition("\n")
                 source = f"{title}\n\n{told}\n\n{rest}"
@@ -73,28 +72,22 @@ def page(book: dict[str, Any], told: str, pages: set[str]) -> dict[str, Any]:
     return {**book, "cells": cells, "metadata": keep}
 
 
-def linked(text: str, folder: str, pages: set[str]) -> str:
-    """Links to pages of the book as they lie here; what is no page is named, not linked.
+def linked(text: str, pages: set[str]) -> str:
+    """Links to pages of the book as they lie here; what is no page is named, not linked. Pictures stay where they are.
 
-    >>> linked("[a](method.md#x) [b](../Makefile) [c](https://x)", "docs", {"docs/method.md"})
-    '[a](../docs/method.md#x) b (`Makefile`) [c](https://x)'
+    >>> linked("[a](method.md#x) [b](../Makefile) [c](https://x) ![d](d.svg)", {"docs/method.md"})
+    '[a](../docs/method.md#x) b (`Makefile`) [c](https://x) ![d](d.svg)'
     """
 
     def new(found: re.Match) -> str:
-        label, target = found[2], found[3]
-        if found[1] and target.startswith(
-            SHOWN
-        ):  # a picture of the reference run, copied beside the pages
-            return found[0]
+        picture, label, target = found.groups()
         path, mark, anchor = target.partition("#")
-        if "//" in target or not path:
+        if picture or "//" in target or not path:
             return found[0]
         name = Path(path).name
         for there in (f"docs/{name}", f"notebooks/{name}"):
             if there in pages:
-                return f"{found[1]}[{label}](../{there}{mark}{anchor})"
-        if f"docs/{name}" in PICTURES:
-            return found[0]
+                return f"[{label}](../{there}{mark}{anchor})"
         return f"{label} (`{name}`)"
 
     return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", new, text)
@@ -190,16 +183,11 @@ def collect(profile: str, mathjax: Path | None) -> list[str]:
     (source / "_toc.yml").write_text(json.dumps(contents(), indent=1), encoding="utf-8")
     for name in shown:
         text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-        (source / "docs" / f"{name}.md").write_text(linked(text, "docs", pages), encoding="utf-8")
-    for page_of in (ROOT / "docs").glob("*.md"):
-        for name in re.findall(
-            rf"!\[[^\]]*\]\({SHOWN}([^)]+)\)", page_of.read_text(encoding="utf-8")
-        ):
-            copy = source / "figures" / "reference" / name
+        (source / "docs" / f"{name}.md").write_text(linked(text, pages), encoding="utf-8")
+        for picture in re.findall(PICTURE, text):
+            copy = source / "docs" / picture
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / "figures" / "reference" / name, copy)
-    for picture in PICTURES:
-        shutil.copy(ROOT / picture, source / picture)
+            shutil.copy(ROOT / "docs" / picture, copy)
     for name, text in api_pages.pages(ROOT / "mixdpo_lib").items():
         (source / "api" / name).write_text(text, encoding="utf-8")
     bare = []
