@@ -19,7 +19,7 @@ BOOK := .venv-book/.ready
 
 help:
 	@echo "make reproduce [PROFILE=smoke|default|full] [CORES=2]   environment, data, model, the main study, figures"
-	@echo "make reproduce-all                                     the same, ablations and further studies"
+	@echo "make reproduce-all                                     the same, ablations, further studies, theory"
 	@echo "make grid [PROFILE=full]                               every method and seed of notebook 12 side by side, within memory"
 	@echo "make test                                              environment, then lint, types and every test"
 	@echo "make test-faults                                       200 kills, full disks, 480 damaged files, 2,400 changed texts"

@@ -45,7 +45,7 @@ _HOME = {
     "Annealed": "learning.inference",
     "EffectiveExperts": "learning.inference",
     "grow": "learning.growing",
-    "Growth": "learning.growing",
+    "Growth": "learning.deciding",
     "MixDPOTrainer": "learning.trainer",
     "Gate": "gates.contract",
     "Experts": "experts.contract",

@@ -94,6 +94,10 @@ class RewardTable(Experts, family=False):
         """r_k(a) of every expert; gradients flow to what is learned."""
         return self.rewards
 
+    def learned(self, gradient: Float[Tensor, "rows answers"]) -> Float[Tensor, "rows numbers"]:
+        """Gradients with respect to what is learned of an expert, from those with respect to its rewards."""
+        return gradient
+
     def log_policy(self) -> Float[Tensor, "experts answers"]:
         """log pi_k(a) among the answers of a's prompt, nats."""
         return self._by_prompt(self.log_ref + self.expert_rewards() / self.beta)

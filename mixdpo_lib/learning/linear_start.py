@@ -34,19 +34,18 @@ def answer_states(
     return torch.cat(means).double(), place
 
 
-def leading_directions(
+def directions(
     differences: Float[Tensor, "pairs hidden"], most: int = DIRECTIONS
-) -> Float[Tensor, "pairs directions"]:
-    """The differences along their leading principal directions, each of mean square 1.
+) -> Float[Tensor, "hidden directions"]:
+    """Leading principal directions of the differences, scaled so that their mean square along each is 1.
 
-    >>> leading_directions(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0]]).double(), 1).round(decimals=3).abs()
-    tensor([[1.2250],
-            [1.2250],
+    >>> directions(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0]]).double(), 1).round(decimals=3).abs()
+    tensor([[0.6120],
             [0.0000]], dtype=torch.float64)
     """
     values, vectors = torch.linalg.eigh(differences.T @ differences / len(differences))
     kept = [i for i in range(-1, -min(most, len(values)) - 1, -1) if values[i] > 1e-6 * values[-1]]
-    return differences @ (vectors[:, kept] / values[kept].sqrt())
+    return vectors[:, kept] / values[kept].sqrt()
 
 
 @torch.no_grad()
@@ -122,7 +121,8 @@ def linear_log_q(
             "'random_responsibilities'"
         )
     states, place = answer_states(base, data)
-    read = leading_directions(states[place[:, 0]] - states[place[:, 1]])
+    differences = states[place[:, 0]] - states[place[:, 1]]
+    read = differences @ directions(differences)
     if nodes is None:
         coordinates = torch.eye(n_experts, dtype=torch.float64)
         log_prior = torch.zeros(n_experts, dtype=torch.float64).log_softmax(0)

@@ -78,6 +78,11 @@ def listed_notebooks() -> dict[str, Listed]:
     return {name: found[name] for name in notebook_names() if name in found}
 
 
+def every_notebook() -> dict[str, Listed]:
+    """What `make reproduce-all` runs: those that are listed, and those on generated data, of the study "generated"."""
+    return {**listed_notebooks(), **{name: Listed("generated") for name in theory_names()}}
+
+
 def _is_line(line: Any) -> bool:
     return (
         isinstance(line, dict)

@@ -15,7 +15,7 @@ from .. import store
 from ..store import MixDPOError
 from . import ending
 from .evidence import RunInterrupted, replace_folder
-from .notebooks import listed_notebooks, theory_names
+from .notebooks import every_notebook, theory_names
 from .parameters import profile_names, profile_values, resolve_parameters
 from .results import durations, load_values, verify_manifest
 
@@ -27,10 +27,10 @@ def reproduce(
 ) -> None:
     """The main study of a profile, in the order of its needs; what is up to date is left alone.
 
-    The main study is Snakemake's target `main`; with `everything` it is `all`, with ablations and
-    further studies. When notebooks ran, `runs/<profile>/timing.json` says how long it took (from
-    MIXDPO_STARTED, seconds since 1970, if that is set: `make` counts the environment in) and the
-    peak memory of the largest process.
+    The main study is Snakemake's target `main`; with `everything` it is `all`, with ablations,
+    further studies, and the notebooks on generated data. When notebooks ran,
+    `runs/<profile>/timing.json` says how long it took (from MIXDPO_STARTED, seconds since 1970, if
+    that is set: `make` counts the environment in) and the peak memory of the largest process.
 
     Raises
     ------
@@ -39,9 +39,7 @@ def reproduce(
     """
     root = store.project_root()
     profile_values(profile, "")
-    names = [
-        name for name, line in listed_notebooks().items() if everything or line.study == "main"
-    ]
+    names = [name for name, line in every_notebook().items() if everything or line.study == "main"]
     if not names:
         raise MixDPOError(f"{root / 'notebooks'}: found no notebooks of workflow/notebooks.yaml")
     for name in names:
@@ -160,7 +158,7 @@ def _update(profile: str, pages: Mapping[str, Rewrite], root: Path) -> Path:
     values: dict[str, Any] = {
         name: value for name, value in known.items() if name.startswith(("minutes_", "peak_gb_"))
     }
-    for name in [*listed_notebooks(), *theory_names()]:
+    for name in every_notebook():
         source, copy = root / "runs" / profile / name, fresh / name
         again = (source / "manifest.json").exists()
         if again:
@@ -223,13 +221,20 @@ def _update(profile: str, pages: Mapping[str, Rewrite], root: Path) -> Path:
     everything = root / "runs" / "default" / "timing_everything.json"
     if everything.exists():
         found = store.read_json(everything)
+        main = sum(
+            seconds
+            for name, seconds in found["notebooks"].items()
+            if every_notebook()[name].study == "main"
+        )
         values["minutes_further"] = {
-            "value": found["minutes"],
+            "value": round(found["minutes"] - main / 60, 2),
             "unit": "min",
             "interval": None,
             "n": 1,
             "seeds": None,
-            "runs": [f"make reproduce-all, for {', '.join(found['notebooks'])}"],
+            "runs": [
+                f"make reproduce-all beyond make reproduce, of {', '.join(found['notebooks'])}"
+            ],
         }
     store.write_json_atomic(fresh / "values.json", values)
     replace_folder(fresh, target)

@@ -80,8 +80,7 @@ def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         for one in ("smoke", "default")
     ]
     costs.append(
-        f"| `make reproduce-all`: ablations and further studies as well | {q('minutes_further', 0)} more, and some 25 for "
-        "notebook 12 (on one core) | nothing more |"
+        f"| `make reproduce-all`: ablations, further studies, theory as well | {q('minutes_further', 0)} more | nothing more |"
     )
     return {"results": "\n".join(results), "further": "\n".join(further), "costs": "\n".join(costs)}
 

@@ -1,5 +1,7 @@
 """Growth: how many experts, which decisions, what stays to the bit, what is refused."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import plain_fit, preference_rows
@@ -9,8 +11,9 @@ from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.elbo import log_responsibilities
 from mixdpo_lib.evaluation import recovery
 from mixdpo_lib.experts.tables import numbered_answers, numbered_pairs
-from mixdpo_lib.learning import growing
-from mixdpo_lib.learning.growing import Growth, grow
+from mixdpo_lib.learning import deciding, growing
+from mixdpo_lib.learning.deciding import Growth
+from mixdpo_lib.learning.growing import grow
 from mixdpo_lib.learning.teaching import BySteps, ByTable, Sets
 
 N_ANSWERS = 8
@@ -63,18 +66,18 @@ def test_too_many_experts_are_merged_or_retired():
 
 def test_what_grew_is_taught_whole_before_any_of_it_may_go(monkeypatch):
     _, train, held = generated(3, seed=4)
-    course, settle, decide = [], ByTable.settle, growing._Growing.decide
+    course, settle, decide = [], ByTable.settle, deciding.Growing.decide
 
     def settled(teacher, short):
         course.append("short" if short else "whole")
         settle(teacher, short)
 
-    def decided(growing, proposal):
+    def decided(one, proposal):
         course.append(proposal.kind)
-        return decide(growing, proposal)
+        return decide(one, proposal)
 
     monkeypatch.setattr(ByTable, "settle", settled)
-    monkeypatch.setattr(growing._Growing, "decide", decided)
+    monkeypatch.setattr(deciding.Growing, "decide", decided)
     grow(table(), train, validation=held)
     fewer = course.index("retire")
     assert "split" in course[:fewer] and course[fewer - 1] == "whole"
@@ -103,16 +106,59 @@ def test_a_taste_that_arrives_later_leaves_the_others_to_the_bit():
     assert float((q.loc[third, 2] > 0.5).mean()) > 0.9
 
 
-def test_heads_grow_by_gradient_steps(tiny_base):
+def heads_of_two_kinds(base):
+    """A policy of one head, and training and validation pairs of eight users of two kinds."""
     data = Pairs.of(preference_rows(96, users=8))
-    config = plain_fit(batch_size=8, passes=3.0, learning_rate=0.03)
-    policy = mx.MixturePolicy(mx.HeadExperts(tiny_base, 1, rank=2), mx.LearnedWeights(1), 0.3)
-    held = data.where([(i // 8) % 4 == 3 for i in range(96)])
-    train = data.where([(i // 8) % 4 < 3 for i in range(96)])
-    grown = grow(policy, train, config, validation=held, growth=Growth(max_experts=2))
-    assert grown.n_experts == 2
+    policy = mx.MixturePolicy(mx.HeadExperts(base, 1, rank=2), mx.LearnedWeights(1), 0.3)
+    held = np.array([(i // 8) % 4 == 3 for i in range(96)])
+    return policy, data.where(~held), data.where(held)
+
+
+HEADS = plain_fit(batch_size=8, passes=3.0, learning_rate=0.03)
+
+
+def nmi_of_kinds(policy, train):
     q = policy.posterior(train)
-    assert recovery(q, ["ab"[int(name[4:]) % 2] for name in q.index])["nmi"] == 1.0
+    return recovery(q, ["ab"[int(name[4:]) % 2] for name in q.index])["nmi"]
+
+
+@pytest.mark.parametrize("sketch", [False, True])
+def test_heads_grow_by_gradient_steps(tiny_base, sketch):
+    policy, train, held = heads_of_two_kinds(tiny_base)
+    growth = Growth(max_experts=2, sketch=sketch)
+    grown = grow(policy, train, HEADS, validation=held, growth=growth)
+    assert grown.n_experts == 2 and nmi_of_kinds(policy, train) == 1.0
+    asked = grown.table["proposal"].str.startswith("linear ")
+    first = grown.table[~asked].iloc[0]
+    assert bool(asked.any()) == sketch and (first["proposal"] == "linear") == sketch
+    assert (
+        first["kept"] and first["n_experts"] == 1
+    )  # what linear rewards find is the first that experts decide
+
+
+def test_what_experts_refuse_of_linear_rewards_leaves_growth_as_it_was_without(
+    tiny_base, monkeypatch
+):
+    """Units parted at random: no gain. The decisions after it are those of a growth that knows nothing of it."""
+    policy, train, held = heads_of_two_kinds(tiny_base)
+    mixed = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]] * 2).double()
+    nonsense = deciding.Proposal("linear", (0,), (0, 0), mixed)
+    monkeypatch.setattr(growing, "sketch", lambda *_: (nonsense, []))
+    found = grow(policy, train, HEADS, validation=held, growth=Growth(max_experts=2))
+    assert found.table["proposal"][0] == "linear" and not found.table["kept"][0]
+    plain, train, held = heads_of_two_kinds(tiny_base)
+    alone = grow(plain, train, HEADS, validation=held, growth=Growth(max_experts=2, sketch=False))
+    told = found.table.drop(columns="seconds")[1:].reset_index(drop=True)
+    pd.testing.assert_frame_equal(told, alone.table.drop(columns="seconds"))
+
+
+def test_one_kind_by_linear_rewards_leaves_a_single_proposal_to_experts(tiny_base, monkeypatch):
+    policy, train, held = heads_of_two_kinds(tiny_base)
+    monkeypatch.setattr(growing, "sketch", lambda *_: (None, []))
+    growth = Growth(errors=1e9)
+    assert grow(policy, train, HEADS, validation=held, growth=growth).table[
+        "proposal"
+    ].tolist() == ["split"]
 
 
 def test_gradients_of_units_equal_those_of_plain_autograd(tiny_base):

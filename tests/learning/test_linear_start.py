@@ -19,7 +19,7 @@ from mixdpo_lib.learning.fit import fit
 from mixdpo_lib.learning.learner import Learner
 from mixdpo_lib.learning.linear_start import (
     answer_states,
-    leading_directions,
+    directions,
     linear_em,
     linear_log_q,
 )
@@ -107,14 +107,12 @@ def test_where_it_ends_is_a_maximum():
 
 
 def test_directions_have_mean_square_1():
-    read = leading_directions(
-        torch.randn(500, 6, generator=torch.Generator().manual_seed(0)).double()
-        @ torch.diag(torch.tensor([5.0, 4, 3, 2, 1, 0]).double()),
-        4,
-    )
+    differences = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)).double()
+    differences = differences @ torch.diag(torch.tensor([5.0, 4, 3, 2, 1, 0]).double())
+    read = differences @ directions(differences, 4)
     torch.testing.assert_close(read.T @ read / 500, torch.eye(4).double(), atol=1e-8, rtol=0)
-    flat = leading_directions(torch.ones(9, 3).double())
-    assert flat.shape == (9, 1)  # there are no more
+    flat = directions(torch.ones(9, 3).double())
+    assert flat.shape == (3, 1)  # there are no more
 
 
 def test_states_are_the_means_of_the_answers(tiny_base):
