@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..base.features import gather_positions, text_features
 from ..base.model import Base
-from ..data.pairs import Pairs
+from ..data.pairs import Pairs, Texts
 from ..elbo import log_responsibilities, mixture_log_likelihood
 from ..experts.groups import Nodes
 from ..store import MixDPOError
@@ -20,18 +20,24 @@ RESTARTS, ITERATIONS, TEMPERED, TEMPERATURE = 3, 40, 15, 20.0
 
 
 @torch.no_grad()
-def answer_states(
-    base: Base, data: Pairs, block: int = 1024
-) -> tuple[Float[Tensor, "texts hidden"], Int[Tensor, "pairs 2"]]:
-    """Mean last hidden state of each distinct answer, float64, and the two answers of every pair among them."""
-    features = text_features(base, data.texts)
-    ids, place = torch.unique(data.index, return_inverse=True)
-    means = []
+def mean_states(
+    base: Base, texts: Texts, ids: Int[Tensor, "texts"], block: int = 1024
+) -> Float[Tensor, "texts hidden"]:
+    """Mean last hidden state of the answer of each of these texts, float64."""
+    features, means = text_features(base, texts), []
     for part in ids.split(block):
         hidden, _, segment = gather_positions(features, part)
         total = torch.zeros(len(part), hidden.shape[1]).index_add_(0, segment, hidden)
         means.append(total / torch.bincount(segment)[:, None])
-    return torch.cat(means).double(), place
+    return torch.cat(means).double()
+
+
+def answer_states(
+    base: Base, data: Pairs, block: int = 1024
+) -> tuple[Float[Tensor, "texts hidden"], Int[Tensor, "pairs 2"]]:
+    """`mean_states` of each distinct answer, and the two answers of every pair among them."""
+    ids, place = torch.unique(data.index, return_inverse=True)
+    return mean_states(base, data.texts, ids, block), place
 
 
 def directions(

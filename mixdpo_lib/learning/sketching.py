@@ -12,19 +12,21 @@ from ..experts.linear_tables import LinearTables
 from ..policy.mixture import MixturePolicy
 from .config import FitConfig
 from .deciding import Growing, Growth, Proposal
-from .linear_start import answer_states, directions
+from .linear_start import answer_states, directions, mean_states
 from .teaching import Sets
+
+PRIOR_SCALE = 0.3  # of beta_k; .1 to 1 were tried, see docs/log.md
 
 
 def linear_tables(base: Base, sets: Sets) -> LinearTables:
     """One expert, linear in the leading directions of the differences of the training answers, for all answers."""
     states, place = answer_states(base, sets.train)
-    turn = directions(states[place[:, 0]] - states[place[:, 1]])
-    read = {}
-    for data, means in ((sets.train, states), (sets.held, answer_states(base, sets.held)[0])):
-        answers = (data.texts.texts[i] for i in torch.unique(data.index).tolist())
-        read.update(zip(answers, means @ turn, strict=True))
-    return LinearTables(torch.stack(list(read.values())), list(read))
+    turn, read = directions(states[place[:, 0]] - states[place[:, 1]]), {}
+    for texts in (sets.train.texts, sets.held.texts):
+        read.update(
+            zip(texts.texts, mean_states(base, texts, torch.arange(len(texts))) @ turn, strict=True)
+        )
+    return LinearTables(torch.stack(list(read.values())), list(read), prior_scale=PRIOR_SCALE)
 
 
 def sketch(

@@ -106,11 +106,11 @@ def test_a_taste_that_arrives_later_leaves_the_others_to_the_bit():
     assert float((q.loc[third, 2] > 0.5).mean()) > 0.9
 
 
-def heads_of_two_kinds(base):
+def heads_of_two_kinds(base, n_pairs=96):
     """A policy of one head, and training and validation pairs of eight users of two kinds."""
-    data = Pairs.of(preference_rows(96, users=8))
+    data = Pairs.of(preference_rows(n_pairs, users=8))
     policy = mx.MixturePolicy(mx.HeadExperts(base, 1, rank=2), mx.LearnedWeights(1), 0.3)
-    held = np.array([(i // 8) % 4 == 3 for i in range(96)])
+    held = np.array([(i // 8) % 4 == 3 for i in range(n_pairs)])
     return policy, data.where(~held), data.where(held)
 
 
@@ -124,7 +124,7 @@ def nmi_of_kinds(policy, train):
 
 @pytest.mark.parametrize("sketch", [False, True])
 def test_heads_grow_by_gradient_steps(tiny_base, sketch):
-    policy, train, held = heads_of_two_kinds(tiny_base)
+    policy, train, held = heads_of_two_kinds(tiny_base, 288 if sketch else 96)
     growth = Growth(max_experts=2, sketch=sketch)
     grown = grow(policy, train, HEADS, validation=held, growth=growth)
     assert grown.n_experts == 2 and nmi_of_kinds(policy, train) == 1.0
