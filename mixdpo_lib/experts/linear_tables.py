@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..data.pairs import Text
@@ -53,9 +53,24 @@ class LinearTables(TabularExperts, family=False):
         """r_k(a); gradients flow to beta_k."""
         return self.rewards @ self.read.T
 
-    def learned(self, gradient: Float[Tensor, "rows answers"]) -> Float[Tensor, "rows directions"]:
-        """Gradients with respect to beta_k, from those with respect to rewards."""
-        return gradient @ self.read
+    def text_logps(
+        self, batch: dict[str, Tensor], chosen: Bool[Tensor, "texts experts"] | None = None
+    ) -> Float[Tensor, "texts experts"]:
+        """See `Experts.text_logps`, up to a number that all answers of a prompt share: of many answers only some are asked."""
+        answer = batch["answer"]
+        logps = self.log_ref[answer][:, None] + self.read[answer] @ self.rewards.T / self.beta
+        return logps if chosen is None else logps.masked_fill(~chosen, -torch.inf)
+
+    def pulls(
+        self,
+        pairs: Int[Tensor, "pairs 2"],
+        wrong: Float[Tensor, "pairs"],
+        unit: Int[Tensor, "pairs"],
+        n_units: int,
+    ) -> Float[Tensor, "units directions"]:
+        """See `RewardTable.pulls`: with respect to beta."""
+        x = self.read[pairs[:, 0]] - self.read[pairs[:, 1]]
+        return x.new_zeros(n_units, x.shape[1]).index_add_(0, unit, x * wrong[:, None])
 
     @torch.no_grad()
     def m_step(

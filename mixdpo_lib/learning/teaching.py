@@ -117,11 +117,7 @@ class ByTable(Teaching):
         """See `Teaching.gradients`: of the rewards, or what they are made of."""
         table: Any = expert
         wrong = -torch.expm1(table.loglik(self.index).detach()[:, 0])
-        found = wrong.new_zeros(len(self.sets.names), table.n_answers).flatten()
-        for side, sign in ((0, 1.0), (1, -1.0)):
-            at = self.sets.unit * table.n_answers + self.index[:, side]
-            found.index_add_(0, at, sign * wrong)
-        return table.learned(found.view(-1, table.n_answers)[units])
+        return table.pulls(self.index, wrong, self.sets.unit, len(self.sets.names))[units]
 
     def teach(self, experts: Experts, weight: Float[Tensor, "units experts"], short: bool) -> None:
         """See `Teaching.teach`."""

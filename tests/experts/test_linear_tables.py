@@ -7,7 +7,9 @@ from sklearn.linear_model import LogisticRegression
 
 from mixdpo_lib.experts.copies import gathered
 from mixdpo_lib.experts.linear_tables import LinearTables
-from mixdpo_lib.experts.tables import numbered_answers
+from mixdpo_lib.experts.tables import numbered_answers, numbered_pairs
+from mixdpo_lib.gates.weights import LearnedWeights
+from mixdpo_lib.policy.mixture import MixturePolicy
 
 DRAW = torch.Generator()
 
@@ -55,12 +57,22 @@ def test_an_m_step_never_lowers_its_objective():
         assert bool((objective() >= before).all())
 
 
-def test_gradients_of_rewards_become_those_of_what_is_learned():
-    experts, (pairs, weight) = tables(scale=1.0), pairs_and_weights()
-    rewards = experts.expert_rewards()
-    loss = (weight * torch.sigmoid((rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]).T)).sum()
-    of_rewards, learned = torch.autograd.grad(loss, [rewards, experts.rewards])
-    torch.testing.assert_close(experts.learned(of_rewards), learned)
+def test_pulls_of_units_are_their_gradients():
+    experts, (pairs, _) = tables(n_experts=1, scale=1.0), pairs_and_weights()
+    unit = torch.arange(len(pairs)) % 3
+    loglik = experts.loglik(pairs)[:, 0]
+    found = experts.pulls(pairs, -torch.expm1(loglik.detach()), unit, 3)
+    for u in range(3):
+        (own,) = torch.autograd.grad(loglik[unit == u].sum(), [experts.rewards], retain_graph=True)
+        torch.testing.assert_close(found[u], own[0])
+
+
+def test_a_policy_of_them_says_what_the_table_says():
+    experts, (pairs, _) = tables(scale=1.0), pairs_and_weights()
+    policy = MixturePolicy(experts, LearnedWeights(2))
+    torch.testing.assert_close(
+        policy.loglik(numbered_pairs(pairs, 12)), experts.loglik(pairs).detach().float()
+    )
 
 
 def test_copies_keep_what_was_learned_and_what_is_read():
