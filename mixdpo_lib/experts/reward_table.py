@@ -130,22 +130,6 @@ class RewardTable(Experts, family=False):
         """Log density of all rewards under their prior, without its constant; nats."""
         return -(self.rewards**2).sum() / (2 * self.prior_scale**2)
 
-    def pulls(
-        self,
-        pairs: Int[Tensor, "pairs 2"],
-        wrong: Float[Tensor, "pairs"],
-        unit: Int[Tensor, "pairs"],
-        n_units: int,
-    ) -> Float[Tensor, "units answers"]:
-        """Gradient of each unit's log-likelihood with respect to what is learned of one expert.
-
-        wrong : 1 - sigma(D), how far each pair is from said. unit : of each pair.
-        """
-        found = wrong.new_zeros(n_units * self.n_answers)
-        for side, sign in ((0, 1.0), (1, -1.0)):
-            found.index_add_(0, unit * self.n_answers + pairs[:, side], sign * wrong)
-        return found.view(n_units, -1)
-
     @torch.no_grad()
     def m_step(
         self, pairs: Int[Tensor, "pairs 2"], weight: Float[Tensor, "pairs experts"], steps: int = 2

@@ -39,9 +39,10 @@ class Growth:
         errors of the paired difference, a merge when it falls by less; by `LEAST` nats in any case.
     refusals : >= 1 splits and births that are refused in a row end growth; as many merges and retirements are tried.
     max_experts : >= 2; growth ends there.
-    sketch : one expert that takes gradient steps is first grown as rewards that are linear in what its base makes of the
-        answers, which takes seconds. What they find is one proposal ("linear"); with it kept, or if they find one expert,
-        a single refusal ends growth. Where experts refuse it, growth goes on as without.
+    sketch : where one expert takes gradient steps, rewards that are linear in what its base makes of the answers say first
+        how many kinds there are, which takes seconds. What they find is one proposal ("linear"). If experts keep it, they
+        learn whole and growth ends; if linear rewards find one kind, a single refusal ends it; if experts refuse what was
+        found, growth goes on as without.
     """
 
     errors: float | int = 1.0
@@ -277,7 +278,7 @@ class Growing:
     def run(self, refusals: int | None = None) -> list[list[Any]]:
         """Grow until proposals are refused in a row, then shrink while nothing is lost."""
         most = self.growth.refusals if refusals is None else refusals
-        refused, grew = 0, True
+        refused, grew = 0, most > 0
         while grew and self.policy.n_experts < self.growth.max_experts:
             grew = False
             for proposal in self._more():
@@ -288,7 +289,7 @@ class Growing:
         kept = self._settled_since(0)
         shrank = True
         while shrank:
-            shrank = any(map(self.decide, islice(self._fewer(), most)))
+            shrank = any(map(self.decide, islice(self._fewer(), max(most, 1))))
         self._settled_since(kept)
         return self.rows
 

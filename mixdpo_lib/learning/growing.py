@@ -22,8 +22,8 @@ from .teaching import Sets
 class Grown:
     """What growth leaves.
 
-    table : a row a decision: proposal (split, birth, merge, retire; "linear split" and so on among linear rewards, and
-        "linear" what they found, see `Growth`), experts it takes the place of, K before, units whose held-out pairs
+    table : a row a decision: proposal (split, birth, merge, retire; "linear rewards" for each K that these were asked about,
+        and "linear" what they found, see `Growth`), experts it takes the place of, K before, units whose held-out pairs
         decided, gain of the mean held-out log-likelihood a unit (nats) and its standard error, kept, seconds.
     n_experts : K at the end. loglik : (held-out units,), nats of all held-out pairs of each, at the end. The pairs that
         decided flatter the result: how good it is, other pairs say (`report`).
@@ -52,7 +52,7 @@ def grow(
     difference. At the end a **merge** of two experts stands when it loses less than that, and an expert is **retired**
     when nothing is lost. Log-likelihood of a held-out unit: log sum_k q_uk prod_n exp(loglik_nk), q_u by its training
     pairs (at most 48 of them in families that take gradient steps), or the gate's weights where it has none. A single
-    expert that takes gradient steps is grown as linear rewards first (`Growth`). Source: docs/method.md.
+    expert that takes gradient steps is sketched by linear rewards first (`Growth`). Source: docs/method.md.
 
     Parameters
     ----------
@@ -99,11 +99,11 @@ def _sketched(found: Growing, sets: Sets, config: FitConfig, growth: Growth) -> 
     """Take what linear rewards propose, if experts agree, and say how many refusals end growth from here."""
     if found.policy.n_experts > 1 or found.policy.base is None:
         return growth.refusals
-    proposal, rows = sketch(found.policy, sets, config, growth)
+    proposal, rows = sketch(found.policy.base, sets, growth, config.seed)
     found.rows.extend(rows)
-    if proposal is not None and not found.decide(proposal):
-        return growth.refusals
-    return 1
+    if proposal is None:
+        return 1
+    return 0 if found.decide(proposal) else growth.refusals
 
 
 def _check(policy: MixturePolicy, config: FitConfig, validation: Any) -> None:

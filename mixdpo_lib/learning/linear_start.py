@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..base.features import gather_positions, text_features
 from ..base.model import Base
-from ..data.pairs import Pairs, Texts
+from ..data.pairs import Pairs
 from ..elbo import log_responsibilities, mixture_log_likelihood
 from ..experts.groups import Nodes
 from ..store import MixDPOError
@@ -20,24 +20,18 @@ RESTARTS, ITERATIONS, TEMPERED, TEMPERATURE = 3, 40, 15, 20.0
 
 
 @torch.no_grad()
-def mean_states(
-    base: Base, texts: Texts, ids: Int[Tensor, "texts"], block: int = 1024
-) -> Float[Tensor, "texts hidden"]:
-    """Mean last hidden state of the answer of each of these texts, float64."""
-    features, means = text_features(base, texts), []
+def answer_states(
+    base: Base, data: Pairs, block: int = 1024
+) -> tuple[Float[Tensor, "texts hidden"], Int[Tensor, "pairs 2"]]:
+    """Mean last hidden state of each distinct answer, float64, and the two answers of every pair among them."""
+    features = text_features(base, data.texts)
+    ids, place = torch.unique(data.index, return_inverse=True)
+    means = []
     for part in ids.split(block):
         hidden, _, segment = gather_positions(features, part)
         total = torch.zeros(len(part), hidden.shape[1]).index_add_(0, segment, hidden)
         means.append(total / torch.bincount(segment)[:, None])
-    return torch.cat(means).double()
-
-
-def answer_states(
-    base: Base, data: Pairs, block: int = 1024
-) -> tuple[Float[Tensor, "texts hidden"], Int[Tensor, "pairs 2"]]:
-    """`mean_states` of each distinct answer, and the two answers of every pair among them."""
-    ids, place = torch.unique(data.index, return_inverse=True)
-    return mean_states(base, data.texts, ids, block), place
+    return torch.cat(means).double(), place
 
 
 def directions(
@@ -61,7 +55,7 @@ def linear_em(
     coordinates: Float[Tensor, "experts basis"],
     log_prior: Float[Tensor, "experts"],
     start: Float[Tensor, "units experts"],
-) -> tuple[float, Float[Tensor, "units experts"]]:
+) -> tuple[float, Float[Tensor, "units experts"], Float[Tensor, "basis directions"]]:
     """A mixture of linear rewards r_k(y) = sum_j c_kj beta_j . x(y), beta ~ N(0, 1), by tempered EM. [derived]
 
     Parameters
@@ -70,7 +64,7 @@ def linear_em(
 
     Returns
     -------
-    log-likelihood of the units plus log prior, nats a pair; log q of the units under `log_prior`, which stands.
+    log-likelihood of the units plus log prior, nats a pair; log q of the units under `log_prior`, which stands; beta_j.
 
     >>> read = torch.tensor([[2.0], [-2.0]]).double().repeat_interleave(20, 0)  # two units of 20 pairs
     >>> unit, weights = torch.arange(2).repeat_interleave(20), torch.tensor([0.5, 0.5]).double()
@@ -100,7 +94,7 @@ def linear_em(
         heat = max(1.0, TEMPERATURE ** (1 - step / TEMPERED))
         log_q = log_responsibilities(loglik, log_prior, unit, responsibility_temperature=heat)
     score = float(mixture_log_likelihood(loglik, log_prior, unit).sum() - beta.square().sum() / 2)
-    return score / len(read), log_q
+    return score / len(read), log_q, beta
 
 
 def linear_log_q(

@@ -1,46 +1,68 @@
-"""How many kinds of taste are there, before experts learn? Growth of rewards that are linear in what the base makes of
-the answers: seconds where fits take minutes."""
+"""How many kinds of taste are there, before experts learn? Linear rewards of what the base makes of the answers say it,
+within seconds where fits take minutes."""
 
 from __future__ import annotations
 
-import copy
+import time
+from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
 
 from ..base.model import Base
-from ..experts.linear_tables import LinearTables
-from ..policy.mixture import MixturePolicy
-from .config import FitConfig
-from .deciding import Growing, Growth, Proposal
-from .linear_start import answer_states, directions, mean_states
+from ..elbo import sum_over_units
+from .deciding import LEAST, Growth, Proposal
+from .linear_start import RESTARTS, answer_states, directions, linear_em
+from .starts import random_log_q
 from .teaching import Sets
 
-PRIOR_SCALE = 0.3  # of beta_k; .1 to 1 were tried, see docs/log.md
+REFUSALS = 2  # in a row end it: to ask for one more costs seconds
 
 
-def linear_tables(base: Base, sets: Sets) -> LinearTables:
-    """One expert, linear in the leading directions of the differences of the training answers, for all answers."""
-    states, place = answer_states(base, sets.train)
-    turn, read = directions(states[place[:, 0]] - states[place[:, 1]]), {}
-    for texts in (sets.train.texts, sets.held.texts):
-        read.update(
-            zip(texts.texts, mean_states(base, texts, torch.arange(len(texts))) @ turn, strict=True)
-        )
-    return LinearTables(torch.stack(list(read.values())), list(read), prior_scale=PRIOR_SCALE)
+def sketch(base: Base, sets: Sets, growth: Growth, seed: int) -> tuple[Proposal | None, list[list]]:
+    """As many new experts for the only one as linear rewards find, each with the units that it answers for there.
 
-
-def sketch(
-    policy: MixturePolicy, sets: Sets, config: FitConfig, growth: Growth
-) -> tuple[Proposal | None, list[list]]:
-    """As many new experts for the only one as linear rewards grow to, each with the units that it answers for there.
+    K = 2, 3, ... are fitted by `linear_em` from several starts, of which the likeliest on training pairs counts; one more
+    is kept when the held-out log-likelihood per unit rises by more than `growth` asks for, over the largest K kept.
 
     Returns the proposal (None: one expert) and the decisions, rows of the table of `grow`.
     """
-    experts = linear_tables(policy.base, sets)
-    drawn = MixturePolicy(experts, copy.deepcopy(policy.gate), experts.beta, policy.lapse)
-    course = Growing(drawn, sets, config, growth, freeze_others=False, freeze_users=[])
-    rows = [[f"linear {kind}", *row] for kind, *row in course.run()]
-    n = drawn.n_experts
-    if n == 1:
+    states, place = answer_states(base, sets.train)
+    differences = states[place[:, 0]] - states[place[:, 1]]
+    turn = directions(differences)
+    read = differences @ turn
+    states, place = answer_states(base, sets.held)
+    read_held = (states[place[:, 0]] - states[place[:, 1]]) @ turn
+
+    def fitted(k: int) -> tuple[Tensor, Float[Tensor, "held_units"]]:
+        log_prior = torch.zeros(k, dtype=torch.float64).log_softmax(0)
+        starts = (random_log_q(len(sets.names), k, seed * RESTARTS + i) for i in range(RESTARTS))
+        runs = [linear_em(read, sets.unit, torch.eye(k).double(), log_prior, one) for one in starts]
+        _, log_q, beta = max(runs, key=lambda run: run[0])
+        loglik = F.logsigmoid(read_held @ beta.T)
+        by_unit = sum_over_units(loglik, sets.held_unit, len(sets.held_names))
+        prior = torch.where(sets.place[:, None] < 0, log_prior, log_q[sets.place])
+        return log_q, (prior + by_unit).logsumexp(1)
+
+    def decided() -> Iterator[list]:
+        nonlocal kept, found, served
+        refused = 0
+        while refused < REFUSALS and (k := kept + refused + 1) <= growth.max_experts:
+            began = time.monotonic()
+            log_q, score = fitted(k)
+            gains = score - served
+            gain, error = float(gains.mean()), float(gains.std()) / len(gains) ** 0.5
+            better = gain > max(growth.errors * error, LEAST)
+            row = ["linear rewards", f"K = {k}", kept, len(gains), gain, error, better]
+            yield [*row, time.monotonic() - began]
+            refused = 0 if better else refused + 1
+            if better:
+                kept, found, served = k, log_q, score
+
+    kept, (found, served) = 1, fitted(1)
+    rows = list(decided())
+    if kept == 1:
         return None, rows
-    return Proposal("linear", (0,), (0,) * n, course.log_q(course.now).exp()), rows
+    return Proposal("linear", (0,), (0,) * kept, found.exp()), rows

@@ -114,10 +114,14 @@ class ByTable(Teaching):
     def gradients(
         self, expert: Experts, units: Int[Tensor, "some"]
     ) -> Float[Tensor, "some numbers"]:
-        """See `Teaching.gradients`: of the rewards, or what they are made of."""
+        """See `Teaching.gradients`: of the rewards."""
         table: Any = expert
         wrong = -torch.expm1(table.loglik(self.index).detach()[:, 0])
-        return table.pulls(self.index, wrong, self.sets.unit, len(self.sets.names))[units]
+        found = wrong.new_zeros(len(self.sets.names), table.n_answers).flatten()
+        for side, sign in ((0, 1.0), (1, -1.0)):
+            at = self.sets.unit * table.n_answers + self.index[:, side]
+            found.index_add_(0, at, sign * wrong)
+        return found.view(-1, table.n_answers)[units]
 
     def teach(self, experts: Experts, weight: Float[Tensor, "units experts"], short: bool) -> None:
         """See `Teaching.teach`."""

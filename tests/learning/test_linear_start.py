@@ -50,7 +50,7 @@ def test_groups_are_parted(seed):
     read = answered(rewards, unit, read, seed)
     prior = torch.zeros(3).double().log_softmax(0)
     for start in range(2):
-        score, log_q = linear_em(
+        score, log_q, _ = linear_em(
             read, unit, torch.eye(3).double(), prior, random_log_q(45, 3, start)
         )
         assert normalized_mutual_info_score(group, log_q.argmax(1)) == 1.0
@@ -65,7 +65,7 @@ def test_angles_are_found():
     rewards[:, 2], rewards[:, 4] = 2 * angle.cos(), 2 * angle.sin()
     nodes = Nodes("circle", 32)
     read = answered(rewards, unit, read)
-    _, log_q = linear_em(
+    _, log_q, _ = linear_em(
         read, unit, nodes.coordinates, nodes.log_prior, nodes.random_log_q(60, seed=0)
     )
     found = align_circle(nodes.taste(log_q).direction.numpy(), angle.numpy())
@@ -76,7 +76,7 @@ def test_one_expert_is_a_logistic_regression():
     """K = 1: the score is that of scikit-learn's regression with the same prior."""
     unit, read = drawn(5, 60, 4)
     read = answered(torch.tensor([[1.0, -0.5, 0.0, 2.0]]).double().expand(5, -1), unit, read)
-    score, log_q = linear_em(
+    score, log_q, _ = linear_em(
         read, unit, torch.ones(1, 1).double(), torch.zeros(1).double(), torch.zeros(5, 1).double()
     )
     both = np.concatenate([read.numpy(), -read.numpy()])
@@ -94,7 +94,7 @@ def test_where_it_ends_is_a_maximum():
     rewards = torch.eye(5).double()[torch.arange(20) % 2] * 1.5
     read = answered(rewards, unit, read)
     prior = torch.tensor([0.4, 0.6]).double().log()
-    _, log_q = linear_em(read, unit, torch.eye(2).double(), prior, random_log_q(20, 2, 0))
+    _, log_q, _ = linear_em(read, unit, torch.eye(2).double(), prior, random_log_q(20, 2, 0))
     both, label = np.concatenate([read.numpy(), -read.numpy()]), np.repeat([1, 0], len(read))
     loglik = []
     for k in range(2):
