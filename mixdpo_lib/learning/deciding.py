@@ -246,18 +246,48 @@ class Growing:
         began, before = time.monotonic(), self.now
         tried = self._tried(proposal)
         gain, error = self._gain(tried)
-        allowed = self.growth.errors * error
-        kept = {"retire": gain > -LEAST, "merge": gain > -max(allowed, LEAST)}.get(
-            proposal.kind, gain > max(allowed, LEAST)
-        )
+        kept = self._pays(proposal.kind, gain, error)
         if kept:
             self.policy.experts, self.policy.gate, self.now = tried.experts, tried.gate, tried
             self._settle(short=self.teacher.exact)
         experts = " and ".join(str(k) for k in proposal.gone or proposal.copies)
-        n_units = len(self.sets.held_names)
-        row = [proposal.kind, experts, before.experts.n_experts, n_units, gain, error, kept]
-        self.rows.append([*row, time.monotonic() - began])
+        self._write(proposal.kind, experts, before, gain, error, kept, began)
         return kept
+
+    def fitted_anew(self, n_experts: int) -> bool:
+        """Fit so many experts from linear rewards in place of the only one, and take them where they hold."""
+        began, before, policy = time.monotonic(), self.now, self.policy
+        like = before.experts
+        policy.experts = like.of_number([(like, 0)] * n_experts)
+        policy.gate = before.gate.resized(n_experts)
+        self.teacher.fit_anew()  # type: ignore[attr-defined]
+        tried = self.measured()
+        gain, error = self._gain(tried)
+        kept = self._pays("linear", gain, error)
+        self.now = tried if kept else before
+        policy.experts, policy.gate = self.now.experts, self.now.gate
+        self._write("linear", "0", before, gain, error, kept, began)
+        return kept
+
+    def _pays(self, kind: str, gain: float, error: float) -> bool:
+        """Whether a proposal of this kind stands."""
+        allowed = self.growth.errors * error
+        least = {"retire": -LEAST, "merge": -max(allowed, LEAST)}
+        return gain > least.get(kind, max(allowed, LEAST))
+
+    def _write(
+        self,
+        kind: str,
+        experts: str,
+        before: _Mixture,
+        gain: float,
+        error: float,
+        kept: bool,
+        began: float,
+    ) -> None:
+        n, units = before.experts.n_experts, len(self.sets.held_names)
+        seconds = time.monotonic() - began
+        self.rows.append([kind, experts, n, units, gain, error, kept, seconds])
 
     def _settle(self, short: bool) -> None:
         """All experts learn on, or with experts held back the others alone."""

@@ -99,11 +99,11 @@ def _sketched(found: Growing, sets: Sets, config: FitConfig, growth: Growth) -> 
     """Take what linear rewards propose, if experts agree, and say how many refusals end growth from here."""
     if found.policy.n_experts > 1 or found.policy.base is None:
         return growth.refusals
-    proposal, rows = sketch(found.policy.base, sets, growth, config.seed)
+    n_kinds, rows = sketch(found.policy.base, sets, growth, config.seed)
     found.rows.extend(rows)
-    if proposal is None:
+    if n_kinds == 1:
         return 1
-    return 0 if found.decide(proposal) else growth.refusals
+    return 0 if found.fitted_anew(n_kinds) else growth.refusals
 
 
 def _check(policy: MixturePolicy, config: FitConfig, validation: Any) -> None:

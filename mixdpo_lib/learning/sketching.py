@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..base.model import Base
 from ..elbo import sum_over_units
-from .deciding import LEAST, Growth, Proposal
+from .deciding import LEAST, Growth
 from .linear_start import RESTARTS, answer_states, directions, linear_em
 from .starts import random_log_q
 from .teaching import Sets
@@ -27,7 +27,7 @@ def sketch(base: Base, sets: Sets, growth: Growth, seed: int) -> tuple[Proposal 
     K = 2, 3, ... are fitted by `linear_em` from several starts, of which the likeliest on training pairs counts; one more
     is kept when the held-out log-likelihood per unit rises by more than `growth` asks for, over the largest K kept.
 
-    Returns the proposal (None: one expert) and the decisions, rows of the table of `grow`.
+    Returns that number and the decisions, rows of the table of `grow`.
     """
     states, place = answer_states(base, sets.train)
     differences = states[place[:, 0]] - states[place[:, 1]]
@@ -36,7 +36,7 @@ def sketch(base: Base, sets: Sets, growth: Growth, seed: int) -> tuple[Proposal 
     states, place = answer_states(base, sets.held)
     read_held = (states[place[:, 0]] - states[place[:, 1]]) @ turn
 
-    def fitted(k: int) -> tuple[Tensor, Float[Tensor, "held_units"]]:
+    def fitted(k: int) -> Float[Tensor, "held_units"]:
         log_prior = torch.zeros(k, dtype=torch.float64).log_softmax(0)
         starts = (random_log_q(len(sets.names), k, seed * RESTARTS + i) for i in range(RESTARTS))
         runs = [linear_em(read, sets.unit, torch.eye(k).double(), log_prior, one) for one in starts]
@@ -44,14 +44,14 @@ def sketch(base: Base, sets: Sets, growth: Growth, seed: int) -> tuple[Proposal 
         loglik = F.logsigmoid(read_held @ beta.T)
         by_unit = sum_over_units(loglik, sets.held_unit, len(sets.held_names))
         prior = torch.where(sets.place[:, None] < 0, log_prior, log_q[sets.place])
-        return log_q, (prior + by_unit).logsumexp(1)
+        return (prior + by_unit).logsumexp(1)
 
     def decided() -> Iterator[list]:
-        nonlocal kept, found, served
+        nonlocal kept, served
         refused = 0
         while refused < REFUSALS and (k := kept + refused + 1) <= growth.max_experts:
             began = time.monotonic()
-            log_q, score = fitted(k)
+            score = fitted(k)
             gains = score - served
             gain, error = float(gains.mean()), float(gains.std()) / len(gains) ** 0.5
             better = gain > max(growth.errors * error, LEAST)
@@ -59,10 +59,8 @@ def sketch(base: Base, sets: Sets, growth: Growth, seed: int) -> tuple[Proposal 
             yield [*row, time.monotonic() - began]
             refused = 0 if better else refused + 1
             if better:
-                kept, found, served = k, log_q, score
+                kept, served = k, score
 
-    kept, (found, served) = 1, fitted(1)
+    kept, served = 1, fitted(1)
     rows = list(decided())
-    if kept == 1:
-        return None, rows
-    return Proposal("linear", (0,), (0,) * kept, found.exp()), rows
+    return kept, rows

@@ -215,12 +215,19 @@ class BySteps(Teaching):
 
     def settle(self, short: bool) -> None:
         """See `Teaching.settle`."""
+        self._fit(self._config(short))
+
+    def fit_anew(self) -> None:
+        """Fit the whole policy, whose experts are as at the start, from linear rewards (`linear_start`), in place."""
+        self._fit(self._config(short=False).change(start__kind="linear"))
+
+    def _fit(self, config: FitConfig) -> None:
         sets = self.sets
         known = (sets.place >= 0)[sets.held_unit]
         if self.policy.gate.reads:
             known = torch.ones_like(known)
         held = sets.held.where(known.numpy()) if bool(known.any()) else None
-        fit(self.policy, sets.train, self._config(short), validation=held)
+        fit(self.policy, sets.train, config, validation=held)
 
 
 def teaching(policy: MixturePolicy, sets: Sets, config: FitConfig) -> Teaching:

@@ -14,6 +14,7 @@ from mixdpo_lib.experts.tables import numbered_answers, numbered_pairs
 from mixdpo_lib.learning import deciding, growing
 from mixdpo_lib.learning.deciding import Growth
 from mixdpo_lib.learning.growing import grow
+from mixdpo_lib.learning.sketching import sketch
 from mixdpo_lib.learning.teaching import BySteps, ByTable, Sets
 
 N_ANSWERS = 8
@@ -128,7 +129,7 @@ def test_heads_grow_by_gradient_steps(tiny_base, sketch):
     growth = Growth(max_experts=2, sketch=sketch)
     grown = grow(policy, train, HEADS, validation=held, growth=growth)
     assert grown.n_experts == 2 and nmi_of_kinds(policy, train) == 1.0
-    asked = grown.table["proposal"].str.startswith("linear ")
+    asked = grown.table["proposal"] == "linear rewards"
     first = grown.table[~asked].iloc[0]
     assert bool(asked.any()) == sketch and (first["proposal"] == "linear") == sketch
     assert (
@@ -139,11 +140,10 @@ def test_heads_grow_by_gradient_steps(tiny_base, sketch):
 def test_what_experts_refuse_of_linear_rewards_leaves_growth_as_it_was_without(
     tiny_base, monkeypatch
 ):
-    """Units parted at random: no gain. The decisions after it are those of a growth that knows nothing of it."""
+    """Experts that learn nothing are no gain. The decisions after it are those of a growth that knows nothing of it."""
     policy, train, held = heads_of_two_kinds(tiny_base)
-    mixed = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]] * 2).double()
-    nonsense = deciding.Proposal("linear", (0,), (0, 0), mixed)
-    monkeypatch.setattr(growing, "sketch", lambda *_: (nonsense, []))
+    monkeypatch.setattr(growing, "sketch", lambda *_: (2, []))
+    monkeypatch.setattr(BySteps, "fit_anew", lambda _: None)
     found = grow(policy, train, HEADS, validation=held, growth=Growth(max_experts=2))
     assert found.table["proposal"][0] == "linear" and not found.table["kept"][0]
     plain, train, held = heads_of_two_kinds(tiny_base)
@@ -154,11 +154,24 @@ def test_what_experts_refuse_of_linear_rewards_leaves_growth_as_it_was_without(
 
 def test_one_kind_by_linear_rewards_leaves_a_single_proposal_to_experts(tiny_base, monkeypatch):
     policy, train, held = heads_of_two_kinds(tiny_base)
-    monkeypatch.setattr(growing, "sketch", lambda *_: (None, []))
-    growth = Growth(errors=1e9)
-    assert grow(policy, train, HEADS, validation=held, growth=growth).table[
-        "proposal"
-    ].tolist() == ["split"]
+    monkeypatch.setattr(growing, "sketch", lambda *_: (1, []))
+    found = grow(policy, train, HEADS, validation=held, growth=Growth(errors=1e9))
+    assert found.table["proposal"].tolist() == ["split"]
+
+
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_linear_rewards_find_as_many_kinds_as_there_are(tiny_base, kinds):
+    _, train, held = heads_of_two_kinds(tiny_base, 288)
+    if kinds == 1:
+        train, held = (
+            data.where([int(name[4:]) % 2 == 0 for name in data.rows["user"]])
+            for data in (train, held)
+        )
+    found, rows = sketch(tiny_base, Sets.of(train, held, "user"), Growth(), seed=0)
+    assert found == kinds and sum(row[6] for row in rows) == kinds - 1
+    assert [row[6] for row in rows[-2:]] == [False, False]  # two refusals end it
+    most, _ = sketch(tiny_base, Sets.of(train, held, "user"), Growth(max_experts=2), seed=0)
+    assert most == kinds
 
 
 def test_gradients_of_units_equal_those_of_plain_autograd(tiny_base):
