@@ -40,9 +40,8 @@ class Growth:
     refusals : >= 1 splits and births that are refused in a row end growth; as many merges and retirements are tried.
     max_experts : >= 2; growth ends there.
     sketch : where one expert takes gradient steps, rewards that are linear in what its base makes of the answers say first
-        how many kinds there are, which takes seconds. What they find is one proposal ("linear"). If experts keep it, they
-        learn whole and growth ends; if linear rewards find one kind, a single refusal ends it; if experts refuse what was
-        found, growth goes on as without.
+        how many kinds there are, which takes seconds. So many experts are fitted from there ("linear"). If they are kept,
+        or linear rewards find one kind, a single refusal ends growth; else it goes on as without.
     """
 
     errors: float | int = 1.0
@@ -259,6 +258,7 @@ class Growing:
         began, before, policy = time.monotonic(), self.now, self.policy
         like = before.experts
         policy.experts = like.of_number([(like, 0)] * n_experts)
+        policy.experts.start(self.sets.train)
         policy.gate = before.gate.resized(n_experts)
         self.teacher.fit_anew()  # type: ignore[attr-defined]
         tried = self.measured()
@@ -308,7 +308,7 @@ class Growing:
     def run(self, refusals: int | None = None) -> list[list[Any]]:
         """Grow until proposals are refused in a row, then shrink while nothing is lost."""
         most = self.growth.refusals if refusals is None else refusals
-        refused, grew = 0, most > 0
+        refused, grew = 0, True
         while grew and self.policy.n_experts < self.growth.max_experts:
             grew = False
             for proposal in self._more():
@@ -319,7 +319,7 @@ class Growing:
         kept = self._settled_since(0)
         shrank = True
         while shrank:
-            shrank = any(map(self.decide, islice(self._fewer(), max(most, 1))))
+            shrank = any(map(self.decide, islice(self._fewer(), max(most, 2))))
         self._settled_since(kept)
         return self.rows
 

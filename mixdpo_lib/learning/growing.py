@@ -101,9 +101,7 @@ def _sketched(found: Growing, sets: Sets, config: FitConfig, growth: Growth) -> 
         return growth.refusals
     n_kinds, rows = sketch(found.policy.base, sets, growth, config.seed)
     found.rows.extend(rows)
-    if n_kinds == 1:
-        return 1
-    return 0 if found.fitted_anew(n_kinds) else growth.refusals
+    return 1 if n_kinds == 1 or found.fitted_anew(n_kinds) else growth.refusals
 
 
 def _check(policy: MixturePolicy, config: FitConfig, validation: Any) -> None:

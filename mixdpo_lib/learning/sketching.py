@@ -18,6 +18,9 @@ from .linear_start import RESTARTS, answer_states, directions, linear_em
 from .starts import random_log_q
 from .teaching import Sets
 
+PRIOR_SCALE = (
+    0.3  # of beta, where the start of a fit has 1: few pairs of many directions; see docs/log.md
+)
 REFUSALS = 2  # in a row end it: to ask for one more costs seconds
 
 
@@ -31,7 +34,7 @@ def sketch(base: Base, sets: Sets, growth: Growth, seed: int) -> tuple[Proposal 
     """
     states, place = answer_states(base, sets.train)
     differences = states[place[:, 0]] - states[place[:, 1]]
-    turn = directions(differences)
+    turn = PRIOR_SCALE * directions(differences)
     read = differences @ turn
     states, place = answer_states(base, sets.held)
     read_held = (states[place[:, 0]] - states[place[:, 1]]) @ turn

@@ -125,7 +125,7 @@ def nmi_of_kinds(policy, train):
 
 @pytest.mark.parametrize("sketch", [False, True])
 def test_heads_grow_by_gradient_steps(tiny_base, sketch):
-    policy, train, held = heads_of_two_kinds(tiny_base, 288 if sketch else 96)
+    policy, train, held = heads_of_two_kinds(tiny_base, 480 if sketch else 96)
     growth = Growth(max_experts=2, sketch=sketch)
     grown = grow(policy, train, HEADS, validation=held, growth=growth)
     assert grown.n_experts == 2 and nmi_of_kinds(policy, train) == 1.0
@@ -161,7 +161,7 @@ def test_one_kind_by_linear_rewards_leaves_a_single_proposal_to_experts(tiny_bas
 
 @pytest.mark.parametrize("kinds", [1, 2])
 def test_linear_rewards_find_as_many_kinds_as_there_are(tiny_base, kinds):
-    _, train, held = heads_of_two_kinds(tiny_base, 288)
+    _, train, held = heads_of_two_kinds(tiny_base, 480)
     if kinds == 1:
         train, held = (
             data.where([int(name[4:]) % 2 == 0 for name in data.rows["user"]])
