@@ -40,8 +40,8 @@ class Growth:
     refusals : >= 1 splits and births that are refused in a row end growth; as many merges and retirements are tried.
     max_experts : >= 2; growth ends there.
     sketch : where one expert takes gradient steps, rewards that are linear in what its base makes of the answers say first
-        how many kinds there are, which takes seconds. So many experts are fitted from there ("linear"). If they are kept,
-        or linear rewards find one kind, a single refusal ends growth; else it goes on as without.
+        how many kinds there are, which takes seconds. So many experts, two at least, are fitted from there ("linear"), and
+        one more while held-out units say so; that ends growth. If experts refuse what was found, it goes on as without.
     """
 
     errors: float | int = 1.0
@@ -254,7 +254,7 @@ class Growing:
         return kept
 
     def fitted_anew(self, n_experts: int) -> bool:
-        """Fit so many experts from linear rewards in place of the only one, and take them where they hold."""
+        """Fit so many experts from linear rewards in place of all, and take them where they hold."""
         began, before, policy = time.monotonic(), self.now, self.policy
         like = before.experts
         policy.experts = like.of_number([(like, 0)] * n_experts)
@@ -266,7 +266,7 @@ class Growing:
         kept = self._pays("linear", gain, error)
         self.now = tried if kept else before
         policy.experts, policy.gate = self.now.experts, self.now.gate
-        self._write("linear", "0", before, gain, error, kept, began)
+        self._write("linear", "all", before, gain, error, kept, began)
         return kept
 
     def _pays(self, kind: str, gain: float, error: float) -> bool:
@@ -308,7 +308,7 @@ class Growing:
     def run(self, refusals: int | None = None) -> list[list[Any]]:
         """Grow until proposals are refused in a row, then shrink while nothing is lost."""
         most = self.growth.refusals if refusals is None else refusals
-        refused, grew = 0, True
+        refused, grew = 0, most > 0
         while grew and self.policy.n_experts < self.growth.max_experts:
             grew = False
             for proposal in self._more():
@@ -319,7 +319,7 @@ class Growing:
         kept = self._settled_since(0)
         shrank = True
         while shrank:
-            shrank = any(map(self.decide, islice(self._fewer(), max(most, 2))))
+            shrank = any(map(self.decide, islice(self._fewer(), max(most, 1))))
         self._settled_since(kept)
         return self.rows
 

@@ -96,12 +96,15 @@ def grow(
 
 
 def _sketched(found: Growing, sets: Sets, config: FitConfig, growth: Growth) -> int:
-    """Take what linear rewards propose, if experts agree, and say how many refusals end growth from here."""
+    """As many experts as linear rewards find, and one more while that holds; how many refusals end growth from here."""
     if found.policy.n_experts > 1 or found.policy.base is None:
         return growth.refusals
     n_kinds, rows = sketch(found.policy.base, sets, growth, config.seed)
     found.rows.extend(rows)
-    return 1 if n_kinds == 1 or found.fitted_anew(n_kinds) else growth.refusals
+    n, kept = max(n_kinds, 2), False
+    while n <= growth.max_experts and found.fitted_anew(n):
+        n, kept = n + 1, True
+    return 0 if kept or n_kinds == 1 else growth.refusals
 
 
 def _check(policy: MixturePolicy, config: FitConfig, validation: Any) -> None:

@@ -152,11 +152,19 @@ def test_what_experts_refuse_of_linear_rewards_leaves_growth_as_it_was_without(
     pd.testing.assert_frame_equal(told, alone.table.drop(columns="seconds"))
 
 
-def test_one_kind_by_linear_rewards_leaves_a_single_proposal_to_experts(tiny_base, monkeypatch):
+def test_one_kind_by_linear_rewards_leaves_a_single_fit_to_experts(tiny_base, monkeypatch):
     policy, train, held = heads_of_two_kinds(tiny_base)
     monkeypatch.setattr(growing, "sketch", lambda *_: (1, []))
     found = grow(policy, train, HEADS, validation=held, growth=Growth(errors=1e9))
-    assert found.table["proposal"].tolist() == ["split"]
+    assert found.table["proposal"].tolist() == ["linear"] and found.n_experts == 1
+
+
+def test_one_expert_more_than_linear_rewards_find_is_fitted_while_it_holds(tiny_base, monkeypatch):
+    policy, train, held = heads_of_two_kinds(tiny_base, 480)
+    monkeypatch.setattr(growing, "sketch", lambda *_: (1, []))
+    found = grow(policy, train, HEADS, validation=held, growth=Growth(max_experts=3))
+    assert found.table["kept"][0] and found.table["n_experts"].tolist()[:2] == [1, 2]
+    assert nmi_of_kinds(policy, train) == 1.0
 
 
 @pytest.mark.parametrize("kinds", [1, 2])
