@@ -4,7 +4,6 @@ within seconds where fits take minutes."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -24,8 +23,8 @@ PRIOR_SCALE = (
 REFUSALS = 2  # in a row end it: to ask for one more costs seconds
 
 
-def sketch(base: Base, sets: Sets, growth: Growth, seed: int) -> tuple[Proposal | None, list[list]]:
-    """As many new experts for the only one as linear rewards find, each with the units that it answers for there.
+def sketch(base: Base, sets: Sets, growth: Growth, seed: int) -> tuple[int, list[list]]:
+    """How many kinds linear rewards find.
 
     K = 2, 3, ... are fitted by `linear_em` from several starts, of which the likeliest on training pairs counts; one more
     is kept when the held-out log-likelihood per unit rises by more than `growth` asks for, over the largest K kept.
@@ -49,21 +48,16 @@ def sketch(base: Base, sets: Sets, growth: Growth, seed: int) -> tuple[Proposal 
         prior = torch.where(sets.place[:, None] < 0, log_prior, log_q[sets.place])
         return (prior + by_unit).logsumexp(1)
 
-    def decided() -> Iterator[list]:
-        nonlocal kept, served
-        refused = 0
-        while refused < REFUSALS and (k := kept + refused + 1) <= growth.max_experts:
-            began = time.monotonic()
-            score = fitted(k)
-            gains = score - served
-            gain, error = float(gains.mean()), float(gains.std()) / len(gains) ** 0.5
-            better = gain > max(growth.errors * error, LEAST)
-            row = ["linear rewards", f"K = {k}", kept, len(gains), gain, error, better]
-            yield [*row, time.monotonic() - began]
-            refused = 0 if better else refused + 1
-            if better:
-                kept, served = k, score
-
-    kept, served = 1, fitted(1)
-    rows = list(decided())
+    kept, served, refused = 1, fitted(1), 0
+    rows: list[list] = []
+    while refused < REFUSALS and (k := kept + refused + 1) <= growth.max_experts:
+        began, score = time.monotonic(), fitted(k)
+        gains = score - served
+        gain, error = float(gains.mean()), float(gains.std()) / len(gains) ** 0.5
+        better = gain > max(growth.errors * error, LEAST)
+        row = ["linear rewards", f"K = {k}", kept, len(gains), gain, error, better]
+        rows.append([*row, time.monotonic() - began])
+        refused = 0 if better else refused + 1
+        if better:
+            kept, served = k, score
     return kept, rows
