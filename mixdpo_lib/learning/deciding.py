@@ -96,8 +96,8 @@ def _gate_inputs(
         policy.gate = own
 
 
-class Growing:
-    """The course of one growth."""
+class _Known:
+    """What a growth knows: the policy as it is, and what its units' pairs say of it."""
 
     def __init__(
         self,
@@ -146,6 +146,10 @@ class Growing:
         log_w = log_w.expand(len(place), -1)
         prior = torch.where(place[:, None] < 0, log_w, self.log_q(mixture)[place])
         return (prior + mixture.held).logsumexp(1).numpy()
+
+
+class Growing(_Known):
+    """The course of one growth."""
 
     # ------------------------------------------------------------------------------------------------- the proposals
 

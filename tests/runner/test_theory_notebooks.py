@@ -18,7 +18,7 @@ SMALL = {
     },
     "1_extreme_sparsity": {"n_groups": 6, "seeds": [0], "passes": 8},
     "2_growing_experts": {"seeds": [0], "n_users": 120},
-    "3_continuous_groups": {"n_users": 60, "n_experts_compared": [1, 3], "seeds": [0]},
+    "3_continuous_groups": {"n_users": 60, "n_experts_compared": [1, 3]},
 }
 
 
