@@ -147,6 +147,12 @@ class _Known:
         prior = torch.where(place[:, None] < 0, log_w, self.log_q(mixture)[place])
         return (prior + mixture.held).logsumexp(1).numpy()
 
+    def _weighed(self, mixture: _Mixture) -> _Mixture:
+        """With a gate that was moved to its responsibilities."""
+        inputs = _gate_inputs(self.policy, self.sets, mixture.gate)
+        gate_em(mixture.gate, inputs, mixture.train, max_iter=GATE_ITERATIONS, tolerance=1e-4)
+        return mixture
+
 
 class Growing(_Known):
     """The course of one growth."""
@@ -232,12 +238,6 @@ class Growing(_Known):
                 break
         whole = [(now.experts, k) for k in stay] + [(new, k) for k in range(n_new)]
         return _Mixture(gathered(experts, whole), gate, train, held)
-
-    def _weighed(self, mixture: _Mixture) -> _Mixture:
-        """With a gate that was moved to its responsibilities."""
-        inputs = _gate_inputs(self.policy, self.sets, mixture.gate)
-        gate_em(mixture.gate, inputs, mixture.train, max_iter=GATE_ITERATIONS, tolerance=1e-4)
-        return mixture
 
     def _gain(self, tried: _Mixture) -> tuple[float, float]:
         """Mean gain of held-out log-likelihood a unit over the mixture of now, nats, and its standard error."""
