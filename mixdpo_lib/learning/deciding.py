@@ -39,9 +39,10 @@ class Growth:
         errors of the paired difference, a merge when it falls by less; by `LEAST` nats in any case.
     refusals : >= 1 splits and births that are refused in a row end growth; as many merges and retirements are tried.
     max_experts : >= 2; growth ends there.
-    sketch : where one expert takes gradient steps, rewards that are linear in what its base makes of the answers say first
-        how many kinds there are, which takes seconds. So many experts, two at least, are fitted from there ("linear"), and
-        one more while held-out units say so; that ends growth. If experts refuse what was found, it goes on as without.
+    sketch : where one expert takes gradient steps and has learned nothing, and units have several pairs, rewards that are
+        linear in what its base makes of the answers say first how many kinds there are, within seconds. So many experts,
+        two at least, are fitted from there ("linear"), and one more while held-out units say so; that ends growth. If
+        experts refuse what was found, it goes on as without.
     """
 
     errors: float | int = 1.0
@@ -111,7 +112,8 @@ class _Known:
         self.policy, self.sets, self.growth = policy, sets, growth
         self.teacher: Teaching = teaching(policy, sets, config)
         policy.experts.start(sets.train)
-        if not bool(policy.text_rewards(sets.train.texts).any()):  # still the reference
+        self.fresh = not bool(policy.text_rewards(sets.train.texts).any())  # still the reference
+        if self.fresh:
             self.teacher.settle(short=False)
         self.held_back = policy.n_experts if freeze_others else 0
         self.moving = torch.from_numpy(~np.isin(sets.names, freeze_users))

@@ -97,7 +97,8 @@ def grow(
 
 def _sketched(found: Growing, sets: Sets, config: FitConfig, growth: Growth) -> int:
     """As many experts as linear rewards find, and one more while that holds; how many refusals end growth from here."""
-    if found.policy.n_experts > 1 or found.policy.base is None:
+    of_several = len(sets.names) < len(sets.unit)  # else linear rewards are told too little
+    if not found.fresh or found.policy.n_experts > 1 or found.policy.base is None or not of_several:
         return growth.refusals
     n_kinds, rows = sketch(found.policy.base, sets, growth, config.seed)
     found.rows.extend(rows)

@@ -17,9 +17,7 @@ from .linear_start import RESTARTS, answer_states, directions, linear_em
 from .starts import random_log_q
 from .teaching import Sets
 
-PRIOR_SCALE = (
-    0.3  # of beta, where the start of a fit has 1: few pairs of many directions; see docs/log.md
-)
+PRIOR_SCALE = 0.3  # of beta; the start of a fit has 1; see docs/log.md
 REFUSALS = 2  # in a row end it: to ask for one more costs seconds
 
 

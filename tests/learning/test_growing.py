@@ -167,6 +167,22 @@ def test_one_expert_more_than_linear_rewards_find_is_fitted_while_it_holds(tiny_
     assert nmi_of_kinds(policy, train) == 1.0
 
 
+def test_what_an_expert_has_learned_is_not_thrown_away_by_linear_rewards(tiny_base):
+    """Nor are they asked where each unit has one pair: no start of a fit reads so little."""
+    policy, train, held = heads_of_two_kinds(tiny_base)
+    policy.experts.start(train)
+    policy.experts.perturb(1e-3, torch.Generator().manual_seed(0))
+    growth = Growth(max_experts=2)
+    grown = grow(policy, train, HEADS, validation=held, growth=growth)
+    assert not grown.table["proposal"].str.startswith("linear").any()
+    policy, train, held = heads_of_two_kinds(tiny_base)
+    alone = Pairs.of(
+        train.rows.remove_columns("user").add_column("user", [f"u{i}" for i in range(len(train))])
+    )
+    grown = grow(policy, alone, HEADS, validation=held, growth=growth)
+    assert not grown.table["proposal"].str.startswith("linear").any()
+
+
 @pytest.mark.parametrize("kinds", [1, 2])
 def test_linear_rewards_find_as_many_kinds_as_there_are(tiny_base, kinds):
     _, train, held = heads_of_two_kinds(tiny_base, 480)

@@ -24,6 +24,9 @@ SMALL = {
 
 def test_the_list_of_theory_notebooks_is_whole():
     assert set(notebooks.theory_names()) == set(SMALL)
+    every = notebooks.every_notebook()  # what `make reproduce-all` runs
+    assert {name for name, line in every.items() if line.study == "generated"} == set(SMALL)
+    assert set(every) == set(SMALL) | set(notebooks.listed_notebooks())
 
 
 @pytest.fixture(scope="module")
