@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -25,6 +25,7 @@ from .teaching import Sets, Teaching, teaching, unit_inputs
 
 BIRTH_SHARE = 0.25  # of the units: those that the mixture serves worst are taught a new expert
 LEAST = 0.01  # nats a unit that an expert is worth at least: of one that nobody is served by, gain and error are both 0
+ROUNDING = 1e-5  # of log-probabilities in float32 that were added up in another order; a start that parts is 1e-2 nats
 GATE_ITERATIONS = 20  # of EM for the weights, each time responsibilities are asked for
 
 
@@ -56,6 +57,11 @@ class Growth:
         for name, low in (("refusals", 1), ("max_experts", 2)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least {low}")
+
+    def keeps(self, kind: str, gain: float, error: float) -> bool:
+        """Whether a proposal of this kind stands by its mean gain a held-out unit and the standard error of that, nats."""
+        allowed = max(self.errors * error, LEAST)
+        return gain > {"retire": -LEAST, "merge": -allowed}.get(kind, allowed)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,13 @@ def _gate_inputs(
         policy.gate = own
 
 
+def _is_reference(policy: MixturePolicy, sets: Sets) -> bool:
+    """Whether every expert gives every training text what its reference gives, up to rounding."""
+    texts = sets.train.texts
+    logps, refs = policy.experts.all_text_logps(policy.constants(texts), torch.arange(len(texts)))
+    return torch.allclose(logps, refs.expand_as(logps), rtol=ROUNDING, atol=ROUNDING)
+
+
 class _Known:
     """What a growth knows: the policy as it is, and what its units' pairs say of it."""
 
@@ -112,7 +125,7 @@ class _Known:
         self.policy, self.sets, self.growth = policy, sets, growth
         self.teacher: Teaching = teaching(policy, sets, config)
         policy.experts.start(sets.train)
-        self.fresh = not bool(policy.text_rewards(sets.train.texts).any())  # still the reference
+        self.fresh = _is_reference(policy, sets)
         if self.fresh:
             self.teacher.settle(short=False)
         self.held_back = policy.n_experts if freeze_others else 0
@@ -251,7 +264,7 @@ class Growing(_Known):
         began, before = time.monotonic(), self.now
         tried = self._tried(proposal)
         gain, error = self._gain(tried)
-        kept = self._pays(proposal.kind, gain, error)
+        kept = self.growth.keeps(proposal.kind, gain, error)
         if kept:
             self.policy.experts, self.policy.gate, self.now = tried.experts, tried.gate, tried
             self._settle(short=self.teacher.exact)
@@ -259,27 +272,24 @@ class Growing(_Known):
         self._write(proposal.kind, experts, before, gain, error, kept, began)
         return kept
 
-    def fitted_anew(self, n_experts: int) -> bool:
-        """Fit so many experts from linear rewards in place of all, and take them where they hold."""
+    def fitted_anew(self, n_experts: int, fit_anew: Callable[[], None]) -> bool:
+        """Fit so many new experts in place of all, and take them where they hold; else nothing of the fit is left."""
         began, before, policy = time.monotonic(), self.now, self.policy
         like = before.experts
+        lapse = {name: value.clone() for name, value in policy.named_buffers(recurse=False)}
         policy.experts = like.of_number([(like, 0)] * n_experts)
         policy.experts.start(self.sets.train)
         policy.gate = before.gate.resized(n_experts)
-        self.teacher.fit_anew()  # type: ignore[attr-defined]
+        fit_anew()
         tried = self.measured()
         gain, error = self._gain(tried)
-        kept = self._pays("linear", gain, error)
+        kept = self.growth.keeps("linear", gain, error)
         self.now = tried if kept else before
         policy.experts, policy.gate = self.now.experts, self.now.gate
+        for name, value in () if kept else policy.named_buffers(recurse=False):
+            value.copy_(lapse[name])
         self._write("linear", "all", before, gain, error, kept, began)
         return kept
-
-    def _pays(self, kind: str, gain: float, error: float) -> bool:
-        """Whether a proposal of this kind stands."""
-        allowed = self.growth.errors * error
-        least = {"retire": -LEAST, "merge": -max(allowed, LEAST)}
-        return gain > least.get(kind, max(allowed, LEAST))
 
     def _write(
         self,
@@ -311,23 +321,21 @@ class Growing(_Known):
             self.policy.experts = gathered(new, [*old, *((new, k) for k in range(n - first))])
         self.now = self.measured()
 
-    def run(self, refusals: int | None = None) -> list[list[Any]]:
-        """Grow until proposals are refused in a row, then shrink while nothing is lost."""
-        most = self.growth.refusals if refusals is None else refusals
-        refused, grew = 0, most > 0
+    def run(self, refusals: int) -> None:
+        """Grow until so many proposals are refused in a row, then shrink while nothing is lost."""
+        refused, grew = 0, refusals > 0
         while grew and self.policy.n_experts < self.growth.max_experts:
             grew = False
             for proposal in self._more():
                 grew = self.decide(proposal)
                 refused = 0 if grew else refused + 1
-                if grew or refused >= most:
+                if grew or refused >= refusals:
                     break
         kept = self._settled_since(0)
         shrank = True
         while shrank:
-            shrank = any(map(self.decide, islice(self._fewer(), max(most, 1))))
+            shrank = any(map(self.decide, islice(self._fewer(), max(refusals, 1))))
         self._settled_since(kept)
-        return self.rows
 
     def _settled_since(self, row: int) -> int:
         """All passes, if something was kept since: half-learned experts would be merged for nothing."""

@@ -15,7 +15,7 @@ from ..store import note
 from .config import FitConfig
 from .deciding import COLUMNS, Growing, Growth
 from .sketching import sketch
-from .teaching import Sets
+from .teaching import BySteps, Sets
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,8 @@ def grow(
             f"freeze_users={absent[:3]}: no training pairs of them in column {config.unit!r}; name users who have some"
         )
     found = Growing(policy, sets, config, growth, freeze_others, list(freeze_users))
-    refusals = growth.refusals
-    if growth.sketch and not (found.teacher.exact or freeze_others or freeze_users):
-        refusals = _sketched(found, sets, config, growth)
-    found.run(refusals)
+    sketched = growth.sketch and not (freeze_others or freeze_users)
+    found.run(_sketched(found, config) if sketched else growth.refusals)
     table = pd.DataFrame(found.rows, columns=COLUMNS)
     kept = int(table["kept"].sum())
     note(f"grown to K={policy.n_experts}: {kept} of {len(table)} proposals kept.")
@@ -95,15 +93,20 @@ def grow(
     return Grown(table, policy.n_experts, loglik)
 
 
-def _sketched(found: Growing, sets: Sets, config: FitConfig, growth: Growth) -> int:
+def _sketched(found: Growing, config: FitConfig) -> int:
     """As many experts as linear rewards find, and one more while that holds; how many refusals end growth from here."""
-    of_several = len(sets.names) < len(sets.unit)  # else linear rewards are told too little
-    if not found.fresh or found.policy.n_experts > 1 or found.policy.base is None or not of_several:
+    policy, teacher, sets, growth = found.policy, found.teacher, found.sets, found.growth
+    several = len(sets.names) < len(
+        sets.unit
+    )  # pairs of a unit; else linear rewards are told too little
+    if not (isinstance(teacher, BySteps) and found.fresh and several and policy.n_experts == 1):
         return growth.refusals
-    n_kinds, rows = sketch(found.policy.base, sets, growth, config.seed)
+    if policy.base is None:  # nothing reads the answers
+        return growth.refusals
+    n_kinds, rows = sketch(policy.base, sets, growth, config.seed)
     found.rows.extend(rows)
     n, kept = max(n_kinds, 2), False
-    while n <= growth.max_experts and found.fitted_anew(n):
+    while n <= growth.max_experts and found.fitted_anew(n, teacher.fit_anew):
         n, kept = n + 1, True
     return 0 if kept or n_kinds == 1 else growth.refusals
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..base.model import Base
 from ..elbo import sum_over_units
-from .deciding import LEAST, Growth
+from .deciding import Growth
 from .linear_start import RESTARTS, answer_states, directions, linear_em
 from .starts import random_log_q
 from .teaching import Sets
@@ -52,7 +52,7 @@ def sketch(base: Base, sets: Sets, growth: Growth, seed: int) -> tuple[int, list
         began, score = time.monotonic(), fitted(k)
         gains = score - served
         gain, error = float(gains.mean()), float(gains.std()) / len(gains) ** 0.5
-        better = gain > max(growth.errors * error, LEAST)
+        better = growth.keeps("linear rewards", gain, error)
         row = ["linear rewards", f"K = {k}", kept, len(gains), gain, error, better]
         rows.append([*row, time.monotonic() - began])
         refused = 0 if better else refused + 1

@@ -107,10 +107,10 @@ def test_a_taste_that_arrives_later_leaves_the_others_to_the_bit():
     assert float((q.loc[third, 2] > 0.5).mean()) > 0.9
 
 
-def heads_of_two_kinds(base, n_pairs=96):
+def heads_of_two_kinds(base, n_pairs=96, lapse=0.0):
     """A policy of one head, and training and validation pairs of eight users of two kinds."""
     data = Pairs.of(preference_rows(n_pairs, users=8))
-    policy = mx.MixturePolicy(mx.HeadExperts(base, 1, rank=2), mx.LearnedWeights(1), 0.3)
+    policy = mx.MixturePolicy(mx.HeadExperts(base, 1, rank=2), mx.LearnedWeights(1), 0.3, lapse)
     held = np.array([(i // 8) % 4 == 3 for i in range(n_pairs)])
     return policy, data.where(~held), data.where(held)
 
@@ -140,16 +140,17 @@ def test_heads_grow_by_gradient_steps(tiny_base, sketch):
 def test_what_experts_refuse_of_linear_rewards_leaves_growth_as_it_was_without(
     tiny_base, monkeypatch
 ):
-    """Experts that learn nothing are no gain. The decisions after it are those of a growth that knows nothing of it."""
-    policy, train, held = heads_of_two_kinds(tiny_base)
+    """Experts that learn nothing but lapses are no gain. What follows is as in a growth that knows nothing of it."""
+    policy, train, held = heads_of_two_kinds(tiny_base, lapse="learn")
     monkeypatch.setattr(growing, "sketch", lambda *_: (2, []))
-    monkeypatch.setattr(BySteps, "fit_anew", lambda _: None)
+    monkeypatch.setattr(BySteps, "fit_anew", lambda one: one.policy.lapse_rate.fill_(0.4))
     found = grow(policy, train, HEADS, validation=held, growth=Growth(max_experts=2))
     assert found.table["proposal"][0] == "linear" and not found.table["kept"][0]
-    plain, train, held = heads_of_two_kinds(tiny_base)
+    plain, train, held = heads_of_two_kinds(tiny_base, lapse="learn")
     alone = grow(plain, train, HEADS, validation=held, growth=Growth(max_experts=2, sketch=False))
     told = found.table.drop(columns="seconds")[1:].reset_index(drop=True)
     pd.testing.assert_frame_equal(told, alone.table.drop(columns="seconds"))
+    assert policy.lapse == plain.lapse
 
 
 def test_one_kind_by_linear_rewards_leaves_a_single_fit_to_experts(tiny_base, monkeypatch):
@@ -165,6 +166,20 @@ def test_one_expert_more_than_linear_rewards_find_is_fitted_while_it_holds(tiny_
     found = grow(policy, train, HEADS, validation=held, growth=Growth(max_experts=3))
     assert found.table["kept"][0] and found.table["n_experts"].tolist()[:2] == [1, 2]
     assert nmi_of_kinds(policy, train) == 1.0
+
+
+@pytest.mark.parametrize("n_pairs", [96, 480])
+def test_a_single_expert_that_is_its_reference_learns_whole_before_it_is_compared(
+    tiny_base, n_pairs
+):
+    """Of many texts some have rewards of 1e-7 by rounding: that is nothing learned."""
+    policy, train, held = heads_of_two_kinds(tiny_base, n_pairs)
+    growth = Growth(errors=1e9, max_experts=2, sketch=False)
+    grown = grow(policy, train, HEADS, validation=held, growth=growth)
+    plain, _, _ = heads_of_two_kinds(tiny_base, n_pairs)
+    mx.fit(plain, train, HEADS, validation=held)
+    assert grown.n_experts == 1
+    torch.testing.assert_close(policy.loglik(held), plain.loglik(held))
 
 
 def test_what_an_expert_has_learned_is_not_thrown_away_by_linear_rewards(tiny_base):
