@@ -136,6 +136,29 @@ def _by_position(
     return np.load(folder / "constants.npy", allow_pickle=False)
 
 
+def _whole_vocabulary(base: Base, texts: TextFeatures) -> Float[np.ndarray, "numbers positions"]:
+    """Logit of the response token, logsumexp over the tokens rarer than each number of `RARER`, and over all of them."""
+    rows = len(base.model.get_output_embeddings().weight)
+    counts = np.bincount(texts.tokens, minlength=rows)
+    edges = [0, *RARER, len(texts.tokens) + 1]
+    bands = [np.flatnonzero((counts >= a) & (counts < b)) for a, b in pairwise(edges)]
+
+    def of_texts(hidden: Tensor, at: slice) -> list[Tensor]:
+        ids = torch.from_numpy(texts.tokens[at]).to(hidden.device)
+        logit = torch.empty(len(hidden), device=hidden.device)
+        sums = [_lse_over(base, hidden, band, (ids, logit)) for band in bands]
+        return [logit, *accumulate(sums, torch.logaddexp)]
+
+    return _by_position(base, texts, {"rarer": list(RARER)}, of_texts)
+
+
+def base_logps(base: Base, texts: TextFeatures) -> Float[np.ndarray, "texts"]:
+    """log pi_ref of every text, nats, float32: `reference_logps` of texts whose states are known, up to rounding."""
+    token, *_, lse = _whole_vocabulary(base, texts)
+    upto = np.concatenate([[0.0], np.cumsum(token - lse, dtype=np.float64)])
+    return np.diff(upto[texts.offsets]).astype(np.float32)
+
+
 def reference_constants(base: Base, texts: TextFeatures, active: np.ndarray) -> HeadConstants:
     """The frozen head's constants for every position of `texts`, for this set of active tokens, from the cache.
 
@@ -150,16 +173,7 @@ def reference_constants(base: Base, texts: TextFeatures, active: np.ndarray) -> 
     """
     rows = len(base.model.get_output_embeddings().weight)
     counts = np.bincount(texts.tokens, minlength=rows)
-    edges = [0, *RARER, len(texts.tokens) + 1]
-    bands = [np.flatnonzero((counts >= a) & (counts < b)) for a, b in pairwise(edges)]
-
-    def of_texts(hidden: Tensor, at: slice) -> list[Tensor]:
-        ids = torch.from_numpy(texts.tokens[at]).to(hidden.device)
-        logit = torch.empty(len(hidden), device=hidden.device)
-        sums = [_lse_over(base, hidden, band, (ids, logit)) for band in bands]
-        return [logit, *accumulate(sums, torch.logaddexp)]
-
-    token, *sums, lse = _by_position(base, texts, {"rarer": list(RARER)}, of_texts)
+    token, *sums, lse = _whole_vocabulary(base, texts)
     outside, rest = np.delete(np.arange(rows), active), np.full_like(lse, -np.inf)
     for least, those in zip(RARER, sums, strict=True):
         if len(active) and counts[active].min() >= least:

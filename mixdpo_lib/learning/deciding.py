@@ -41,9 +41,9 @@ class Growth:
     refusals : >= 1 splits and births that are refused in a row end growth; as many merges and retirements are tried.
     max_experts : >= 2; growth ends there.
     sketch : where one expert takes gradient steps and has learned nothing, and units have several pairs, rewards that are
-        linear in what its base makes of the answers say first how many kinds there are, within seconds. So many experts,
-        two at least, are fitted from there ("linear"), and one more while held-out units say so; that ends growth. If
-        experts refuse what was found, it goes on as without.
+        linear in what its base makes of the answers say first how many kinds there are, within seconds and by a fifth of
+        the training pairs that they have not seen. So many experts, two at least, are fitted from there ("linear"), and
+        one more while held-out units say so; that ends growth. If experts refuse what was found, it goes on as without.
     """
 
     errors: float | int = 1.0
@@ -273,7 +273,7 @@ class Growing(_Known):
         return kept
 
     def fitted_anew(self, n_experts: int, fit_anew: Callable[[], None]) -> bool:
-        """Fit so many new experts in place of all, and take them where they hold; else nothing of the fit is left."""
+        """Fit so many new experts in place of all; take them where they hold and each has units, else nothing is left."""
         began, before, policy = time.monotonic(), self.now, self.policy
         like = before.experts
         lapse = {name: value.clone() for name, value in policy.named_buffers(recurse=False)}
@@ -283,7 +283,8 @@ class Growing(_Known):
         fit_anew()
         tried = self.measured()
         gain, error = self._gain(tried)
-        kept = self.growth.keeps("linear", gain, error)
+        idle = set(range(n_experts)) - set(self.log_q(tried).argmax(1).tolist())
+        kept = not idle and self.growth.keeps("linear", gain, error)  # an idle one would go again
         self.now = tried if kept else before
         policy.experts, policy.gate = self.now.experts, self.now.gate
         for name, value in () if kept else policy.named_buffers(recurse=False):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base.features import text_features
-from ..base.head import reference_logps
+from ..base.head import base_logps
 from ..data.pairs import Text
 from ..evaluation import bootstrap_means, interval
 from ..experts.heads import HeadExperts
@@ -145,12 +145,13 @@ def texts_of(study: ReviewUsers, policies: pd.DataFrame, n_texts: int) -> pd.Dat
 def base_texts(study: ReviewUsers) -> pd.DataFrame:
     """The base's own usable candidates on test prompts as texts of the policy "base" (log_ratio 0)."""
     part, ids = candidates_on(study, study.splits["test"])
-    offsets = text_features(study.base, study.texts).offsets
+    features = text_features(study.base, study.texts)
+    offsets = features.offsets
     generated = Generated(
         text=part["response"].tolist(),
         expert=[0] * len(part),
         log_ratio=[0.0] * len(part),
-        ref_logp=reference_logps(study.base, study.texts)[ids].tolist(),
+        ref_logp=base_logps(study.base, features)[ids].tolist(),
         n_tokens=(offsets[ids + 1] - offsets[ids]).tolist(),
         ended=part["ended"].tolist(),
         kl=[0.0] * len(part),

@@ -59,6 +59,16 @@ def test_constants_equal_the_whole_vocabulary(tmp_path, monkeypatch, kind, at_on
     check(base, features, np.arange(1, rows, 2))  # with tokens that no text has
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_whose_states_are_known_need_no_further_pass(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
+    base = load_base(str(save_tiny_kind(tmp_path / kind, kind)))
+    texts = Pairs.of(preference_rows(10)).texts
+    found = head.base_logps(base, text_features(base, texts))
+    assert found.dtype == np.float32 and len(found) == len(texts)
+    np.testing.assert_allclose(found, head.reference_logps(base, texts), rtol=1e-5, atol=1e-4)
+
+
 def test_a_vanishing_inactive_mass_is_exact(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path))
     features = text_features(tiny_base, Pairs.of(preference_rows(10)).texts)
