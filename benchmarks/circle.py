@@ -14,27 +14,17 @@ import math
 import time
 import warnings
 
-import numpy as np
 import pandas as pd
 import torch
 
-from mixdpo_lib.elbo import elbo_terms, log_responsibilities
-from mixdpo_lib.evaluation import align_circle
-from mixdpo_lib.experts.group_tables import GroupTables
-from mixdpo_lib.experts.groups import on_circle
-from mixdpo_lib.experts.reward_table import sample_answers
+from mixdpo_lib.elbo import elbo_terms
 from mixdpo_lib.experts.tables import TabularExperts
-from mixdpo_lib.gates.direction import DirectionGate
 from mixdpo_lib.gates.weights import LearnedWeights
-from mixdpo_lib.learning.quadrature import doubling_gap, fit_nodes, unit_log_likelihood
+from mixdpo_lib.learning.quadrature import doubling_gap, unit_log_likelihood
 from mixdpo_lib.learning.tally import tally_em
+from mixdpo_lib.study.circle_people import people_on_circle, placed
 
 N_USERS, N_HELD_OUT, N_ANSWERS, FREE = 1000, 500, 20, (2, 3, 4, 6, 8)
-
-
-def median_error(found: np.ndarray, true: np.ndarray) -> float:
-    """Of angles, radians."""
-    return float(np.median(np.abs((found - true + np.pi) % (2 * np.pi) - np.pi)))
 
 
 def one(n_pairs: int, seed: int) -> dict[str, float]:
@@ -45,41 +35,28 @@ def one(n_pairs: int, seed: int) -> dict[str, float]:
 
     rewards = 2 * torch.randn(2, N_ANSWERS, generator=draw(0), dtype=torch.float64)
     angle = 2 * math.pi * torch.rand(N_USERS + N_HELD_OUT, generator=draw(1), dtype=torch.float64)
-    pairs, unit = sample_answers(on_circle(angle) @ rewards, n_pairs, draw(2))
-    seen, true = unit < N_USERS, angle[:N_USERS].numpy()
-    train, of, test, of_test = pairs[seen], unit[seen], pairs[~seen], unit[~seen] - N_USERS
+    people = people_on_circle(angle, rewards, N_USERS, n_pairs, draw(2))
+    train, of, test, of_test = people.train, people.of, people.held, people.of_held
 
     began = time.perf_counter()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        experts, gate, result = fit_nodes(
-            GroupTables(N_ANSWERS, 32),
-            DirectionGate(32),
-            train,
-            of,
-            seed=seed,
-            symmetry_scale=0.5,
-            tolerance=1e-7,
-            max_iter=200,
-        )
+        fit = placed(people, rewards, 32, seed)
     row: dict[str, float] = {"pairs": n_pairs, "seed": seed, "seconds": time.perf_counter() - began}
-    truth = GroupTables(N_ANSWERS, experts.n_experts)
-    truth.rewards.data = rewards
+    experts, gate = fit.experts, fit.gate
     loglik, log_w = experts.loglik(train).detach(), gate.log_w().detach()
     likelihood = unit_log_likelihood(experts, gate, train, of)
-    terms = elbo_terms(loglik, log_w, result.log_q, of)
+    terms = elbo_terms(loglik, log_w, fit.log_q, of)
     twice = 2 * experts.n_experts
     double = unit_log_likelihood(experts.at_nodes(twice), gate.at_nodes(twice), train, of)
-    bayes = log_responsibilities(truth.loglik(train).detach(), truth.nodes.log_prior, of)
-    found = experts.nodes.taste(result.log_q)
     row |= {
         "nodes": experts.n_experts,
         "doubling_gap": doubling_gap(likelihood, double, len(train)),
         "bound_gap": float((terms.elbo - likelihood).abs().max()),
-        "narrowest": float(found.spread.min()),
+        "narrowest": float(fit.users["spread"].min()),
         "warned": float(any("narrower" in str(one.message) for one in warned)),
-        "bayes_error": median_error(experts.nodes.taste(bayes).direction.numpy(), true),
-        "error": median_error(align_circle(found.direction.numpy(), true), true),
+        "bayes_error": math.radians(fit.error("known_rewards")),
+        "error": math.radians(fit.error()),
     }
     row["ratio"] = row["error"] / row["bayes_error"]
     row["held_out_circle"] = float(unit_log_likelihood(experts, gate, test, of_test).mean())

@@ -323,7 +323,7 @@ def _verdict(n_experts: int, mean: float, low: float, high: float) -> str:
 def choose_k(
     base_or_make: Base | Callable[[int], MixturePolicy],
     pairs: Mapping[str, Any] | Dataset | Pairs,
-    ks: Sequence[int],
+    ks: Sequence[int] | np.ndarray,
     *,
     config: FitConfig | None = None,
     unit: str = "user",
@@ -344,6 +344,7 @@ def choose_k(
     ValueError : no ks, or ks that are no numbers of experts; an absent part; fewer than two units; a policy of another K
         than was asked for.
     """
+    ks = np.asarray(ks).tolist()
     if not ks or len(set(ks)) < len(ks) or min(ks) < 1:
         raise ValueError(
             f"ks={list(ks)}: expected distinct numbers of experts, each at least 1, such as [1, 2, 3]"

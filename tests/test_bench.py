@@ -265,7 +265,7 @@ def test_table_and_figure_of_records(tmp_path):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "A, 2 cores, 2 threads, 8 GiB, Linux; device cpu" in text and "(speed.png)" in text
     assert "| a step in K | 1.00 [1.00, 1.00] | exponent |" in text
-    assert "busy with other work (load 1.9)" in text and "no figures to quote" in text
+    assert "load before it 1.9" in text and "no figures to quote" in text
     assert text.index("What had to be reached") < text.index("Pairs a second and memory")
     pixels = imread(page.with_name(driver.FIGURE)).shape[1]
     assert pixels / 300 * 25.4 == pytest.approx(85.0, abs=0.2)

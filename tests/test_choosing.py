@@ -274,7 +274,9 @@ def test_k_is_one_for_equal_users(tiny_base, alike):
     def make(k):
         return mx.MixturePolicy(mx.HeadExperts(tiny_base, k, rank=4), mx.LearnedWeights(k))
 
-    found = mx.choose_k(make, alike["train"], [2, 1], config=CONFIG, validation=alike["validation"])
+    found = mx.choose_k(
+        make, alike["train"], np.array([2, 1]), config=CONFIG, validation=alike["validation"]
+    )
     assert found.chosen == 1 and list(found.table.index) == [1, 2]
 
 

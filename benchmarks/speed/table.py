@@ -67,7 +67,11 @@ def section(part: str, record: Mapping[str, Any]) -> str:
     text = [f"### {TITLES.get(part, part)}", "", head, *map(line, record["rows"]), ""]
     said = f"Measured in {record['seconds'] / 60:.1f} minutes by code {record['code']}"
     said += "; small sizes (`--quick`): no figures to quote" if record.get("quick") else ""
-    said += f"; the machine was busy with other work (load {record['load']:.1f})" if busy else ""
+    said += (
+        f"; load before it {record['load']:.1f}, of other work or of the part before"
+        if busy
+        else ""
+    )
     return "\n".join([*text, f"{said}.", ""])
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..data.messages import Messages, Prompt, as_prompt
 
+_DAY = datetime(2024, 7, 26)  # what a template that asks for the date is told, every day
 _MARK = "mixdpoanswer"  # stands where an answer goes, to see what a template writes around one
 _PROBE = (
     "The film was 1,024 times better than \u201cGood\u201d (2001)!\n\n\tIt\u2019s naïve \u2014 déjà vu; Привет, 世界 🎬 "
@@ -58,17 +61,36 @@ def _started(tokenizer: Any, text: str) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------ templates
 
 
+@contextmanager
+def _on_one_day() -> Iterator[None]:
+    """transformers tells templates the date by `datetime.now` of one of its modules: here it is always `_DAY`."""
+    from transformers.utils import chat_template_utils as module
+
+    class Day(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:  # noqa: ARG003
+            return _DAY
+
+    before = module.datetime
+    module.datetime = Day  # type: ignore[misc, attr-defined]
+    try:
+        yield
+    finally:
+        module.datetime = before  # type: ignore[misc, attr-defined]
+
+
 def _rendered(tokenizer: Any, messages: Messages, answer: str | None, place: str) -> str:
     """The conversation as the template writes it: with the start of an answer, or with this answer at its end."""
     said = [{"role": role, "content": content} for role, content in messages]
     if answer is not None:
         said.append({"role": "assistant", "content": answer})
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                said, tokenize=False, add_generation_prompt=answer is None
+        with _on_one_day():
+            return str(
+                tokenizer.apply_chat_template(
+                    said, tokenize=False, add_generation_prompt=answer is None
+                )
             )
-        )
     except Exception as error:  # of jinja, or raised by the template itself
         found = (str(error).strip().splitlines() or [type(error).__name__])[0]
         roles = ", ".join(role for role, _ in messages)

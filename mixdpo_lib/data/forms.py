@@ -163,8 +163,7 @@ def _conversation(given: Mapping[str, Any]) -> tuple[Prompt, str, str]:
                 _check_part(prompt, sides)
                 before = ()
         for name, side in sides.items():
-            repeated = len(side) > len(before) and side[: len(before)] == before
-            sides[name] = side if repeated else (*before, *side)
+            sides[name] = _joined(before, side)
     contexts, answers = [], []
     for name, side in sides.items():
         roles = [role for role, _ in side]
@@ -183,6 +182,19 @@ def _conversation(given: Mapping[str, Any]) -> tuple[Prompt, str, str]:
             "chosen and rejected answer different prompts; they must agree in all messages but the last: leave the row out"
         )
     return contexts[0], answers[0], answers[1]
+
+
+def _joined(before: Messages, side: Messages) -> Messages:
+    """The prompt's messages and then the side's, which may repeat all of them or the last ones; blanks do not count."""
+
+    def plain(messages: Messages) -> list[tuple[str, str]]:
+        return [(role, " ".join(content.split())) for role, content in messages]
+
+    for n in range(len(before)):
+        tail = before[n:]
+        if len(side) > len(tail) and plain(side[: len(tail)]) == plain(tail):
+            return (*before[:n], *side)
+    return (*before, *side)
 
 
 def _check_part(prompt: str, sides: Mapping[str, Messages]) -> None:

@@ -190,7 +190,8 @@ class HeadExperts(ActiveHead):
         for k in range(0 if chosen is None else self.n_experts):
             if len(rows := chosen[:, k].nonzero().squeeze(1)):  # type: ignore[index]
                 down, up, s = self.low_rank(k)
-                up = self.active_head()[0].to(up.device) @ up
+                there = self._base.device  # experts that were not fitted there lie on the processor
+                down, up = down.to(there), self.active_head()[0].to(there) @ up.to(there)
                 own = None if self.sharpness is None else s
                 groups.append(HeadGroup(k, rows, self.active_ids, down, up, own))
         return HeadVoices(self._base, groups)

@@ -145,7 +145,8 @@ class Session:
         left = [i for i in range(len(self.comparisons)) if i not in asked]
         if not left or self.of_prompt:
             return None
-        p, w = self._loglik[left, 0].exp(), self.user_log_w().exp()
+        p = self._loglik[left, 0].exp()
+        w = self.user_log_w().exp().to(p)
         told = _entropy(p @ w) - _entropy(p) @ w
         return left[int(told.argmax())]
 

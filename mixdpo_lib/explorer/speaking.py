@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -65,7 +66,7 @@ class EveryVoice(NextToken):
         self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]
     ) -> Tensor:
         """Logits (rows, vocabulary), float32, of each row's voice."""
-        ref, said = self._voices(input_ids, attention_mask)
+        ref, said = self.heard(input_ids, attention_mask)
         logits = ref.clone()
         for k, rows, own in said:
             speaks = self._speaker[rows] == k
@@ -77,6 +78,7 @@ class EveryVoice(NextToken):
     @torch.inference_mode()
     def observe(self, tokens: Int[Tensor, "rows"]) -> None:
         """Keep what each expert gave the tokens just drawn."""
+        tokens = tokens.to(self._log_p[0].device)
         own = [log_p.gather(1, tokens[:, None]).squeeze(1) for log_p in self._log_p]
         self._steps.append((torch.stack(own, 1), divergence(*self.last_logits())[2]))
 
@@ -87,6 +89,18 @@ class EveryVoice(NextToken):
     def kls(self) -> Float[Tensor, "rows steps"]:
         """KL(voice || base) at every step, nats."""
         return torch.stack([kl for _, kl in self._steps], 1)
+
+
+def token_pieces(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> list[str]:
+    """What each sampled token adds to the text after a prompt's; a character of several tokens comes with its last one."""
+    pieces, shown = [], ""
+    for n in range(1, len(tokens) + 1):
+        text = answer_text(tokenizer, before, tokens[:n])
+        if n < len(tokens) and text.endswith("\ufffd"):  # a character that is not yet whole
+            text = shown
+        pieces.append(text[len(shown) :])
+        shown = text
+    return pieces
 
 
 def speak(
@@ -120,8 +134,7 @@ def speak(
     logps, kls = step.logps(), step.kls()
     pieces, kept, kl = [], [], []
     for row, (tokens, ended) in enumerate(zip(decoded.tokens, decoded.ended, strict=True)):
-        upto = [answer_text(base.tokenizer, ids, tokens[:n]) for n in range(len(tokens) + 1)]
-        pieces.append([after[len(before) :] for before, after in zip(upto, upto[1:], strict=False)])
-        kept.append(logps[row, : len(tokens)])
+        pieces.append(token_pieces(base.tokenizer, ids, tokens))
+        kept.append(logps[row, : len(tokens)].cpu())
         kl.append(max(0.0, float(kls[row, : len(tokens) + int(ended)].sum())))  # rounding
     return Spoken(prompt, list(voices), pieces, kept, kl)

@@ -194,7 +194,7 @@ def gate_loss(
     for name, value in (("entropy_weight", entropy_weight), ("balance_weight", balance_weight)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value}: expected 0 or above; 0 leaves the term out")
-    q = log_q.detach().exp()
+    q = log_q.detach().exp().to(log_w)
     share = (
         torch.full_like(log_w[:, 0], 1 / len(log_w))
         if count is None

@@ -280,17 +280,28 @@ class Growing(_Known):
         policy.experts = like.of_number([(like, 0)] * n_experts)
         policy.experts.start(self.sets.train)
         policy.gate = before.gate.resized(n_experts)
-        fit_anew()
-        tried = self.measured()
+        try:
+            fit_anew()
+            tried = self.measured()
+        except BaseException:  # interrupted, too: the policy is what it was
+            self._back(before, lapse)
+            raise
         gain, error = self._gain(tried)
         idle = set(range(n_experts)) - set(self.log_q(tried).argmax(1).tolist())
         kept = not idle and self.growth.keeps("linear", gain, error)  # an idle one would go again
-        self.now = tried if kept else before
-        policy.experts, policy.gate = self.now.experts, self.now.gate
-        for name, value in () if kept else policy.named_buffers(recurse=False):
-            value.copy_(lapse[name])
+        if kept:
+            self.now = tried
+        else:
+            self._back(before, lapse)
         self._write("linear", "all", before, gain, error, kept, began)
         return kept
+
+    def _back(self, before: _Mixture, lapse: dict[str, Tensor]) -> None:
+        """The policy as it was before a fit."""
+        self.now = before
+        self.policy.experts, self.policy.gate = before.experts, before.gate
+        for name, value in self.policy.named_buffers(recurse=False):
+            value.copy_(lapse[name])
 
     def _write(
         self,

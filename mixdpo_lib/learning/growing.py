@@ -63,15 +63,20 @@ def grow(
     growth : see `Growth`.
     freeze_others : the experts that the policy has stay as they are, to the bit; new ones come beside them, for tastes
         that arrive later. Users' predictions move a little, since a new expert takes weight.
-    freeze_users : names of users who keep their weights, 0 on new experts; with `freeze_others` nothing moves for them.
+    freeze_users : with `freeze_others`, names of users who keep their weights, 0 on new experts: nothing moves for them.
 
     Raises
     ------
     ValueError : no validation pairs, or of fewer than two units; a latent per pair; a gate that reads the prompt, or
-        does not learn; a user who is not in the training pairs.
+        does not learn; a user who is not in the training pairs; `freeze_users` alone.
     """
     config, growth = config or FitConfig(), growth or Growth()
     _check(policy, config, validation)
+    if freeze_users and not freeze_others:
+        raise ValueError(
+            f"freeze_users={list(freeze_users)[:3]}: found freeze_others=False, expected True: users can keep their weights "
+            "only of experts that stay"
+        )
     train, held = policy.prepare(pairs), policy.prepare(validation)  # type: ignore[arg-type]
     sets = Sets.of(train, held, config.unit)
     if len(sets.held_names) < 2:

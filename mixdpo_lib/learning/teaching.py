@@ -21,6 +21,7 @@ from ..policy.mixture import MixturePolicy
 from .config import FitConfig
 from .fit import fit
 from .learner import of_units
+from .routing import Routing
 
 PAIRS_ASKED = 48  # of a unit, evenly spaced: where its gradient points and who answers for it is plain from these
 
@@ -203,7 +204,7 @@ class BySteps(Teaching):
 
     def teach(self, experts: Experts, weight: Float[Tensor, "units experts"], short: bool) -> None:
         """See `Teaching.teach`."""
-        config = self._config(short)
+        config = self._config(short).change(routing=Routing())  # of one expert there is none
         for k in range(experts.n_experts):
             mask: Bool[Tensor, "pairs"] = (weight[:, k] > 0.5)[self.sets.unit]
             if not bool(mask.any()):

@@ -43,7 +43,7 @@ def example_about() -> Mapping[str, Any]:
     MixDPOError : no checkout, or a file that is missing or of another shape.
 
     >>> example_about()["serves"]
-    ['sentiment', 'informativeness', 'grammar']
+    ['informativeness', 'sentiment', 'grammar']
     """
     path = example_folder() / "about.json"
     shape = {"serves": list, "comparisons": list, "design": str, "seed": int}

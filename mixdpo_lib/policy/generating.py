@@ -127,7 +127,7 @@ def generate(
         raise ValueError(
             f"form={form!r}: possible are 'sequence' (an expert a text) and 'token' (their posterior)"
         )
-    user = user if user is None else as_user(user, policy.n_experts)
+    user = user if user is None else as_user(user, policy.n_experts, len(prompts))
     ids = _prompt_ids(policy, prompts, max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     log_w = torch.empty(0)

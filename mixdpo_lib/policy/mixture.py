@@ -33,7 +33,7 @@ def _by_weights(
 ) -> Float[Tensor, "pairs"]:
     """sum_k w_k exp(loglik_k), or of the S experts of largest weight, whose weights are divided by their total."""
     data = policy.prepare(data)
-    log_w = policy.log_w(data) if user is None else as_user(user, policy.n_experts)
+    log_w = policy.log_w(data) if user is None else as_user(user, policy.n_experts, len(data))
     if top_s is None:
         return predictive_probability(loglik(data), log_w)
     kept = keep_top_s(log_w, top_s)
@@ -43,9 +43,11 @@ def _by_weights(
     )
 
 
-def _served(policy: MixtureModel, prompts: Sequence[Any], user: Any) -> Tensor:
-    """The weights of a user, where they are given; else the gate's of each prompt. Nats."""
-    return policy.prompt_log_w(prompts) if user is None else as_user(user, policy.n_experts)
+def _served(policy: MixtureModel, prompts: Sequence[Any] | None, user: Any) -> Tensor:
+    """The weights of a user, where they are given; else the gate's of each prompt (None: of one that says nothing). Nats."""
+    if user is None:
+        return policy.prompt_log_w([""] if prompts is None else prompts)
+    return as_user(user, policy.n_experts, None if prompts is None else len(prompts))
 
 
 class MixturePolicy(MixtureModel):
@@ -212,9 +214,10 @@ class MixturePolicy(MixtureModel):
             raise ValueError(
                 f"the gate reads {', '.join(self.gate.reads)}: give prompts=[...], or user="
             )
+        self.experts.voices(None)  # refused by tables without words
         from .causal_lm import MixtureForCausalLM  # here: model code takes seconds to load
 
-        log_w = _served(self, [""] if prompts is None else prompts, user)
+        log_w = _served(self, prompts, user)
         return MixtureForCausalLM(self.experts, log_w.reshape(-1, self.n_experts).detach())
 
     def save_pretrained(

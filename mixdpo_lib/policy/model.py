@@ -25,15 +25,20 @@ from .lapses import Lapses
 DPO_BETA = 0.1  # DPO's usual value
 
 
-def as_user(user: Any, n_experts: int) -> Tensor:
-    """`user` as it is, where it is log weights (..., K) of `MixturePolicy.user`.
+def as_user(user: Any, n_experts: int, rows: int | None = 1) -> Tensor:
+    """`user` as it is, where it is log weights (K,) of one user (`MixturePolicy.user`), or (rows, K); None: of any number.
 
     Raises
     ------
-    ValueError : a name, a dictionary, or weights of another number of experts.
+    ValueError : a name, a dictionary, or weights of another number of experts or rows.
     """
     if isinstance(user, Tensor) and user.is_floating_point() and user.shape[-1:] == (n_experts,):
-        return user
+        if user.dim() == 1 or (user.dim() == 2 and (rows is None or len(user) in (1, rows))):
+            return user
+        more = f", or ({rows}, {n_experts}), one user a row" if rows != 1 else ""
+        raise ValueError(
+            f"user: found {tuple(user.shape)}, expected log weights ({n_experts},) of one user{more}"
+        )
     found = f"a tensor of shape {tuple(user.shape)}" if isinstance(user, Tensor) else repr(user)
     raise ValueError(
         f"user: found {found[:60]}, expected log weights of {n_experts} experts; make them by policy.user(pairs of this "

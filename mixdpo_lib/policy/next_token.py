@@ -60,7 +60,7 @@ class NextToken:
     def __init__(
         self, base: Base, experts: Experts | None = None, expert: Int[Tensor, "rows"] | None = None
     ) -> None:
-        self._expert = expert
+        self._expert, self._device = expert, base.device
         self._voices: Voices = HeadVoices(base)
         if experts is not None:
             chosen = None
@@ -78,7 +78,7 @@ class NextToken:
         self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]
     ) -> Tensor:
         """Logits (rows, vocabulary), float32, of each row's expert or the reference."""
-        logits, said = self._voices(input_ids, attention_mask)
+        logits, said = self.heard(input_ids, attention_mask)
         self._ref_logits, self._spoken = logits, bool(said)
         if len(said) == 1 and len(said[0][1]) == len(logits):
             logits = said[0][2]  # one expert speaks in every row
@@ -89,10 +89,17 @@ class NextToken:
         self._logits = logits
         return logits
 
+    def heard(
+        self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]
+    ) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
+        """What `Voices` say of these tokens, read where the base lies."""
+        return self._voices(input_ids.to(self._device), attention_mask.to(self._device))
+
     @torch.inference_mode()
     def observe(self, tokens: Int[Tensor, "rows"]) -> None:
         """Keep what policy and reference say of the tokens just drawn from the last logits."""
         logits, ref_logits = self.last_logits()
+        tokens = tokens.to(logits.device)
         ref = ref_logits.gather(1, tokens[:, None]).squeeze(1)
         own = logits.gather(1, tokens[:, None]).squeeze(1)
         if not self._spoken:
@@ -101,7 +108,8 @@ class NextToken:
         elif self._moved is None:
             lse, lse_ref, kl = divergence(logits, ref_logits)
         else:
-            lse, lse_ref, kl = divergence_of_some(logits, ref_logits, self._moved)
+            moved = self._moved.to(logits.device)
+            lse, lse_ref, kl = divergence_of_some(logits, ref_logits, moved)
         self._seen.append((own - lse - ref + lse_ref, ref - lse_ref, kl))
 
     def last_logits(self) -> tuple[Tensor, Tensor]:
@@ -162,12 +170,12 @@ class MixtureNextToken(NextToken):
         top_p: float | int | None = None,
     ) -> None:
         super().__init__(experts.base[0])
-        log_w = log_w.detach()
+        log_w = log_w.detach().float()
         check_log_w(log_w)
         self._voices = experts.voices(log_w > -torch.inf)
         self._moved = None  # weighted and truncated, any log-probability may differ
         self._spoken = True
-        self._log_q = [log_w.log_softmax(-1)]
+        self._log_q = [log_w.to(self._device).log_softmax(-1)]
         self._options = (temperature, top_k, top_p)
         self._log_p: list[tuple[int, Tensor, Tensor]] = []
 
@@ -176,7 +184,7 @@ class MixtureNextToken(NextToken):
         self, input_ids: Int[Tensor, "rows t"], attention_mask: Int[Tensor, "rows total"]
     ) -> Tensor:
         """log p(v given y_<t), nats, (rows, vocabulary)."""
-        ref, said = self._voices(input_ids, attention_mask)
+        ref, said = self.heard(input_ids, attention_mask)
         self._log_p = [(k, rows, truncated_log_probs(own, *self._options)) for k, rows, own in said]
         mixed = torch.full_like(ref, -torch.inf)
         for k, rows, log_p in self._log_p:
@@ -193,6 +201,7 @@ class MixtureNextToken(NextToken):
         ValueError : a token that no expert of its row can say (the row is named).
         """
         log_q = self._log_q[-1].clone()
+        tokens = tokens.to(log_q.device)
         for k, rows, log_p in self._log_p:
             log_q[rows, k] += log_p.gather(1, tokens[rows, None]).squeeze(1)
         impossible = (log_q == -torch.inf).all(1)

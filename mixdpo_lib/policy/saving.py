@@ -20,6 +20,7 @@ from ..store import (
     Shape,
     canonical_json,
     check_shape,
+    plain,
     read_json,
     sha256_of,
     whole_folder,
@@ -65,7 +66,7 @@ def save(
         save_file(state, place / "mixture.safetensors")
         config["tensors_sha256"] = sha256_of(place / "mixture.safetensors")
         config["config_sha256"] = _config_hash(config)
-        (place / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (place / "config.json").write_text(json.dumps(config, indent=1, default=plain) + "\n")
         (place / "README.md").write_text(model_card(config, provenance or {}))
 
 
@@ -105,7 +106,7 @@ def load(
             if name is None:
                 one = base if base is not None else load_base(config["base"], chat=config["chat"])
             else:
-                one = given.pop(0) if given else load_base(name)
+                one = given.pop(0) if given else load_base(name, chat=config["chat"])
             check_base(folder, one, wanted or config["base_fingerprint"])
         except Exception as error:  # of the base, and not of what config.json says of the mixture
             refused.append(error)
@@ -323,7 +324,8 @@ def check_base(folder: Path, base: Base, wanted: str) -> None:
     if base.fingerprint != wanted:
         raise ValueError(
             f"{folder}: trained on a base with fingerprint {wanted}, found {base.fingerprint} "
-            f"({base.name}): give the base that it was trained on"
+            f"({base.name}, {str(base.model.dtype).removeprefix('torch.')}): give the base that it was trained on, "
+            "base=load_base(...) with its revision, dtype and chat"
         )
 
 

@@ -148,9 +148,16 @@ def _cache() -> list[Finding]:
 
 def _weights() -> list[Finding]:
     sources = Path(__file__).parents[1] / "base" / "sources.toml"
+    try:
+        raw = store.raw_folder()
+    except MixDPOError as error:
+        said = " ".join(str(error).split())
+        return [
+            Finding("downloads", "missing", said, "name a checkout in MIXDPO_ROOT, or unset it")
+        ]
     findings = []
     for name, entry in tomllib.loads(sources.read_text(encoding="utf-8")).items():
-        wheel = store.raw_folder() / entry["wheel"]
+        wheel = raw / entry["wheel"]
         what = f"{entry['kind']} {name}"
         if not wheel.exists():
             remedy = (

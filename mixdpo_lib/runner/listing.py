@@ -55,7 +55,7 @@ def found_runs(library: Callable[[], str]) -> list[Found]:
 
 def _runs_in(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and folder.name == "interactive":
+        if path.is_dir() and (folder.name == "interactive" or path.name == "grid"):
             yield from (run for run in sorted(path.iterdir()) if run.is_dir())
         elif path.is_dir() and ".old-" not in path.name:
             yield path

@@ -15,6 +15,7 @@ from .files import (
     check_file_list,
     check_shape,
     file_hashes,
+    plain,
     read_json,
     remove_folder,
     sha256_of,
@@ -35,6 +36,7 @@ from .places import (
 from .reporting import curve, heartbeat, note, progress
 
 __all__ = [
+    "plain",
     "sync",
     "shown",
     "remove_folder",

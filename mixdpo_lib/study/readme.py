@@ -54,6 +54,7 @@ def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         )
     results += [
         "",
+        "Rewards are in units of the evaluation judge. "
         "Brackets: 95 % intervals over prompts, all seeds together; for NMI the lowest and highest seed.",
     ]
     further = [
@@ -67,8 +68,10 @@ def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             for domain in ("book", "film")
         ),
         "",
-        f"Against experts that were told the domain, MoE-DPO by the likelier expert: "
-        f"{q('moe_top_1_gain_over_oracle_mean')}. Share of held-out prompts that the gate routes right: "
+        f"Against experts that were told the domain, MoE-DPO by the weights of its gate: {q('moe_gain_over_oracle_mean')}; "
+        f"by the likelier expert: {q('moe_top_1_gain_over_oracle_mean')} "
+        f"(books {q('moe_top_1_gain_over_oracle_book')}, films {q('moe_top_1_gain_over_oracle_film')}). "
+        "Share of held-out prompts that the gate routes right: "
         f"{q('gate_accuracy_moe_dpo_prompt')}; about works that the base hardly knows: "
         f"{q('gate_accuracy_moe_dpo_less_known')}.",
     ]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast as Fast
 from trl import DPOConfig, DPOTrainer
 
 import mixdpo_lib as mx
+from mixdpo_lib.base import tokens
 from mixdpo_lib.base.features import tokenise
 from mixdpo_lib.base.tokens import answer_text
 from mixdpo_lib.data.pairs import Text
@@ -411,3 +412,13 @@ def test_conversations_are_fitted_served_and_continued(tmp_path, monkeypatch):
         said = policy.generate(asked, max_new_tokens=4, seed=0)
         assert len(said.text) == 2 and list(policy.say(asked, max_new_tokens=2).columns)
         assert policy.logps(asked[0], "It is good.") < 0
+
+
+def test_a_template_that_writes_the_date_means_the_same_tomorrow(tmp_path):
+    folder = save_tiny_base(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    base = mx.load_base(folder, chat=True)
+    written = tokens._rendered(base.tokenizer, (("user", "film"),), None, "here")  # noqa: SLF001
+    assert written == "26 Jul 2024 film"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mutations import said
 
 from mixdpo_lib.data.files import load_preferences
-from mixdpo_lib.data.forms import explicit_prompts, split_texts
+from mixdpo_lib.data.forms import explicit_prompts, explicit_row, split_texts
 from mixdpo_lib.data.messages import as_prompt
 from mixdpo_lib.data.pairs import Pairs, Text, Texts, check_preferences
 
@@ -402,3 +402,15 @@ def test_conversations_are_parted_as_trl_parts_them(before):
     ours = explicit_prompts(datasets.Dataset.from_list([row]))[0]
     assert ours["prompt"] == theirs["prompt"]
     assert [ours[k] for k in row] == [theirs[k][0]["content"] for k in row]
+
+
+@pytest.mark.parametrize("asked", ["Which knot?", "Which  knot? "])
+@pytest.mark.parametrize("first", [[], [{"role": "system", "content": "Be brief."}]])
+def test_a_side_that_repeats_the_end_of_its_prompt_asks_once(first, asked):
+    question = {"role": "user", "content": "Which knot?"}
+    sides = {
+        name: [{**question, "content": asked}, {"role": "assistant", "content": answer}]
+        for name, answer in (("chosen", "A reef knot."), ("rejected", "None."))
+    }
+    prompt = explicit_row({"prompt": [*first, question], **sides})[0]
+    assert [role for role, _ in prompt] == [*(one["role"] for one in first), "user"]

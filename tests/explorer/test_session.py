@@ -214,3 +214,18 @@ def test_an_error_is_said_on_the_page_and_what_is_shown_stays_true(session):
     assert "expected between 1 and" in panel.status.value and panel.texts.value == before
     panel.prompt.value = "a plot"
     assert panel.status.value == "" and "a plot" in panel.texts.value
+
+
+def test_a_character_of_several_tokens_comes_with_its_last_one():
+    class Bytes:
+        """A tokenizer whose tokens are the bytes of UTF-8."""
+
+        def decode(self, ids, **_):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    text = "it\u2019s \U0001f3ac"
+    for said in (text, text + "!"):
+        tokens = list(said.encode())
+        pieces = speaking.token_pieces(Bytes(), list(b"So "), tokens)
+        assert len(pieces) == len(tokens) and "".join(pieces) == said
+        assert not any("\ufffd" in one for one in pieces)

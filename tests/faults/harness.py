@@ -124,7 +124,7 @@ def kills(table, place, rng, n):
                 table.evidence.append(f"{name}: lives on: {found['left']}")
         again = children.run(job, base, folder)
         table.add(
-            f"killed while {name}", judged(again, plan["said"]), said, again["said"], again["left"]
+            f"killed: {name}", judged(again, plan["said"]), said, again["said"], again["left"]
         )
     return killed, inside
 
@@ -149,7 +149,7 @@ def full_disks(table, place, rng, n):
             again = children.run(work.KILLED[name], base, folder)
             ended = "clear" if judged(again, wanted["said"]) == "recovered" else "wrong"
             found = again if ended == "wrong" else found
-        table.add(f"no space while {name}", ended, f"{size} bytes", found["said"], found["left"])
+        table.add(f"no space: {name}", ended, f"{size} bytes", found["said"], found["left"])
 
 
 READ = {  # what is damaged, and who reads it; of a model's own files the fingerprint may change

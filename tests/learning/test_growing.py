@@ -262,7 +262,11 @@ def test_held_out_likelihood_of_units_by_hand():
     [
         ({"validation": None}, "validation: found none; every proposal is decided by pairs"),
         ({"config": mx.FitConfig(latent="pair")}, "latent='pair': expected 'unit'"),
-        ({"freeze_users": ["nobody"]}, r"freeze_users=\['nobody'\]: no training pairs of them"),
+        (
+            {"freeze_users": ["nobody"], "freeze_others": True},
+            r"freeze_users=\['nobody'\]: no training pairs of them",
+        ),
+        ({"freeze_users": ["u0"]}, r"found freeze_others=False, expected True: users can keep"),
         ({"gate": mx.FixedWeights([1.0])}, "FixedWeights does not learn: expected weights"),
         ({"gate": mx.ContextGate(4, 1)}, "ContextGate reads the prompt: expected weights"),
         ({"one": True}, "validation has 1 unit in column 'user'; expected at least 2"),
@@ -318,3 +322,39 @@ def test_a_gate_that_reads_what_differs_inside_a_unit_is_refused():
     policy.gate = mx.UserGate.from_metadata({"town": ["x", "y"]}, 1)
     with pytest.raises(ValueError, match="row 1: metadata differs from the first row of its user"):
         grow(policy, mixed, validation=held)
+
+
+def test_growth_may_be_told_of_routing(tiny_base):
+    """Of one expert that is taught alone there is none; what the gate reads is routed as asked for."""
+    _, train, held = heads_of_two_kinds(tiny_base)
+    ages = [20.0 + 10 * (int(name[4:]) % 2) for name in train.rows["user"]]
+    train = Pairs.of(train.rows.add_column("age", ages))
+    held_ages = [20.0 + 10 * (int(name[4:]) % 2) for name in held.rows["user"]]
+    held = Pairs.of(held.rows.add_column("age", held_ages))
+    gate = mx.UserGate.from_metadata({"age": ages}, 1)
+    policy = mx.MixturePolicy(mx.HeadExperts(tiny_base, 1, rank=2), gate, 0.3)
+    config = HEADS.change(routing=mx.Routing(balance=0.5))
+    growth = Growth(max_experts=2, sketch=False)
+    assert len(grow(policy, train, config, validation=held, growth=growth).table) > 0
+
+
+def test_a_growth_that_is_interrupted_leaves_what_it_had(tiny_base, monkeypatch):
+    policy, train, held = heads_of_two_kinds(tiny_base, 480, lapse="learn")
+    seen, before = [], []
+    fresh = growing.sketch
+
+    def sketched(*given):
+        before.extend([policy.lapse, policy.experts])
+        return fresh(*given)
+
+    def stopped(self):
+        seen.append(self.policy.n_experts)
+        self.policy.lapse_rate.fill_(0.4)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BySteps, "fit_anew", stopped)
+    monkeypatch.setattr(growing, "sketch", sketched)
+    with pytest.raises(KeyboardInterrupt):
+        grow(policy, train, HEADS, validation=held, growth=Growth(max_experts=2))
+    assert seen == [2] and policy.n_experts == policy.gate.n_experts == 1
+    assert policy.lapse == pytest.approx(before[0]) and policy.experts is before[1]

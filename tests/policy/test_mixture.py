@@ -13,6 +13,7 @@ from mixdpo_lib.base.features import encode_prompts, text_features, tokenise
 from mixdpo_lib.data.pairs import Pairs, Text, Texts, as_pairs
 from mixdpo_lib.elbo import keep_top_s
 from mixdpo_lib.experts.heads import HeadExperts
+from mixdpo_lib.experts.tables import TabularExperts
 from mixdpo_lib.gates.membership import MixedMembershipGate
 from mixdpo_lib.gates.prompt import ContextGate
 from mixdpo_lib.gates.user import UserGate
@@ -651,3 +652,36 @@ def test_a_gate_that_a_fit_has_put_elsewhere_is_asked_from_the_processor(tiny_ba
     policy = MixturePolicy(HeadExperts(tiny_base, 2, rank=2), gate, 0.3)
     data = preference_rows(6).add_column("age", [20, 40] * 3)
     assert policy.log_w(data).flatten().tolist() == pytest.approx([-math.log(2)] * 12)
+
+
+def test_weights_of_users_have_as_many_rows_as_there_are_prompts(policy, data):
+    user = torch.tensor([[0.7, 0.2, 0.1]] * 2).log()
+    assert len(policy.generate(PROMPTS[:2], user=user, max_new_tokens=2).text) == 2
+    assert len(policy.predict(data.rows.select([0, 1]), user=user)) == 2
+    for call in (
+        lambda: policy.generate(PROMPTS[:3], user=user),
+        lambda: policy.predict(data.rows, user=user),
+        lambda: policy.logps("the film", "was good", user=user),
+        lambda: policy.say(PROMPTS[:2], user=user),
+        lambda: policy.as_causal_lm(user=user, prompts=PROMPTS[:3]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"user: found \(2, 3\), expected log weights \(3,\) of"
+        ):
+            call()
+
+
+def test_weights_may_be_float64_in_every_form(policy):
+    user = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log()
+    for form in ("sequence", "token"):
+        double = policy.generate(PROMPTS, user=user, form=form, max_new_tokens=4, seed=1)
+        single = policy.generate(PROMPTS, user=user.float(), form=form, max_new_tokens=4, seed=1)
+        assert double.text == single.text
+    ids = torch.tensor([[VOCABULARY["the"], VOCABULARY["film"]]])
+    assert policy.as_causal_lm(user=user)(ids).logits.dtype == torch.float32
+
+
+def test_tables_without_words_are_no_language_model():
+    tables = MixturePolicy(TabularExperts(3, 2), LearnedWeights(2))
+    with pytest.raises(ValueError, match="this table has numbers, no words"):
+        tables.as_causal_lm()

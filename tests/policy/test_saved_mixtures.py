@@ -3,13 +3,17 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import preference_rows
+from tiny import preference_rows, save_tiny_base
+from transformers import AutoTokenizer
 
+from mixdpo_lib.base.model import load_base
 from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.experts.heads import HeadExperts
+from mixdpo_lib.experts.whole import IndependentExperts
 from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
 from mixdpo_lib.policy.mixture import MixturePolicy
 from mixdpo_lib.store import MixDPOError, sha256_of
@@ -212,3 +216,30 @@ def test_a_learned_rate_that_cannot_be_right(tiny_base, tmp_path, rate):
     change(tmp_path / "m", "tensors_sha256", gone=True)
     with pytest.raises(MixDPOError, match="lapse_rate: found .*, expected a number above 0"):
         MixturePolicy.from_pretrained(tmp_path / "m", tiny_base)
+
+
+def test_numbers_of_numpy_are_kept_as_numbers(tiny_base, tmp_path):
+    experts = HeadExperts(tiny_base, 2, rank=2, active="all")
+    experts.rank = np.int64(2)  # as where nobody checks types
+    MixturePolicy(experts, LearnedWeights(2), float(np.float64(0.3))).save_pretrained(
+        tmp_path / "m"
+    )
+    again = MixturePolicy.from_pretrained(tmp_path / "m", tiny_base)
+    assert again.n_experts == 2 and again.experts.rank == 2 and again.beta == 0.3
+
+
+def test_whole_models_with_a_template_are_found_by_name(tmp_path):
+    folder = save_tiny_base(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "the {{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    base = load_base(str(folder), chat=True)
+    models = MixturePolicy(IndependentExperts([base, base]), LearnedWeights(2))
+    models.save_pretrained(tmp_path / "m")
+    assert MixturePolicy.from_pretrained(tmp_path / "m").base.chat
+
+
+def test_another_base_is_named_with_its_kind_of_numbers(tmp_path, folder):
+    other = load_base(str(save_tiny_base(tmp_path / "base")), dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"\(.*, bfloat16\): give the base that it was trained on"):
+        MixturePolicy.from_pretrained(folder, other)

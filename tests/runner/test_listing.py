@@ -39,6 +39,8 @@ def test_every_run_is_listed_with_its_state(write_notebook, project, capsys):
     for folder in (f"default/.04_mix.part-{os.getpid()}", f"full/.04_mix.part-{dead.pid}"):
         (project / "runs" / folder).mkdir(parents=True)
     (project / "runs/interactive/04_mix/20260102-030405").mkdir(parents=True)
+    finished(project, "default/grid/04_mix_soup_0", "04_mix")
+    (project / "runs/default/grid/04_mix_soup_1").mkdir()
     (project / "runs/failed/04_mix-20260102-030405").mkdir(parents=True)
     (project / "runs/failed/04_mix-20260102-030405/error.txt").write_text(
         "Traceback\nValueError: x\n"
@@ -52,6 +54,8 @@ def test_every_run_is_listed_with_its_state(write_notebook, project, capsys):
         "smoke/04_mix": "changed",
         f"full/.04_mix.part-{dead.pid}": "not finished",
         "interactive/04_mix/20260102-030405": "not finished",
+        "default/grid/04_mix_soup_0": "finished",
+        "default/grid/04_mix_soup_1": "not finished",
         "failed/04_mix-20260102-030405": "failed",
     }
     assert {run.notebook for run in runs.values()} == {"04_mix"}
@@ -143,3 +147,9 @@ def test_doctor_finds_nothing_wrong_with_this_environment(capsys):
 
 def test_another_python_is_refused():
     assert doctor._python((3, 9)).state == "missing" and "3.11" in doctor._python((3, 9)).remedy
+
+
+def test_doctor_says_that_a_named_checkout_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXDPO_ROOT", str(tmp_path))
+    told = {one.what: one for one in doctor.examine()}
+    assert told["downloads"].state == "missing" and str(tmp_path) in told["downloads"].found

@@ -116,7 +116,7 @@ def test_users_are_placed_on_a_circle(theory):
     folder = theory["3_continuous_groups"] / "tables"
     users = pd.read_csv(folder / "users.csv")
     assert np.cos(users["true"] - users["found"]).mean() > 0.9
-    held_out = pd.read_csv(folder / "held_out.csv").set_index("K")["loglik"]
+    held_out = pd.read_csv(folder / "held_out.csv").groupby("K")["loglik"].mean()
     assert held_out.idxmax() == "circle" and held_out["3"] > held_out["1"]
     said = pd.read_csv(folder / "said.csv").set_index("angle")
     assert np.allclose(said.sum(axis=1), 1) and len(said) in (16, 32, 64, 128)
