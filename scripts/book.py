@@ -214,6 +214,25 @@ def remote(pages: Path) -> list[str]:
     ]
 
 
+def scripts_once(page: str) -> str:
+    """A page without scripts that stand on it already: two extensions bring the same ones, and MathJax cannot be loaded twice.
+
+    >>> scripts_once('<script defer src="a.js"></script><script src="a.js"></script><script>b</script>')
+    '<script defer src="a.js"></script><script>b</script>'
+    """
+    seen: set[str] = set()
+
+    def kept(found: re.Match[str]) -> str:
+        source = re.search(r'src="([^"]+)"', found[1])
+        name = source[1] if source else found[2]
+        if name in seen:
+            return ""
+        seen.add(name)
+        return found[0]
+
+    return re.sub(r"<script([^>]*)>(.*?)</script>", kept, page, flags=re.DOTALL)
+
+
 def build(environment: Path) -> Path:
     """Make the pages; every warning is an error."""
     command = [
@@ -230,6 +249,8 @@ def build(environment: Path) -> Path:
     shutil.rmtree(BUILD / "_build")
     for path in html.rglob("*.map"):  # for whoever debugs the theme
         path.unlink()
+    for path in html.rglob("*.html"):
+        path.write_text(scripts_once(path.read_text(encoding="utf-8")), encoding="utf-8")
     if found := remote(html):
         sys.exit("\n".join(found) + "\n[book] error: these pages need a network")
     return html
