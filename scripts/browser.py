@@ -317,6 +317,8 @@ def pages(browser: webdriver.Chrome) -> None:
         *[path for path in found if "04_mix_dpo" in path.name or "glossary" in path.name],
     ]
     chosen = list(dict.fromkeys([*chosen, *found]))[:PAGES]
+    browser.get("about:blank")
+    browser.get_log("browser")  # what JupyterLab's page said when its server went
     for path in chosen:
         name = path.relative_to(front[0].parent).as_posix()
         browser.get(f"http://127.0.0.1:{server.server_address[1]}/{name}")
