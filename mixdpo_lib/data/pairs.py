@@ -100,7 +100,11 @@ class Pairs:
         ValueError : no rows; what `check_preferences` refuses; an answer that is not among `texts`.
         """
         if len(rows) == 0:
-            raise ValueError("the preference set is empty: at least one pair is needed")
+            raise ValueError(
+                "the preference set is empty: found 0 rows, expected at least one; where it was filtered, look "
+                "whether the name is written as in the data "
+                "(set(pairs['user']) has all of them)"
+            )
         check_preferences(rows, "preference set")
         prompts = [as_prompt(value) for value in values_of(rows, "prompt")]
         ended = values_of(rows, "ended") if "ended" in rows.column_names else [True] * len(rows)

@@ -60,6 +60,8 @@ def reproduce(
         )
     after = times()
     ran = [name for name in names if after.get(name) != before.get(name)]
+    if {"-n", "--dry-run", "--dryrun"} & set(extra):
+        return  # Snakemake has said what it would do
     if not ran:
         store.note(f"profile {profile}: everything is up to date in {root / 'runs' / profile}")
         return

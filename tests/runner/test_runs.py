@@ -457,6 +457,8 @@ def test_reproduce_and_reference(write_notebook, project, capfd):
     reproduce.reproduce("default")
     shown = capfd.readouterr().err
     assert "everything is up to date" in shown and ": started" not in shown
+    reproduce.reproduce("default", extra=["-n"])
+    assert "[mixdpo]" not in capfd.readouterr().err  # Snakemake alone says what it would do
     assert done == [
         p.stat().st_mtime_ns for p in sorted(project.glob("runs/default/*/manifest.json"))
     ]
