@@ -1,24 +1,45 @@
 """Does growth find the study's three groups of users, and in what share of the time of a grid of K?
 
-    .venv/bin/python benchmarks/growing_study.py [--seeds 0] [--most 8] [--passes 5]
+    .venv/bin/python benchmarks/growing_study.py [--seeds 0] [--most 8] [--passes 5] [--kinds]
 
 The default design of review users; validation pairs decide every proposal, and choose among K = 1 ... 8 by the rule of one
-standard error.  Seconds of fitting alone, on this machine.  Some eight minutes a seed.
+standard error.  Seconds of fitting alone, on this machine.  Some eight minutes a seed; with --kinds a few seconds, for what
+linear rewards alone find of all three groups, of each two and of each.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from itertools import combinations
 
 import pandas as pd
 
 import mixdpo_lib as mx
 from mixdpo_lib.choosing import served_weights
 from mixdpo_lib.evaluation import choose_n_experts, recovery
+from mixdpo_lib.learning.deciding import Growth
+from mixdpo_lib.learning.sketching import sketch
+from mixdpo_lib.learning.teaching import Sets
 from mixdpo_lib.study import ReviewUsers
 from mixdpo_lib.study.fits import group_of
 from mixdpo_lib.study.review_users import review_users_config
+
+
+def kinds(study: ReviewUsers, seed: int) -> None:
+    """How many kinds linear rewards find of all groups, of each two and of each alone."""
+    sets = study.pairs("default", seed)
+    policy = study.new_policy("dpo", sets["train"])
+    train, held = (policy.prepare(sets[name]) for name in ("train", "validation"))
+    of, groups = group_of(train, "user"), study.groups
+    for n in range(len(groups), 0, -1):
+        for some in combinations(groups, n):
+            parts = [one.where([of[u] in some for u in one.rows["user"]]) for one in (train, held)]
+            found, rows = sketch(policy.base, Sets.of(*parts, "user"), Growth(), seed)
+            told = ", ".join(f"{row[1]} {row[4]:+.2f} ± {row[5]:.2f}" for row in rows)
+            print(
+                f"seed {seed}: of {n} groups {found} kinds ({', '.join(some)}): {told}", flush=True
+            )
 
 
 def main() -> None:
@@ -27,10 +48,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--most", type=int, default=8)
     parser.add_argument("--passes", type=float, default=5.0)
+    parser.add_argument("--kinds", action="store_true")
     options = parser.parse_args()
     config = review_users_config(["default"], more_test_prompts=150, passes=options.passes)
     study = ReviewUsers(config)
     for seed in options.seeds:
+        if options.kinds:
+            kinds(study, seed)
+            continue
         sets = study.pairs("default", seed)
         train, held = sets["train"], sets["validation"]
         of = group_of(train, "user")

@@ -193,7 +193,7 @@ def _joined(before: Messages, side: Messages) -> Messages:
     for n in range(len(before)):
         tail = before[n:]
         if len(side) > len(tail) and plain(side[: len(tail)]) == plain(tail):
-            return (*before[:n], *side)
+            return (*before, *side[len(tail) :])
     return (*before, *side)
 
 

@@ -101,9 +101,8 @@ class Pairs:
         """
         if len(rows) == 0:
             raise ValueError(
-                "the preference set is empty: found 0 rows, expected at least one; where it was filtered, look "
-                "whether the name is written as in the data "
-                "(set(pairs['user']) has all of them)"
+                "the preference set is empty: found 0 rows, expected at least one; where it was filtered, look whether "
+                "the value is written as in the data (set(pairs['user']) has all of a column)"
             )
         check_preferences(rows, "preference set")
         prompts = [as_prompt(value) for value in values_of(rows, "prompt")]

@@ -78,7 +78,6 @@ class EveryVoice(NextToken):
     @torch.inference_mode()
     def observe(self, tokens: Int[Tensor, "rows"]) -> None:
         """Keep what each expert gave the tokens just drawn."""
-        tokens = tokens.to(self._log_p[0].device)
         own = [log_p.gather(1, tokens[:, None]).squeeze(1) for log_p in self._log_p]
         self._steps.append((torch.stack(own, 1), divergence(*self.last_logits())[2]))
 

@@ -101,12 +101,9 @@ def grow(
 def _sketched(found: Growing, config: FitConfig) -> int:
     """As many experts as linear rewards find, and one more while that holds; how many refusals end growth from here."""
     policy, teacher, sets, growth = found.policy, found.teacher, found.sets, found.growth
-    several = len(sets.names) < len(
-        sets.unit
-    )  # pairs of a unit; else linear rewards are told too little
-    if not (isinstance(teacher, BySteps) and found.fresh and several and policy.n_experts == 1):
-        return growth.refusals
-    if policy.base is None:  # nothing reads the answers
+    several = len(sets.names) < len(sets.unit)  # of one pair a unit linear rewards learn too little
+    read = found.fresh and policy.n_experts == 1 and policy.base is not None
+    if not (isinstance(teacher, BySteps) and read and several):
         return growth.refusals
     n_kinds, rows = sketch(policy.base, sets, growth, config.seed)
     found.rows.extend(rows)

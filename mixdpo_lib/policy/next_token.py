@@ -99,7 +99,6 @@ class NextToken:
     def observe(self, tokens: Int[Tensor, "rows"]) -> None:
         """Keep what policy and reference say of the tokens just drawn from the last logits."""
         logits, ref_logits = self.last_logits()
-        tokens = tokens.to(logits.device)
         ref = ref_logits.gather(1, tokens[:, None]).squeeze(1)
         own = logits.gather(1, tokens[:, None]).squeeze(1)
         if not self._spoken:
@@ -201,7 +200,6 @@ class MixtureNextToken(NextToken):
         ValueError : a token that no expert of its row can say (the row is named).
         """
         log_q = self._log_q[-1].clone()
-        tokens = tokens.to(log_q.device)
         for k, rows, log_p in self._log_p:
             log_q[rows, k] += log_p.gather(1, tokens[rows, None]).squeeze(1)
         impossible = (log_q == -torch.inf).all(1)

@@ -244,7 +244,7 @@ def sample(
     generator : source of randomness, required unless greedy.  It is advanced by B x max_new_tokens numbers whatever
         the rows do; each row has its own, so that a row is the same when a batch is split or other rows end early.
     progress : called with (tokens done, max_new_tokens) after each step.
-    observe : called with the tokens (B,) drawn at each step, also those of rows that ended.
+    observe : called with the tokens (B,) drawn at each step, where the logits lie, also those of rows that ended.
 
     Returns
     -------
@@ -296,7 +296,7 @@ def sample(
             chosen = logits.argmax(-1)
         else:
             chosen = _next(logits, chance[:, position].to(logits.device), temperature, top_k, top_p)
-        chosen = chosen.cpu()
+        drawn, chosen = chosen, chosen.cpu()
         for row, token in enumerate(chosen.tolist()):
             if ended[row]:
                 continue
@@ -305,7 +305,7 @@ def sample(
             else:
                 tokens[row].append(token)
         if observe is not None:
-            observe(chosen)
+            observe(drawn)
         if progress is not None:
             progress(position + 1, max_new_tokens)
         if bool(ended.all()):

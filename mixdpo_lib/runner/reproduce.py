@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import sys
@@ -58,10 +59,10 @@ def reproduce(
             f"reproduce --profile {profile} -- --quiet host); what is done is kept, start again to "
             "go on from it"
         )
+    if is_dry(extra):  # Snakemake has said what it would do
+        return
     after = times()
     ran = [name for name in names if after.get(name) != before.get(name)]
-    if {"-n", "--dry-run", "--dryrun"} & set(extra):
-        return  # Snakemake has said what it would do
     if not ran:
         store.note(f"profile {profile}: everything is up to date in {root / 'runs' / profile}")
         return
@@ -130,8 +131,12 @@ def run_target(target: str, profile: str, cores: int, extra: Sequence[str]) -> i
 
 
 def is_dry(extra: Sequence[str]) -> bool:
-    """Whether these words ask Snakemake what would run, and for nothing else."""
-    return bool({"-n", "--dry-run", "--dryrun"} & set(extra))
+    """Whether these words ask Snakemake what would run, and for nothing else; short flags may stand together.
+
+    >>> is_dry(["-np"]), is_dry(["--dry-run"]), is_dry(["--quiet", "host"])
+    (True, True, False)
+    """
+    return any(re.fullmatch(r"-[a-zA-Z]*n[a-zA-Z]*|--dry-?run", word) for word in extra)
 
 
 Rewrite = Callable[[str, Mapping[str, Any]], str]  # a page and the reference's values

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..elbo import log_responsibilities
-from ..evaluation import align_circle, circle_turn
+from ..evaluation import circle_turn
 from ..experts.group_tables import GroupTables
 from ..experts.groups import on_circle
 from ..experts.reward_table import sample_answers
@@ -100,12 +100,13 @@ def placed(
     bayes = log_responsibilities(tally.loglik(tally.units).detach(), truth.nodes.log_prior)
     taste = experts.nodes.taste(result.log_q)
     true, found = people.angle[: len(result.log_q)].numpy(), taste.direction.numpy()
+    sign, turn = circle_turn(found, true)
     users = pd.DataFrame(
         {
             "true": true,
-            "found": align_circle(found, true) % (2 * np.pi),
+            "found": (sign * found + turn) % (2 * np.pi),
             "known_rewards": truth.nodes.taste(bayes).direction.numpy(),
             "spread": taste.spread.numpy(),
         }
     )
-    return Placed(experts, gate, result.log_q, circle_turn(found, true), users)
+    return Placed(experts, gate, result.log_q, (sign, turn), users)

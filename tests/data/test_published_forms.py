@@ -413,4 +413,6 @@ def test_a_side_that_repeats_the_end_of_its_prompt_asks_once(first, asked):
         for name, answer in (("chosen", "A reef knot."), ("rejected", "None."))
     }
     prompt = explicit_row({"prompt": [*first, question], **sides})[0]
-    assert [role for role, _ in prompt] == [*(one["role"] for one in first), "user"]
+    assert prompt == tuple((one["role"], one["content"]) for one in [*first, question])
+    sides["chosen"][0]["content"] = question["content"]  # blanks differ between the sides
+    assert explicit_row({"prompt": [*first, question], **sides})[0] == prompt
