@@ -17,16 +17,18 @@ from .base.model import Base
 from .data.pairs import Pairs, as_pairs
 from .elbo import correct
 from .evaluation import bootstrap_means, choose_n_experts, interval, mean_bounds
-from .experts.contract import make_experts
 from .experts.heads import HeadExperts
+from .gates.metadata import naming_columns
 from .gates.weights import LearnedWeights
 from .learning.config import FitConfig
 from .learning.fit import fit
 from .learning.result import certainty, dead_experts, equal_experts
 from .learning.routing import Routing
 from .policy.mixture import MixturePolicy
+from .policy.single import single_counterpart
 
 FEW_UNITS = 10  # fewer drawn with replacement give an interval that is too narrow
+LOST = 10.0  # nats a text that chosen answers may lie below the base: e^10 times less likely
 SURE = 0.99  # of a verdict; 100 data sets of each kind: benchmarks/verdict.py
 
 
@@ -41,7 +43,8 @@ class Report:
     experts : a row an expert: usage (mean responsibility over units), distance (nats: mean of log pi_k - log pi_ref of
         the chosen answers of test pairs, weighted by how far expert k serves them), remark (dead, or equal to which).
     certainty : 0 where units are shared equally, 1 where each has one expert. No evidence by itself.
-    notes : units that were left out or served by the gate alone, and what makes the interval rough.
+    notes : units that were left out or served by the gate alone, what makes the interval rough, columns that name their
+        units, and experts under which chosen answers are far less likely than under the base.
     bounds : what the difference of loglik lies above, and below, at 99 % each (`evaluation.mean_bounds`), nats per pair.
     sentence : whether a mixture pays: where the lower bound lies above 0, and nowhere else.
     """
@@ -157,31 +160,15 @@ def _left_out(train: Pairs, test: Pairs, unit: str, unknown: Sequence[str]) -> l
     return notes
 
 
-def single_counterpart(policy: MixturePolicy) -> MixturePolicy:
-    """One expert of the same family and options, base, beta and lapse, as at the start.
-
-    Raises
-    ------
-    ValueError : a family whose options do not say how many experts there are; the way out is `single=`.
-    """
-    description = policy.experts.describe()
-    if "n_experts" not in description:
-        raise ValueError(
-            f"{type(policy.experts).__name__}: no single policy can be made from a description without n_experts; fit "
-            "one expert of this family yourself (whole models: IndependentExperts(bases[:1])) and give single=..."
-        )
-    one: dict[str, Any] = {"n_experts": 1}
-    if policy.experts.nodes is not None:  # the trivial group: a basis expert alone
-        one |= {"group": "cyclic", "n_basis": 2}
-    experts = make_experts({**description, **one}, lambda *_: policy.base)
-    own = dict(experts.named_buffers())
-    for (
-        name,
-        buffer,
-    ) in policy.experts.named_buffers():  # such as a table's reference: no part of what is learned
-        if name in own and own[name].shape == buffer.shape:
-            own[name].copy_(buffer)
-    return MixturePolicy(experts, LearnedWeights(1), policy.beta, policy.given_lapse)
+def _losing(distance: pd.Series) -> list[str]:
+    """Experts under which the chosen answers have become far less likely than under the base."""
+    lost = [f"{k} ({nats:.0f} nats)" for k, nats in distance.items() if nats < -LOST]
+    if not lost:
+        return []
+    return [
+        f"expert {', '.join(lost)} gives the chosen answers far less than the base does: what it writes may be broken; "
+        "read some (policy.say), raise beta, or lower learning_rate or passes"
+    ]
 
 
 def report(
@@ -245,14 +232,25 @@ def report(
     units.insert(2, "served_by", _by_expert(log_w, test, unit))
     log_q = policy.log_posterior(train, None if policy.gate.of_prompt else unit)[0]
     bounds = mean_bounds(units["difference"].to_numpy(float), SURE)
+    experts = _experts(policy, train, test, log_q, log_w)
+    notes = [
+        *_left_out(train, test, unit, unknown),
+        *(
+            f"column {name!r} names each {unit}: no two share a category, so that it says nothing of a new one"
+            for name in naming_columns(
+                getattr(policy.gate, "columns", {}), train.columns, train.units(unit)[0].tolist()
+            )
+        ),
+        *_losing(experts["distance"]),
+    ]
     return Report(
         totals=_totals(units),
         units=units.rename_axis(unit),
-        experts=_experts(policy, train, test, log_q, log_w),
+        experts=experts,
         certainty=certainty(log_q),
-        notes=tuple(_left_out(train, test, unit, unknown)),
+        notes=tuple(notes),
         bounds=bounds,
-        sentence=_verdict(policy.n_experts, float(units["difference"].mean()), *bounds),
+        sentence=_verdict(policy.n_experts, units["difference"], *bounds),
     )
 
 
@@ -302,12 +300,14 @@ def _experts(
     return pd.DataFrame(table).rename_axis("expert")
 
 
-def _verdict(n_experts: int, mean: float, low: float, high: float) -> str:
+def _verdict(n_experts: int, differences: pd.Series, low: float, high: float) -> str:
+    mean, n_units = float(differences.mean()), len(differences)
     found = f"by {abs(mean):.3f} nats per pair"
     if low > 0:
+        whom = f"the mixture pays for these {n_units} units, which are too few to speak for others."
         return (
-            f"K = {n_experts} predicts test pairs better than one policy {found}, by more than {low:.3f} at 99 %: the "
-            "mixture pays."
+            f"K = {n_experts} predicts test pairs better than one policy {found}, by more than {low:.3f} at 99 %: "
+            + (whom if n_units < FEW_UNITS else "the mixture pays.")
         )
     if high < 0:
         return (

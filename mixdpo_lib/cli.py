@@ -137,6 +137,7 @@ def figures(
     from .study import paper
 
     folder = output or store.project_root() / "figures" / "paper" / run / size
+    store.note(f"drawing the figures of {run}, some 20 seconds")
     typer.echo(paper.write(Finished(run), size, folder))
 
 
@@ -145,8 +146,11 @@ def list_runs() -> None:
     """Show every run: its state, and where its results lie."""
     from .runner import listing, record
 
-    typer.echo(listing.listing(listing.found_runs(record.library_hash)))
+    runs = listing.found_runs(record.library_hash)
+    typer.echo(listing.listing(runs))
     typer.echo(f"in {store.project_root() / 'runs'}")
+    if missing := listing.never_run(runs):
+        typer.echo(f"without a finished run: {', '.join(missing)}")
 
 
 @app.command(name="open")

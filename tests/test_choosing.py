@@ -67,7 +67,7 @@ def test_a_report_by_hand(table):
     assert found.experts["remark"].tolist() == ["", ""]
     assert found.sentence == (
         "K = 2 predicts test pairs better than one policy by 0.336 nats per pair, by more than 0.336 at 99 %: the mixture "
-        "pays."
+        "pays for these 2 units, which are too few to speak for others."
     )
     assert found.sentence in repr(found) and "2 units are few" in repr(found)
 
@@ -322,3 +322,24 @@ def test_units_may_be_truth_values(table):
     assert found.units[["n_train", "n_test"]].to_dict("index") == {
         name: {"n_train": 2, "n_test": 2} for name in ("true", "false")
     }
+
+
+def test_a_report_says_where_a_column_names_its_users_and_chosen_answers_are_lost(table):
+    far = 30.0  # log sigma(-30): the chosen answer is 29 nats less likely than under the base
+    test = rows(("ann", "a"), ("bob", "b"))
+    found = mx.report(table(far, -far), TRAIN, rows(("ann", "b"), ("bob", "a")), single=table(0.0))
+    assert any(
+        "expert 0 (-29 nats), 1 (-29 nats) gives the chosen answers" in n for n in found.notes
+    )
+    town = {"ann": "Ede", "bob": "Oss"}
+    train, test = (
+        part.add_column("town", [town[user] for user in part["user"]]) for part in (TRAIN, test)
+    )
+    policy = table(LOG3, -LOG3)
+    policy.gate = mx.UserGate.from_metadata({"town": train["town"]}, 2)
+    found = mx.report(policy, train, test, single=table(0.0))
+    assert any("column 'town' names each user" in note for note in found.notes)
+    assert not any("gives the chosen answers" in note for note in found.notes)
+    more = datasets.concatenate_datasets([train, rows(("cy", "a")).add_column("town", ["Ede"])])
+    found = mx.report(policy, more, test, single=table(0.0))
+    assert not any("column 'town'" in note for note in found.notes)

@@ -36,6 +36,8 @@ def test_ten_results_in_words_are_those_of_the_reference():
     assert row["value"] == f"{values['accuracy_gain_mean']['value']:+.3f}"
     low, high = values["accuracy_gain_mean"]["interval"]
     assert row["interval"] == f"[{low:.3f}, {high:.3f}]" and row["notebook"] == "04_mix_dpo"
+    least = values["mix_minus_hard_clusters_mean"]["value"]
+    assert table["value"][0] == f"{least:+.3f}" and "clusters" in table["what"][0]
     assert set(headline.headline({})["value"]) == {"not measured yet"}
 
 

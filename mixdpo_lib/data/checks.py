@@ -40,6 +40,11 @@ class BadRows:
         if len(self.first) < NAMED:
             self.first.append((place, f"row {row}{error}"))
 
+    def extend(self, other: BadRows) -> None:
+        """Those of another part as well."""
+        self.count += other.count
+        self.first = [*self.first, *other.first][:NAMED]
+
     def text(self, total: int) -> str:
         """One line about all of them; `total` rows were looked at."""
         if self.count == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,29 +59,52 @@ def load_preferences(
         raise ValueError(f"columns={columns!r}: expected a list of names; write [{columns!r}]")
     bad, total, read = BadRows(), 0, {}
     for name, files in find_parts(Path(path)).items():
-        tables: list[Table] = []
+        own, before, tables = BadRows(), total, list[Table]()
         first: Prompt | None = None
         for file in files:
             given = read_table(file, columns)
             total += given.n
             readable = None if base is None else base.text_ids
-            found, first = read_forms(given, f"{file} ({name})", bad, columns, first, readable)
+            found, first = read_forms(given, f"{file} ({name})", own, columns, first, readable)
             tables.append(found)
-        read[name] = tables
+        bad.extend(own)
+        read[name] = tables, f"; {own.text(total - before)}" if own.count else ""
     if on_bad_rows == "raise":
         bad.refuse(total, "mend these rows, or on_bad_rows='drop' goes on without them")
     elif bad.count:
         note(f"dropped {bad.count} of {total} rows: {bad.text(total)}")
     sets: dict[str, Dataset] = {}
-    for name, tables in read.items():
+    for name, (tables, why) in read.items():
         left = [table for table in tables if table.n]
         if not left:
-            why = f"; {bad.text(total)}" if bad.count else ""
             raise ValueError(
                 f"{path} ({name}): no row is left, expected at least one; remove the files of this part{why}"
             )
         sets[name] = as_dataset(left, f"{path} ({name})")
+    for column in dict.fromkeys(("user", *columns)):
+        for one, other in nearly_the_same(sets.values(), column):
+            note(
+                f"{path}, column {column!r}: {one!r} and {other!r} differ in spaces or capitals alone and count as two; "
+                "mend the rows if they are one"
+            )
     return DatasetDict(sets)
+
+
+def nearly_the_same(sets: Iterable[Dataset], column: str) -> list[tuple[str, str]]:
+    """Texts of a column that are one but for spaces at their ends and capitals: each with the first like it.
+
+    >>> nearly_the_same([Dataset.from_dict({"user": ["Ann", "bo", "ann "]})], "user")
+    [('Ann', 'ann ')]
+    """
+    first: dict[str, str] = {}
+    found = []
+    kinds = ("string", "large_string")
+    of_text = [s for s in sets if getattr(s.features.get(column), "dtype", "") in kinds]
+    for text in dict.fromkeys(value for rows in of_text for value in rows.unique(column)):
+        like = first.setdefault(text.strip().casefold(), text)
+        if like != text:
+            found.append((like, text))
+    return found
 
 
 def find_parts(place: Path) -> dict[str, list[Path]]:
@@ -186,7 +209,8 @@ def _by_part(files: Sequence[Path]) -> dict[str, list[Path]]:
                 + "; fetch the set again"
             )
     ordered = {part: [found[i] for i in sorted(found)] for part, found in shards.items()}
-    return dict(sorted({**{part: [file] for part, file in whole.items()}, **ordered}.items()))
+    parts = {**{part: [file] for part, file in whole.items()}, **ordered}
+    return {part: parts[part] for part in sorted(parts, key=lambda part: (part != "train", part))}
 
 
 def _record(file: Path, key: str) -> list[object]:

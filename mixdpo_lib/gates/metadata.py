@@ -26,8 +26,8 @@ def read_columns(
 
     Raises
     ------
-    ValueError : a missing or NaN value (row and column named); a column that is the same in every row, of which a gate
-        can learn nothing.
+    ValueError : a missing or NaN value (row and column named); numbers and text in one column; a column that is the same
+        in every row, of which a gate can learn nothing.
 
     >>> read_columns({"country": ["x", "y", "x"], "age": [20, 30, 40]})["country"]
     ['x', 'y']
@@ -40,7 +40,14 @@ def read_columns(
                 f"metadata column {name!r} is {values[0]!r} in every row: a gate can learn nothing from it; "
                 "leave it out"
             )
-        if all(isinstance(v, Real) and not isinstance(v, bool) for v in values):
+        numeric = [isinstance(v, Real) and not isinstance(v, bool) for v in values]
+        if any(numeric) and not all(numeric):
+            row = numeric.index(sum(numeric) * 2 < len(values))  # the first of the rarer kind
+            raise ValueError(
+                f"metadata row {row}, column {name!r}: found {values[row]!r} among "
+                f"{'texts' if numeric[row] else 'numbers'}; expected numbers alone, or text alone (categories)"
+            )
+        if all(numeric):
             numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
             columns[name] = (float(numbers.mean()), float(numbers.std(correction=0)))
         else:
@@ -111,6 +118,24 @@ def encode(columns: Columns, metadata: Mapping[str, Any]) -> Float[Tensor, "rows
     return torch.cat(parts, 1)
 
 
+def naming_columns(
+    columns: Columns, metadata: Mapping[str, Sequence[Any]], units: Sequence[int]
+) -> list[str]:
+    """The categorical columns of which every category is of one unit alone, so that they name it.
+
+    units : of each row of `metadata`.
+
+    >>> naming_columns({"town": ["x", "y"], "age": (30.0, 9.0)}, {"town": ["x", "y", "x"]}, [0, 1, 0])
+    ['town']
+    """
+    found = []
+    for name in (one for one, kind in columns.items() if isinstance(kind, list)):
+        whose = set(zip(map(str, metadata.get(name, ())), units, strict=False))
+        if len(whose) == len(set(units)) == len({category for category, _ in whose}):
+            found.append(name)
+    return found
+
+
 def _checked(name: str, values: Any) -> list[Any]:
     """A column as a list: a list, a tuple, an array, a series."""
     if isinstance(values, str | Real):
@@ -128,6 +153,7 @@ def _checked(name: str, values: Any) -> list[Any]:
             )
         if is_missing(value) or (isinstance(value, Real) and not math.isfinite(value)):
             raise ValueError(
-                f"metadata row {row}, column {name!r}: found {value!r}, expected text or a finite number"
+                f"metadata row {row}, column {name!r}: found {value!r}, expected text or a finite number; "
+                "fill it in, make it a category of its own such as 'unknown', or leave the row out (rows count from 0)"
             )
     return values

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from .choices import Choices
 from .inference import Exact, Inference
 from .routing import Routing
 from .starts import Start
@@ -26,7 +27,7 @@ DIVERGED = 10.0  # nats a pair below the first bound: an answer wrong with odds 
 
 
 @dataclass(frozen=True)
-class Stop:
+class Stop(Choices):
     """When a fit ends before its last step.
 
     patience : evaluations without a better validation likelihood; 0: never.
@@ -91,7 +92,7 @@ class Monitor:
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class FitConfig(Choices):
     """How a mixture is fitted. The defaults part experts on small sets too (docs/log.md has what was tried).
 
     latent : "unit": one latent expert a unit (user); "pair": one a comparison.

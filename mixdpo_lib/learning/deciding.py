@@ -20,6 +20,7 @@ from ..gates.contract import Gate
 from ..gates.grown import GrownGate
 from ..gates.m_step import gate_em
 from ..policy.mixture import MixturePolicy
+from .choices import Choices
 from .config import FitConfig
 from .teaching import Sets, Teaching, teaching, unit_inputs
 
@@ -33,7 +34,7 @@ COLUMNS = ["proposal", "experts", "n_experts", "units", "gain", "error", "kept",
 
 
 @dataclass(frozen=True)
-class Growth:
+class Growth(Choices):
     """When growth believes a proposal, and when it ends.
 
     errors : > 0; a split or birth is kept when the held-out log-likelihood per unit rises by more than so many standard

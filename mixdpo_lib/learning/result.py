@@ -184,6 +184,10 @@ def summarise(
         said.append("WARNING: the bound fell: lower learning_rate")
     elif turned:
         said.append("almost nothing was learned: raise passes, min_steps or learning_rate")
+        if n_experts == 1:
+            said.append(
+                "or people contradict one another, which one policy cannot follow: try n_experts=2"
+            )
     elif nodes is not None:
         spread = float(nodes.taste(log_q).spread.median())
         unit = "deviations of the prior" if nodes.group == "translations" else "radians"
@@ -199,8 +203,8 @@ def summarise(
                 "experts may do, or another seed"
             )
         if alike:
-            said.append(f"experts {', '.join(alike)} nearly equal")
-        if not parted:
+            said.append(f"experts {', '.join(alike)} nearly equal: fewer may do (choose_k)")
+        if sure < PARTED:
             said.append(
                 "if groups are expected, raise passes or min_steps, or give each unit more pairs"
             )

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..elbo import keep_top_s
 from ..gates.contract import Gate
+from .choices import Choices
 
 DEAD_SHARE = 0.1  # of 1/K: an expert that is routed to less often is dead in a sparse fit
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(Choices):
     """Of gates that read; the defaults leave everything as it is.
 
     top_s : experts that a pair is routed to, those of largest weight; None: all of them. One more, drawn at random, is

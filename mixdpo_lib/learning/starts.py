@@ -13,13 +13,14 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from ..gates.inputs import standardise
+from .choices import Choices
 
 KINDS = ("random_responsibilities", "linear", "clusters", "random_heads", "none")
 RANDOM_HEADS_SCALE = 1e-3  # standard deviation of B_k: some 0.01 nats a text, enough to part and too little to matter
 
 
 @dataclass(frozen=True)
-class Start:
+class Start(Choices):
     """How experts that start equal part, and how fast their responsibilities harden.
 
     kind : "random_responsibilities" of the latents stand at first; or those of "linear" rewards of what the base makes of

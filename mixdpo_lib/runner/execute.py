@@ -96,8 +96,10 @@ def run_notebook(
                 failed = keep_evidence(notebook, partial, runs / "failed", error)
             raise failed from error
         replace_folder(partial, folder)
+    what = folder.relative_to(runs) if folder.is_relative_to(runs) else folder
     print(
-        f"[mixdpo] {notebook}: finished in {time.monotonic() - began:.0f} s, results in {folder}",
+        f"[mixdpo] {notebook}: finished in {time.monotonic() - began:.0f} s, results in {folder}; to look: "
+        f"{shlex.join(['mixdpo', 'open', what.as_posix()])}",
         file=sys.stderr,
         flush=True,
     )

@@ -122,6 +122,12 @@ def listing(runs: list[Found]) -> str:
     return "\n".join(lines)
 
 
+def never_run(runs: list[Found]) -> list[str]:
+    """The notebooks of which no run is finished."""
+    done = {run.notebook for run in runs if run.state in FINISHED}
+    return [name for name in (*notebook_names(), *theory_names()) if name not in done]
+
+
 def opened_copy(what: str, runs: list[Found]) -> Path:
     """A copy, in `runs/opened/`, of the notebook that `what` names: the record of a run stays as it is.
 

@@ -185,6 +185,11 @@ class Baselines(ReviewUsers):
             return self.told.accuracy_by_prompt([fitted])
         return super()._accuracy(fitted)
 
+    def _by_user(self, fitted: Fitted) -> pd.DataFrame:
+        if fitted.method == "dpo_metadata":
+            return self.told.accuracy_by_user([fitted])
+        return super()._by_user(fitted)
+
     def _routings(
         self, fitted: Fitted, log_q: Tensor, prior: Tensor, own: dict[str, Tensor]
     ) -> dict[str, dict[str, Tensor]]:

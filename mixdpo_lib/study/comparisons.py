@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from ..evaluation import by_prompt_and_group, group_accuracy, interval
+from ..evaluation import N_BOOTSTRAP, interval
 
 REFERENCE = "mix_dpo"
 
@@ -43,33 +43,70 @@ def served_by_own_pairs(by_prompt: pd.DataFrame) -> pd.DataFrame:
     return by_prompt[how & (by_prompt["users"] == "seen")]
 
 
-def accuracy_differences(by_prompt: pd.DataFrame, reference: str = REFERENCE) -> pd.DataFrame:
+def accuracy_differences(by_user: pd.DataFrame, reference: str = REFERENCE) -> pd.DataFrame:
     """How far the reference lies above every other method: mean over the groups, and the worst group of each.
+
+    Prompts and users are resampled together, since a prompt is read by many users and a user reads many prompts: the
+    weight of a user's pairs on a prompt in a draw is how often the user was drawn, within the group, times how often the
+    prompt was. Source: Owen 2007, The pigeonhole bootstrap, Annals of Applied Statistics 1(2). All methods have the same draws.
 
     Parameters
     ----------
-    by_prompt : of one design, as `ReviewUsers.accuracy_by_prompt` gives it; all seeds together.
+    by_user : of one design, as `ReviewUsers.accuracy_by_user` gives it; all seeds together, each with users of its own.
 
     Returns
     -------
     method, group ("mean", "worst"), difference, low, high (shares, the reference minus the method; percentile interval of
-    95 % over prompts), p (paired bootstrap), p_holm (corrected over all rows).
+    95 % over prompts and users), p (paired bootstrap), p_holm (corrected over all rows).
 
     Raises
     ------
-    ValueError : the reference is not there.
+    ValueError : the reference is not there; a method that was not asked the same of the same users.
     """
-    by_method = dict(list(served_by_own_pairs(by_prompt).groupby("method", sort=False)))
+    by_method = dict(list(by_user.groupby("method", sort=False)))
     if reference not in by_method:
         raise ValueError(f"method {reference!r} is not there; found {list(by_method)}")
-    drawn = {m: group_accuracy(*by_prompt_and_group(part)[:2]) for m, part in by_method.items()}
-    rows = []
-    (mean, draws) = drawn.pop(reference)
-    for method, (other, other_draws) in drawn.items():
+    hits = {method: _hits(part) for method, part in by_method.items()}
+    mine, n_pairs = hits.pop(reference)
+    rng, users = np.random.default_rng(0), mine.index.to_frame(index=False)
+    prompts = _weights(rng, mine.shape[1])
+    groups = [np.flatnonzero(users["group"] == g) for g in dict.fromkeys(users["group"])]
+    drawn = [_weights(rng, len(rows)) for rows in groups]
+
+    def accuracy(table: pd.DataFrame) -> Float[np.ndarray, "draws groups"]:
+        right, asked = table.to_numpy(), n_pairs.to_numpy()
+        of_group = [
+            ((who @ right[rows]) * prompts).sum(1) / ((who @ asked[rows]) * prompts).sum(1)
+            for rows, who in zip(groups, drawn, strict=True)
+        ]
+        return np.stack(of_group, 1)
+
+    rows, own = [], accuracy(mine)
+    for method, (other, asked) in hits.items():
+        if not asked.equals(n_pairs):
+            raise ValueError(
+                f"method {method!r}: {len(asked)} users on {asked.shape[1]} prompts, {reference!r}: {len(n_pairs)} on "
+                f"{n_pairs.shape[1]}, or with other pairs; expected the same, fit both with the same seeds"
+            )
+        theirs = accuracy(other)
         for group, of in (("mean", np.mean), ("worst", np.min)):
-            spread = of(draws, axis=1) - of(other_draws, axis=1)
-            low, high = interval(spread)
-            found = {"difference": of(mean) - of(other), "low": low, "high": high}
-            rows.append({"method": method, "group": group, **found, "p": bootstrap_p(spread)})
+            spread = of(own, axis=1) - of(theirs, axis=1)
+            low, high = interval(spread[1:])
+            found = {"difference": spread[0], "low": low, "high": high}
+            rows.append({"method": method, "group": group, **found, "p": bootstrap_p(spread[1:])})
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table["p"].to_numpy()))
+
+
+def _hits(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(users, prompts) of a method: pairs that are predicted, and pairs that were asked."""
+    keys = ["group", "seed", "user"]
+    part = part.assign(right=part["accuracy"] * part["n_pairs"])
+    wide = part.pivot_table(index=keys, columns="prompt_id", values=["right", "n_pairs"])
+    return wide["right"].fillna(0.0), wide["n_pairs"].fillna(0.0)
+
+
+def _weights(rng: np.random.Generator, n: int) -> Float[np.ndarray, "draws n"]:
+    """How often each of n is drawn: first each once, then the bootstrap's draws."""
+    draws = rng.multinomial(n, np.full(n, 1 / n), size=N_BOOTSTRAP)
+    return np.concatenate([np.ones((1, n)), draws])

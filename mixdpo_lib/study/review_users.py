@@ -18,7 +18,7 @@ from datasets import DatasetDict
 from torch import Tensor
 
 from ..data.pairs import Pairs
-from ..elbo import sum_over_units
+from ..elbo import correct, sum_over_units
 from ..evaluation import prompt_accuracy, recovery
 from ..experts.heads import HeadExperts
 from ..gates.contract import Gate
@@ -244,6 +244,19 @@ class ReviewUsers(Study):
                 parts.append(fitted.named(table.assign(routing=routing, users=who)))
         return pd.concat(parts, ignore_index=True)
 
+    def accuracy_by_user(self, fits: Sequence[Fitted]) -> pd.DataFrame:
+        """Test accuracy of every training user on every prompt, each served by the own training pairs (q_u).
+
+        Returns
+        -------
+        design, method, seed, group, user, prompt_id, accuracy (share of the prompt's pairs for the user's group), n_pairs.
+        """
+        return pd.concat([self._by_user(f) for f in fits], ignore_index=True)
+
+    def _by_user(self, fitted: Fitted) -> pd.DataFrame:
+        sets = self.pairs(fitted.design, fitted.seed)
+        return fitted.named(_user_accuracy(fitted, sets["test"], group_of(sets["train"], "user")))
+
     def _routings(
         self, fitted: Fitted, log_q: Tensor, prior: Tensor, own: dict[str, Tensor]
     ) -> dict[str, dict[str, Tensor]]:
@@ -312,3 +325,19 @@ class ReviewUsers(Study):
 def _distinct(rows: Tensor) -> Tensor:
     """One row where all are the same (weights that read nothing), else all of them."""
     return rows[:1] if bool((rows == rows[0]).all()) else rows
+
+
+def _user_accuracy(fitted: Fitted, test: Pairs, of: Mapping[Any, str]) -> pd.DataFrame:
+    """group, user, prompt_id, accuracy and n_pairs of the units of a fit, on the test pairs of their groups."""
+    loglik, parts = fitted.policy.loglik(test, fitted.rewards), []
+    asked = pd.DataFrame({c: list(test.rows[c]) for c in ("group", "prompt_id")})
+    for group, rows in asked.groupby("group").groups.items():
+        mine = [i for i, user in enumerate(fitted.units) if of[user] == group]
+        likely = (loglik[list(rows)] + fitted.log_q[mine][:, None]).logsumexp(-1).exp()
+        users = pd.Index([fitted.units[i] for i in mine], name="user")
+        hits = pd.DataFrame(correct(likely).double().T.numpy(), columns=users)
+        by_prompt = hits.groupby(asked.loc[rows, "prompt_id"].to_numpy())
+        table = by_prompt.mean().rename_axis("prompt_id").stack().rename("accuracy").reset_index()
+        n_pairs = table["prompt_id"].map(by_prompt.size())
+        parts.append(table.assign(group=group, n_pairs=n_pairs))
+    return pd.concat(parts, ignore_index=True)

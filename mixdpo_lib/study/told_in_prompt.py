@@ -74,19 +74,27 @@ class ToldInPrompt(ReviewUsers):
 
     def _accuracy(self, fitted: Fitted) -> pd.DataFrame:
         """See `accuracy_by_prompt`: each user is scored after the own sentence."""
+        parts = []
+        for who, name in (("seen", "train"), ("new", "context")):
+            by_user = self._served(fitted, name).groupby(["group", "prompt_id"])
+            table = by_user.agg({"accuracy": "mean", "n_pairs": "first"}).reset_index()
+            parts.append(fitted.named(table.assign(routing="none", users=who)))
+        return pd.concat(parts, ignore_index=True)
+
+    def _by_user(self, fitted: Fitted) -> pd.DataFrame:
+        return fitted.named(self._served(fitted, "train"))
+
+    def _served(self, fitted: Fitted, name: str) -> pd.DataFrame:
+        """Test accuracy of the users of a set by group, user and prompt."""
         sets = self.pairs(fitted.design, fitted.seed)
-        test, parts = sets["test"], []
+        test = sets["test"]
         hits = correct(fitted.policy.loglik(test, fitted.rewards)[:, 0].exp()).double()
         asked = pd.DataFrame({c: list(test.rows[c]) for c in ("group", "prompt_id", "told")})
         asked["accuracy"] = hits.numpy()
-        for who, name in (("seen", "train"), ("new", "context")):
-            columns = {c: list(sets[name].rows[c]) for c in ("user", "group", "told")}
-            users = pd.DataFrame(columns).drop_duplicates("user")
-            served = users.merge(asked, on=["group", "told"]).groupby(["group", "prompt_id"])
-            table = served["accuracy"].agg(accuracy="mean", n_pairs="size").reset_index()
-            table["n_pairs"] //= table["group"].map(users["group"].value_counts())
-            parts.append(fitted.named(table.assign(routing="none", users=who)))
-        return pd.concat(parts, ignore_index=True)
+        columns = {c: list(sets[name].rows[c]) for c in ("user", "group", "told")}
+        users = pd.DataFrame(columns).drop_duplicates("user")
+        served = users.merge(asked, on=["group", "told"]).groupby(["group", "user", "prompt_id"])
+        return served["accuracy"].agg(accuracy="mean", n_pairs="size").reset_index()
 
 
 def _after(columns: dict[str, list], told: Sequence[str]) -> Dataset:

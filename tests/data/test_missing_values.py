@@ -1,5 +1,7 @@
 """Missing is never a value, and a name is what was written."""
 
+import json
+
 import datasets
 import pytest
 
@@ -200,3 +202,16 @@ def test_ended_is_true_or_false(tmp_path):
         rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "ended": value}]
         with pytest.raises(ValueError, match="row 0, column 'ended'"):
             Pairs.of(datasets.Dataset.from_list(rows))
+
+
+def test_names_that_differ_in_spaces_or_capitals_alone_are_told(tmp_path, capsys):
+    row = {"prompt": "Which knot?", "chosen": " a bowline", "rejected": " rope"}
+    write = [{**row, "user": user, "country": "NL"} for user in ("Ann", "bo", "Ann ", "BO", "cy")]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(one) for one in write))
+    (tmp_path / "test.jsonl").write_text(json.dumps({**row, "user": "cy", "country": "nl"}))
+    sets = load_preferences(tmp_path, ["country"])
+    assert list(sets) == ["train", "test"]  # the training pairs first, also in what is refused
+    told = capsys.readouterr().err
+    assert "column 'user': 'Ann' and 'Ann ' differ in spaces or capitals alone" in told
+    assert "'bo' and 'BO'" in told and "column 'country': 'NL' and 'nl'" in told
+    assert "'cy'" not in told and len(told.strip().splitlines()) == 3

@@ -258,7 +258,7 @@ def test_bad_rows_are_counted_and_may_be_dropped(tmp_path, capsys):
     ) as error:
         load_preferences(tmp_path)
     said = str(error.value)
-    assert said.count("chosen equals rejected") == 10 and "test.jsonl (test): 22" in said
+    assert said.count("chosen equals rejected") == 10 and "train.jsonl (train): 22" in said
     assert "row 12: " in said and "on_bad_rows='drop'" in said and "\n" not in said
     found = load_preferences(tmp_path, on_bad_rows="drop")
     assert sizes(found) == {"test": 3, "train": 3} and found["train"].to_list() == [

@@ -142,3 +142,12 @@ def test_users_who_keep_their_weights_give_none_to_new_experts():
     assert gate.user_inputs({}, None)["kept"].tolist() == [False]
     with pytest.raises(ValueError, match=r"inputs\['kept'\] is absent"):
         gate.log_w({})
+
+
+def test_numbers_and_text_in_one_column_are_refused_with_the_rarer_kind_named():
+    with pytest.raises(ValueError, match=r"row 2, column 'age': found 'forty' among numbers"):
+        UserGate.from_metadata({"age": [20, 30, "forty", 50]}, 2)
+    with pytest.raises(ValueError, match=r"row 1, column 'town': found 7 among texts"):
+        UserGate.from_metadata({"town": ["Ede", 7, "Oss"]}, 2)
+    with pytest.raises(ValueError, match="row 1, column 'age': found None.*'unknown', or leave"):
+        UserGate.from_metadata({"age": [20, None, 40]}, 2)

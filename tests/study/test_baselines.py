@@ -21,6 +21,7 @@ from mixdpo_lib.study.baseline_parts import (
     soup,
 )
 from mixdpo_lib.study.baselines import METHODS, Baselines, method_table
+from mixdpo_lib.study.comparisons import served_by_own_pairs
 from mixdpo_lib.study.fits import kept_rewards
 from mixdpo_lib.study.frontiers import at_strength, base_rewards, drawn_points, served_texts
 from mixdpo_lib.study.judges import REWARDS
@@ -85,6 +86,25 @@ def test_every_method_has_its_accuracy(study, fits):
     assert found.groupby("method")["knows_groups"].first().to_dict() == {
         name: METHODS[name].knows_groups for name in FITTED
     }
+
+
+def test_accuracy_by_user_is_that_by_prompt_with_each_user_alone(study, fits):
+    every = list(fits.values())
+    by_user = study.accuracy_by_user(every)
+    keys = ["method", "group", "prompt_id"]
+    alone = by_user.groupby(keys).agg({"accuracy": "mean", "n_pairs": "first", "user": "nunique"})
+    together = served_by_own_pairs(study.accuracy_by_prompt(every)).set_index(keys).sort_index()
+    assert (alone["user"] == study.config.design.n_users / len(REWARDS)).all()
+    assert alone["n_pairs"].equals(together["n_pairs"])
+    assert np.allclose(alone["accuracy"], together["accuracy"])
+    f, test = fits["mix_dpo"], study.pairs()["test"]
+    mine = by_user[(by_user["method"] == "mix_dpo") & (by_user["user"] == f.units[-1])]
+    mine = mine.set_index("prompt_id")
+    group = mine["group"].iloc[0]
+    both = zip(test.rows["group"], test.rows["prompt_id"], strict=True)
+    own = test.where([one == (group, mine.index[0]) for one in both])
+    hits = (f.policy.predict(own, user=f.log_q[-1]) > 0.5).double()
+    assert mine["accuracy"].iloc[0] == float(hits.mean()) and mine["n_pairs"].iloc[0] == len(own)
 
 
 def test_validation_accuracy_by_hand(study, fits):

@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mixdpo_lib.evaluation import accuracy_gain
 from mixdpo_lib.study.comparisons import accuracy_differences, bootstrap_p, holm
 from mixdpo_lib.study.frontiers import (
     drawn_points,
@@ -135,37 +134,58 @@ def test_wins_are_counted_where_a_method_is_no_further_away(texts):
         win_rates(texts, factor=2.0)
 
 
-def test_differences_to_the_reference_by_hand():
+def hits_of(shares, seeds=(0,), n_users=5, n_prompts=40, noise=0.01, n_pairs=4):
+    """As `accuracy_by_user` gives it: users of two groups, each method with its share of right answers."""
     rng = np.random.default_rng(0)
     rows = [
-        {"method": m, "routing": how, "users": who, "seed": 0, "group": g, "prompt_id": i}
-        | {"accuracy": share + rng.normal(0, 0.01), "n_pairs": 4}
-        for m, how, share in (
-            ("dpo", "none", 0.5),
-            ("mix_dpo", "own_pairs", 0.7),
-            ("mix_dpo", "oracle", 0.9),
-            ("soup", "own_pairs", 0.7),
-        )
-        for who in ("seen", "new")
+        {"method": m, "seed": seed, "group": g, "user": f"{g}{u}", "prompt_id": i}
+        | {"accuracy": share + rng.normal(0, noise), "n_pairs": n_pairs}
+        for m, share in shares.items()
+        for seed in seeds
         for g in "ab"
-        for i in range(40)
+        for u in range(n_users)
+        for i in range(n_prompts)
     ]
-    by_prompt = pd.DataFrame(rows)
-    found = accuracy_differences(by_prompt).set_index(["method", "group"])
-    assert len(found) == 4 and found.loc[("dpo", "mean"), "difference"] == pytest.approx(
-        0.2, abs=5e-3
-    )
-    part = by_prompt.query("users == 'seen' and routing != 'oracle'")
-    gain = accuracy_gain(*(part[part["method"] == m] for m in ("mix_dpo", "soup")))
-    gain = gain.query("seed == 'mean'").set_index("group")
-    for group in ("mean", "worst"):
-        row = found.loc[("soup", group)]
-        assert row[["difference", "low", "high"]].tolist() == pytest.approx(
-            gain.loc[group, ["gain", "low", "high"]].tolist()
-        )
+    return pd.DataFrame(rows)
+
+
+def test_differences_to_the_reference_by_hand():
+    by_user = hits_of({"dpo": 0.5, "mix_dpo": 0.7, "soup": 0.7})
+    found = accuracy_differences(by_user).set_index(["method", "group"])
+    means = by_user.groupby(["method", "group"])["accuracy"].mean().unstack()
+    for method in ("dpo", "soup"):
+        for group, of in (("mean", means.mean(axis=1)), ("worst", means.min(axis=1))):
+            row = found.loc[(method, group)]
+            assert row["difference"] == pytest.approx(of["mix_dpo"] - of[method])
+            assert row["low"] <= row["difference"] <= row["high"]
     assert (found.loc["dpo", "p_holm"] < 0.01).all() and (found.loc["soup", "p_holm"] > 0.05).all()
     with pytest.raises(ValueError, match=r"method 'moe_dpo' is not there; found \['dpo'"):
-        accuracy_differences(by_prompt, "moe_dpo")
+        accuracy_differences(by_user, "moe_dpo")
+    short = by_user[(by_user["method"] != "soup") | (by_user["user"] != "a0")]
+    with pytest.raises(ValueError, match="method 'soup': 9 users on 40 prompts, 'mix_dpo': 10 on"):
+        accuracy_differences(short)
+
+
+@pytest.mark.parametrize("over", ["user", "prompt_id"])
+def test_differences_that_vary_over_users_or_prompts_have_intervals_as_wide_as_they_ask(over):
+    """The standard error of a mean over n draws of a spread sigma is sigma / sqrt(n), whichever of the two varies."""
+    by_user = hits_of({"dpo": 0.5, "mix_dpo": 0.7}, n_users=30, n_prompts=30, noise=0.0)
+    rng, mine = np.random.default_rng(1), by_user["method"] == "mix_dpo"
+    places = sorted(set(by_user[over]), key=str)
+    moved = dict(zip(places, rng.normal(0, 0.1, len(places)), strict=True))
+    by_user.loc[mine, "accuracy"] += by_user.loc[mine, over].map(moved)
+    row = accuracy_differences(by_user).set_index("group").loc["mean"]
+    spread = np.array([moved[one] for one in places])
+    expected = 2 * 1.96 * spread.std() / np.sqrt(len(spread))
+    assert row["high"] - row["low"] == pytest.approx(expected, rel=0.15)
+
+
+def test_users_of_other_seeds_are_other_users():
+    by_user = hits_of({"dpo": 0.5, "mix_dpo": 0.7}, seeds=(0, 1), noise=0.0)
+    away = (by_user["method"] == "mix_dpo") & (by_user["seed"] == 1) & (by_user["user"] == "a0")
+    by_user.loc[away, "accuracy"] = 0.0
+    row = accuracy_differences(by_user).set_index("group").loc["worst"]
+    assert row["difference"] == pytest.approx(0.7 * 9 / 10 - 0.5)
 
 
 def test_p_values_are_never_zero():
