@@ -310,7 +310,7 @@ def test_a_wheel_works_outside_a_checkout(tmp_path, tiny_folder):
     )
     assert Path(file).is_relative_to(site) and Path(cache).is_relative_to(home)
     assert refused.startswith(f"{work}: found no checkout of mixdpo")
-    assert "[mixdpo] fit K=2 unit 1/3 steps, loss 0." in done.stderr
+    assert "[mixdpo] fit K=2: 3 steps; bound" in done.stderr
     assert {path.name for path in work.iterdir()} == {"my model", "my pairs.jsonl", "my mixture"}
     assert sorted(path.name for path in Path(cache).iterdir()) == ["features", "head"]
     assert not list(site.rglob("cache"))

@@ -16,10 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 HEARTBEAT_S = 5.0  # seconds between two lines
+QUIET_S = 1.0  # a stage that is over sooner needs no line, unless the runner reads it
 REFRESH_S = 0.2  # seconds between two pictures of a bar
 _BAR = "{desc} {bar} {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]"
 _CLOCK = "{desc} [{elapsed}]"
-_last_line: dict[str, tuple[float, int]] = {}
+_stages: dict[str, tuple[float, float, int]] = {}  # when each began, its last line, how far it was
 _bars: dict[tuple[int, str], tqdm] = {}  # thread and stage, in the order in which they began
 
 
@@ -63,8 +64,8 @@ def progress(stage: str, done: int, total: int, text: str = "") -> None:
 
     A widget in a notebook, a bar on stderr in a terminal; it goes when the stage is done. Where
     nobody looks (stderr goes to a file, MIXDPO_PROGRESS is set) it is the line
-    `[mixdpo] stage done/total text`: the first time, the last, and at most every 5 seconds between.
-    Cheap enough to be called in every step.
+    `[mixdpo] stage done/total text`: the first time, the last, and at most every 5 seconds between;
+    of a stage that is over within a second only in the log that the runner reads. Cheap enough to be called in every step.
 
     Parameters
     ----------
@@ -78,12 +79,15 @@ def progress(stage: str, done: int, total: int, text: str = "") -> None:
         _show_bar(stage, done, total, text)
         return
     now = time.monotonic()
-    before, before_done = _last_line.get(stage, (-1e9, -1))
-    goes_on = before_done <= done < total  # a smaller `done`: the stage began anew
-    if goes_on and now - before < HEARTBEAT_S:
-        return
-    _last_line[stage] = (now, done)
-    note(f"{stage} {done}/{total}" + (f" {text}" if text else ""))
+    began, said, before = _stages.pop(stage, (now, -math.inf, -1))
+    if done < before:  # the stage began anew
+        began, said = now, -math.inf
+    quiet = now - began < QUIET_S and not os.environ.get("MIXDPO_PROGRESS")
+    if not quiet and (done >= total or now - said >= HEARTBEAT_S):
+        said = now
+        note(f"{stage} {done}/{total}" + (f" {text}" if text else ""))
+    if done < total:
+        _stages[stage] = (began, said, done)
 
 
 def curve(values: Sequence[float]) -> str:

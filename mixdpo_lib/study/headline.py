@@ -44,9 +44,9 @@ UNITS = {
 
 
 def headline(values: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Ten rows of the reference results: what, value, 95 % interval (of NMI: lowest and highest seed; 99 % where it says so), unit, notebook.
+    """Ten rows of the reference results: what, value, interval, unit, notebook.
 
-    A value that is not there says so.
+    Intervals are of 95 %, or of 99 % where a row says so; of NMI the lowest and highest seed. A value that is not there says so.
 
     >>> row = {"value": 0.0473, "interval": [0.036, 0.058], "runs": ["04_mix_dpo-4d00"]}
     >>> headline({"accuracy_gain_mean": row})["value"].tolist()[:2]

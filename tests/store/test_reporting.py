@@ -31,6 +31,22 @@ def test_progress_is_rate_limited(capsys, monkeypatch, tmp_path):
     assert (tmp_path / "log").read_text().splitlines() == lines
 
 
+def test_a_stage_that_is_over_at_once_writes_no_line(capsys, monkeypatch):
+    monkeypatch.delenv("MIXDPO_PROGRESS", raising=False)
+    clock = iter([0.0, 0.4, 0.9, 10.0, 11.5, 12.0, 17.0, 17.1])
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: next(clock))
+    for done in (1, 2, 3):
+        store.progress("a short stage", done, 3)
+    for done in (1, 2, 3, 4, 5):
+        store.progress("a long stage", done, 5)
+    assert capsys.readouterr().err.splitlines() == [
+        "[mixdpo] a long stage 2/5",
+        "[mixdpo] a long stage 4/5",
+        "[mixdpo] a long stage 5/5",
+    ]
+    assert not reporting._stages
+
+
 class Screen(io.StringIO):
     def isatty(self):
         return True
