@@ -131,7 +131,7 @@ def cycle(K: int) -> None:
             {
                 "answer": "abc"[i],
                 "reward": float(r),
-                "expert": f"expert {k + 1}, w = {weights[k]:.2f}",
+                "expert": f"expert {k}, w = {weights[k]:.2f}",
             }
             for k, row in enumerate(rewards)
             for i, r in enumerate(row)

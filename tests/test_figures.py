@@ -236,7 +236,7 @@ def test_responsibility_map_sorts_users_by_group(ax):
     assert shown.T.tolist() == [list(q[u]) for u in ("u1", "u3", "u2", "u0")]
     assert tick_labels(ax.xaxis) == ["sentiment\n(1)", "informativeness\n(1)", "grammar\n(2)"]
     assert ax.get_xticks().tolist() == [0.5, 1.5, 3.0]
-    assert tick_labels(ax.yaxis)[0] == "expert 1\n(serves\nsentiment)"
+    assert tick_labels(ax.yaxis)[0] == "expert 0\n(serves\nsentiment)"
     assert "n = 4" in ax.get_xlabel()
 
 

@@ -109,6 +109,7 @@ def points(
         is_mean = mean_rows(part)
         if aside:
             seeds = part[~is_mean]
+            seeds = seeds[seeds.groupby("_at")["_at"].transform("size") > 1]  # one is its mean
             repeats = seeds.groupby("_at")["_at"]
             spread = (repeats.cumcount() + 0.5) / repeats.transform("size") - 0.5
             spots = where(seeds["_at"] + aside * (1.6 * spread - 1), seeds[value])

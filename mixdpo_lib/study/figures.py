@@ -89,14 +89,18 @@ def pair_design(pairs: pd.DataFrame, ax: Axes) -> Axes:
     n, values = pairs["design"].value_counts(sort=False), pairs["score_difference"]
     width = np.ptp(np.histogram_bin_edges(values, bins=40)[:2])
     edges = width * np.arange(np.floor(values.min() / width), np.ceil(values.max() / width) + 1)
+    near = np.quantile(values, 0.995)  # a long tail would leave the rest no room
     shape = {"bins": edges, "stat": "probability", "element": "step"}  # 0 is an edge
     for position, (design, look) in enumerate(looks_of(n.index).items()):
         hatched = {"color": look.colour, "alpha": 0.25, "hatch": ("///", "...", "xx")[position % 3]}
         part, label = values[pairs["design"] == design], f"{design} (n = {n[design]:,} pairs)"
         sns.histplot(part, **shape, **hatched, label=label, ax=ax)
     ax.axvline(0, color="black", linewidth=1)
+    ax.set_xlim(edges[0], near)
+    beyond = (values > near).mean()
     ax.set_xlabel(
-        "score of chosen minus rejected, by the user's own\nreward (below 0: labelled against it)"
+        "score of chosen minus rejected, by the user's own\nreward (SD; below 0: labelled against it; "
+        f"{100 * beyond:.1f} % lie beyond)"
     )
     ax.set_ylabel("share of the design's pairs")
     ax.grid(axis="x", visible=False)
@@ -158,14 +162,15 @@ def accuracy_by_domain(accuracy: pd.DataFrame, ax: Axes) -> Axes:
     """
     need(accuracy, ["method", "seed", "group", "accuracy", "low", "high"], "accuracy_by_domain")
     rows = accuracy.replace({"method": {"mix_dpo": "mix_dpo_pair"}})  # nobody has a user here
-    return _by_group(rows, ax, "domain of the prompt")
+    return _by_group(rows, ax, "domain of the prompt", "mean of\ndomains")
 
 
-def _by_group(rows: pd.DataFrame, ax: Axes, x_label: str) -> Axes:
+def _by_group(rows: pd.DataFrame, ax: Axes, x_label: str, mean: str = GROUP_LABELS["mean"]) -> Axes:
     groups = [group for group in ordered(set(rows["group"]))]
     if {"mean", "all"} <= set(groups):
         groups.remove("all")
-    labels = [GROUP_LABELS.get(group, group) for group in groups]
+    named = {**GROUP_LABELS, "mean": mean}
+    labels = [named.get(group, group) for group in groups]
     if "n_pairs" in rows:
         one_seed = rows[~mean_rows(rows)] if (~mean_rows(rows)).any() else rows
         n = one_seed.groupby("group")["n_pairs"].max()
@@ -274,7 +279,7 @@ def responsibility_map(responsibilities: pd.DataFrame, ax: Axes) -> Axes:
     users = users.sort_values(key=lambda names: names.map(ordered(set(names)).index), kind="stable")
     if "expert_serves" in rows:
         serves = rows.drop_duplicates("expert").set_index("expert")["expert_serves"]
-        q = q.rename(columns={k: f"expert {k + 1}\n(serves\n{serves[k]})" for k in q})
+        q = q.rename(columns={k: f"expert {k}\n(serves\n{serves[k]})" for k in q})
     general_map(q.loc[users.index], ax, users)
     ax.set_xlabel(f"users, by hidden group (n = {len(q)})")
     return ax
@@ -302,7 +307,7 @@ def recovery(recovery: pd.DataFrame, ax: Axes) -> Axes:
     medians = rows.groupby(["place", "method"], sort=False)["agreement"].median().reset_index()
     rows = pd.concat([rows, medians.assign(seed="median")], ignore_index=True)
     points(rows, ax, "place", "agreement", "method", METHOD_STYLE)
-    ax.set_ylim(min(-0.03, ax.get_ylim()[0]), 1.03)
+    ax.set_ylim(min(-0.06, ax.get_ylim()[0]), 1.06)
     users = f"n = {int(recovery['n_users'].max())} users; " if "n_users" in recovery else ""
     ax.set(xlabel=f"{users}small: seeds, large: their median")
     ax.set_ylabel("agreement with the hidden groups\n(1 = all recovered)")

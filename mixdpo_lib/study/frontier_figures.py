@@ -29,7 +29,7 @@ BASELINE_STYLE: Mapping[str, Look] = {
 }
 FRONT_LABELS = {"worst": "worst-served group"}
 KNOWING = "* knows the groups"
-BEYOND = 2.0  # times the KL that all methods reach is drawn
+BEYOND = 1.15  # times the KL that all methods reach is drawn
 
 
 def accuracy_by_method(accuracy: pd.DataFrame, ax: Axes) -> Axes:
@@ -94,6 +94,7 @@ def frontiers(table: pd.DataFrame, ax: Axes) -> Axes:
         near = BEYOND * reached[front]
         seen = table[(table["front"] == front) & (table["kl"] <= near)]
         panel.set_xlim(0, near)
+        panel.axvline(reached[front], color="black", linestyle=":", linewidth=thin, zorder=1)
         if table.loc[table["front"] == front, "kl"].max() > near:
             room = 0.05 * (seen["high"].max() - seen["low"].min())
             panel.set_ylim(min(0, seen["low"].min()) - room, max(0, seen["high"].max()) + room)
@@ -112,9 +113,7 @@ def frontiers(table: pd.DataFrame, ax: Axes) -> Axes:
             markerfacecolor=look.colour if look.filled else "white",
             label=look.label,
         )
-    notes = (
-        f"n = {int(table['n'].min()):,} texts a point and group; bars: 95 % intervals over prompts"
-    )
+    notes = f"n = {int(table['n'].min()):,} texts a point and group; bars: 95 % intervals over prompts; upright dots: the KL that all reach"
     notes += f"; {KNOWING}" if any(look.label.endswith("*") for look in looks.values()) else ""
     notes += "\nfarther points are in the table" if cut else ""
     size = mpl.rcParams["xtick.labelsize"]

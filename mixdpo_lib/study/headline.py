@@ -23,7 +23,7 @@ ROWS = {  # what a value says, and in which units; the comparison that flatters 
         "share",
     ),
     "accuracy_gain_mean": ("Mix-DPO, users served from their own pairs: more than DPO", "share"),
-    "accuracy_gain_worst": ("... in the group that gains least", "share"),
+    "accuracy_gain_worst": ("... in the group that is served worst", "share"),
     "user_nmi_median": ("Hidden groups found without a label (1: all, 0: chance)", "NMI"),
     "reward_gain_sentiment": (
         "The sentiment expert's texts, better than DPO's at equal KL",
