@@ -113,9 +113,12 @@ def frontiers(table: pd.DataFrame, ax: Axes) -> Axes:
             markerfacecolor=look.colour if look.filled else "white",
             label=look.label,
         )
-    notes = f"n = {int(table['n'].min()):,} texts a point and group; bars: 95 % intervals over prompts; upright dots: the KL that all reach"
+    notes = (
+        f"n = {int(table['n'].min()):,} texts a point and group; bars: 95 % intervals over prompts"
+    )
+    notes += "\nupright dots: the KL that all reach"
     notes += f"; {KNOWING}" if any(look.label.endswith("*") for look in looks.values()) else ""
-    notes += "\nfarther points are in the table" if cut else ""
+    notes += "; farther points are in the table" if cut else ""
     size = mpl.rcParams["xtick.labelsize"]
     ax.text(0, -0.15, notes, transform=ax.transAxes, va="top", fontsize=size)
     legend_above(ax, 1.07)
