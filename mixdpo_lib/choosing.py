@@ -149,7 +149,8 @@ def _by_unit(values: Float[Tensor, "pairs"], test: Pairs, unit: str) -> pd.Serie
 def _left_out(train: Pairs, test: Pairs, unit: str, unknown: Sequence[str]) -> list[str]:
     """Units that are not measured, or not by their own pairs, by name; and whether there are few."""
     trained, tested = train.units(unit)[1], test.units(unit)[1]
-    untested = [name for name in trained if name not in set(tested)]
+    measured = set(tested)
+    untested = [name for name in trained if name not in measured]
     notes = []
     if untested:
         notes.append(f"without test pairs, not measured: {', '.join(untested)}")
@@ -342,7 +343,7 @@ def choose_k(
     Raises
     ------
     ValueError : no ks, or ks that are no numbers of experts; an absent part; fewer than two units; a policy of another K
-        than was asked for.
+        than was asked for; fits by another unit.
     """
     ks = np.asarray(ks).tolist()
     if not ks or len(set(ks)) < len(ks) or min(ks) < 1:
@@ -351,6 +352,11 @@ def choose_k(
         )
     train, held_out = _parts(pairs, validation)
     config = config or FitConfig(unit=unit)
+    if config.latent == "unit" and config.unit != unit:
+        raise ValueError(
+            f"unit={unit!r}, and the fits' unit={config.unit!r}: expected the same, since each K is judged by whom its "
+            f"latents serve; give FitConfig(unit={unit!r})"
+        )
     columns, notes = {}, []
     for k in sorted(ks):
         if isinstance(base_or_make, Base):

@@ -30,17 +30,19 @@ N_BOOTSTRAP = 2000
 def bootstrap_means(
     values: np.ndarray, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0
 ) -> np.ndarray:
-    """Means over resampled rows (clusters), (n_bootstrap, columns); NaN entries are left out of a mean."""
+    """Means over resampled rows (clusters), (n_bootstrap, columns); NaN entries are left out, NaN where nothing is left."""
     rng = np.random.default_rng(seed)
     known = np.isfinite(values)
     filled = np.where(known, values, 0.0)
     draws = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=n_bootstrap)
-    return (draws @ filled) / np.maximum(draws @ known, 1)
+    n = (draws @ known).astype(float)
+    return (draws @ filled) / np.where(n > 0, n, np.nan)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The 2.5 and 97.5 percentiles of bootstrap draws."""
-    low, high = np.percentile(draws, [2.5, 97.5])
+    """The 2.5 and 97.5 percentiles of bootstrap draws; those that are NaN, which drew nothing known, are left out."""
+    known = draws[~np.isnan(draws)]
+    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
     return float(low), float(high)
 
 
@@ -179,8 +181,9 @@ def information_criteria(
 ) -> Criteria:
     """AIC = 2 p - 2 log L and BIC = p log U - 2 log L of the pairs that a mixture of tables was fitted to; smaller is better.
 
-    log L = sum_u log sum_k w_uk prod_n exp(loglik_nk), p = K (A - 1) + what is free of the gate (+ 1 for a learned lapse
-    rate), U the number of units. They compare maxima: fit without priors (`TabularExperts(prior_scale=1e4)`,
+    log L = sum_u log sum_k w_uk prod_n exp(loglik_nk), p = K (A - C) + what is free of the gate (+ 1 for a learned lapse
+    rate), A the answers that the pairs compare, C the sets of answers that no comparison connects (1, of a survey), U the
+    number of units. They compare maxima: fit without priors (`TabularExperts(prior_scale=1e4)`,
     `LearnedWeights(k, alpha=1)`, `UserGate(weight_scale=1e3)`). Sources: Akaike (1974), Schwarz (1978).
 
     Parameters
@@ -205,7 +208,7 @@ def information_criteria(
             f"{type(experts).__name__}: their free numbers cannot be counted; expected TabularExperts, or compare by "
             "held-out pairs (report, choose_k)"
         )
-    n_free = experts.n_free() + policy.gate.n_free() + (policy.given_lapse == "learn")
+    n_free = experts.n_free(data.index) + policy.gate.n_free() + (policy.given_lapse == "learn")
     constants = policy.constants(data.texts)
     batches = (experts.batch(constants, part) for part in data.index.split(1024))
     loglik = torch.cat([policy.batch_loglik(batch) for batch in batches])
@@ -273,7 +276,8 @@ def group_accuracy(
     rng = np.random.default_rng(seed)
     hits = np.where(count > 0, np.nan_to_num(accuracy) * count, 0.0)
     draws = rng.multinomial(len(hits), np.full(len(hits), 1 / len(hits)), size=N_BOOTSTRAP)
-    return hits.sum(0) / count.sum(0), (draws @ hits) / np.maximum(draws @ count, 1e-9)
+    asked = draws @ count
+    return hits.sum(0) / count.sum(0), (draws @ hits) / np.where(asked > 0, asked, np.nan)
 
 
 def summarise_accuracy(by_prompt: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

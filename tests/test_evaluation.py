@@ -15,6 +15,7 @@ from mixdpo_lib.evaluation import (
     accuracy_gain,
     align,
     bootstrap_means,
+    group_accuracy,
     interval,
     mean_bounds,
     prompt_accuracy,
@@ -176,7 +177,7 @@ def test_bootstrap_of_clusters():
     assert draws.shape == (4000, 2)
     assert draws[:, 0].mean() == pytest.approx(3, abs=0.1)
     assert draws[:, 0].std() == pytest.approx((8 / 9) ** 0.5, abs=0.05)
-    assert set(draws[:, 1]) == {0.0, 2.0}  # a prompt that is missing is left out
+    assert set(draws[~np.isnan(draws[:, 1]), 1]) == {2.0}  # a prompt that is missing is left out
     assert np.array_equal(draws, bootstrap_means(values, n_bootstrap=4000))
     assert interval(np.arange(1001.0)) == (25.0, 975.0)
     with pytest.raises(ValueError, match="found 1 unit, expected at least 2"):
@@ -386,3 +387,26 @@ def test_prefix_kl_with_a_bias(tiny_base, held_out):
     ]
     own, ref = torch.stack([w[0] for w in words]).detach(), torch.stack([w[1] for w in words])
     np.testing.assert_allclose(found, (own.exp() * (own - ref[:, None])).sum(0)[None], rtol=1e-3)
+
+
+def test_what_no_draw_knows_is_left_out_and_not_taken_for_zero():
+    values = np.full((20, 2), np.nan)
+    values[:2, 0], values[:, 1] = (-3.0, -3.1), -1.0
+    draws = bootstrap_means(values)
+    assert np.isnan(draws[:, 0]).any() and not np.isnan(draws[:, 1]).any()
+    low, high = interval(draws[:, 0])
+    assert (low, high) == (-3.1, -3.0)
+    count = np.zeros((20, 1))
+    count[:2] = 4
+    means, shares = group_accuracy(np.where(count > 0, 1.0, np.nan), count)
+    assert means.tolist() == [1.0] and interval(shares[:, 0]) == (1.0, 1.0)
+    assert all(np.isnan(interval(np.full(3, np.nan))))
+
+
+def test_gains_of_texts_are_over_the_prompts_that_both_wrote_on():
+    rows = [("dpo", 0, 1.0), ("dpo", 1, 9.0), ("dpo", 2, 2.0), ("mix", 0, 2.0), ("mix", 2, 3.0)]
+    texts = pd.DataFrame(rows, columns=["policy", "prompt_id", "grammar"])
+    texts = texts.assign(seed=0, kl=1.0, ref_logp=-1.0, n_tokens=2, distinct_2=1.0)
+    mix = summarise_texts(texts, ["grammar"]).set_index("policy").loc["mix"]
+    assert mix["gain_over_dpo"] == mix["gain_low"] == mix["gain_high"] == 1.0
+    assert mix["mean"] == 2.5

@@ -100,7 +100,7 @@ def nearly_the_same(sets: Iterable[Dataset], column: str) -> list[tuple[str, str
     found = []
     kinds = ("string", "large_string")
     of_text = [s for s in sets if getattr(s.features.get(column), "dtype", "") in kinds]
-    for text in dict.fromkeys(value for rows in of_text for value in rows.unique(column)):
+    for text in dict.fromkeys(value for rows in of_text for value in rows.unique(column) if value):
         like = first.setdefault(text.strip().casefold(), text)
         if like != text:
             found.append((like, text))

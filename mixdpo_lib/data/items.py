@@ -45,7 +45,7 @@ def item_pairs(
     Parameters
     ----------
     first, second : names of the items of each comparison: texts, or whole numbers, which become their digits.
-    winner : the name of one of the two; None, NaN or "tie" is a tie.
+    winner : the name of one of the two; None, NaN, "tie" or a text without words is a tie.
     user : who compared, a text or a whole number; without it nobody is known, and each comparison has its own latent.
     covariates : columns by name, a value a comparison and one value a user: numbers (of numpy, too), or texts and
         truth values, which are categories.
@@ -131,7 +131,10 @@ def _comparison(first: Any, second: Any, winner: Any) -> tuple[list[str], int | 
 def _of_one_kind(name: str, values: list[Any]) -> list[Any]:
     """Truth values, whole numbers, numbers, or texts."""
     for kind, wide in ((bool, bool), (int, Integral), (float, Real), (str, str)):
-        if all(isinstance(value, wide) for value in values):
+        if all(
+            isinstance(value, wide) and isinstance(value, bool) == (kind is bool)
+            for value in values
+        ):
             return [kind(value) for value in values]
     found = sorted({type(value).__name__ for value in values})
     raise ValueError(f"covariate {name!r}: found {found}, expected numbers alone or texts alone")

@@ -162,6 +162,15 @@ def _read_csv(file: Path, as_text: Sequence[str]) -> Table:
     )
 
 
+def is_number(cell: str) -> bool:
+    """Whether a cell is a number as Python writes it.
+
+    >>> is_number("-3"), is_number("2.5e3"), is_number("007"), is_number("NA")
+    (True, True, False, False)
+    """
+    return bool(_WHOLE.fullmatch(cell) or _DECIMAL.fullmatch(cell))
+
+
 def _numbers(cells: list[str]) -> pa.Array:
     known = [cell for cell in cells if cell]
     if known and all(_WHOLE.fullmatch(cell) for cell in known):

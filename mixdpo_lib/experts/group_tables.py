@@ -59,7 +59,7 @@ class GroupTables(TabularExperts):
         """What makes equal experts but for their parameters."""
         return super().options() | {"group": self.nodes.group, "n_basis": self.nodes.n_basis}
 
-    def n_free(self) -> int:
+    def n_free(self, pairs: Int[Tensor, "pairs 2"] | None = None) -> int:
         """Refused: bases that are turned into each other are one model."""
         raise ValueError(
             f"{type(self).__name__}: what is free of a turned basis is not counted; compare by held-out pairs "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from ..base.model import Base
@@ -114,9 +117,18 @@ class RewardTable(Experts, family=False):
             index = pd.MultiIndex.from_arrays([prompts, names], names=["prompt", "answer"])
         return pd.DataFrame(centred.T.numpy(), index=index).rename_axis(columns="expert")
 
-    def n_free(self) -> int:
-        """K (A - P), A answers of P prompts: adding a number to all rewards of a prompt changes no probability."""
-        return self.n_sets * (self.n_answers - len(torch.unique(self.prompt)))
+    def n_free(self, pairs: Int[Tensor, "pairs 2"] | None = None) -> int:
+        """K (A - P), A answers of P prompts: adding a number to all rewards of a prompt changes no probability.
+
+        pairs : comparisons; then A is of the answers that they compare, and P the number of sets that they connect: of an
+            answer that is never compared, or of two sets that are never compared with each other, they say nothing.
+        """
+        if pairs is None:
+            return self.n_sets * (self.n_answers - len(torch.unique(self.prompt)))
+        compared, place = np.unique(pairs.cpu().numpy(), return_inverse=True)
+        edges, n = place.reshape(-1, 2), len(compared)
+        graph = coo_array((np.ones(len(edges)), edges.T), shape=(n, n))
+        return self.n_sets * (n - connected_components(graph, directed=False)[0])
 
     # ------------------------------------------------------------------------------------------------ full-batch EM
 

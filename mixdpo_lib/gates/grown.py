@@ -36,7 +36,7 @@ class GrownGate(Gate):
     """
 
     def __init__(
-        self, before: Gate, after: Gate, units: Sequence[str], column: str = "user"
+        self, before: Gate, after: Gate, units: Sequence[str | int], column: str = "user"
     ) -> None:
         reads = [*before.reads, *after.reads, column]
         of_prompt = [*before.of_prompt, *after.of_prompt]
@@ -48,7 +48,8 @@ class GrownGate(Gate):
                 f"before has {before.n_experts} experts, after {after.n_experts}, for {len(units)} users: expected no "
                 "fewer after than before, and at least one user who keeps the weights"
             )
-        self.before, self.after, self.units, self.column = before, after, list(units), column
+        self.before, self.after, self.column = before, after, column
+        self.units = [written(unit) for unit in units]
 
     def options(self) -> dict[str, Any]:
         """What makes an equal gate but for what is learned."""

@@ -45,7 +45,7 @@ class MixedMembershipGate(Gate):
         self,
         gates: Sequence[Gate],
         n_experts: int,
-        units: Sequence[str],
+        units: Sequence[str | int],
         offset_scale: float | int = 1.0,
         column: str = "user",
     ) -> None:
@@ -58,12 +58,13 @@ class MixedMembershipGate(Gate):
             raise ValueError(
                 f"gates have {[gate.n_experts for gate in gates]} experts; expected {n_experts} in each"
             )
+        units = [written(unit) for unit in units]
         if len(units) == 0 or len(set(units)) < len(units):
             raise ValueError(
                 f"units: found {len(units)}, {len(set(units))} of them distinct; expected one name for each user, and "
                 "at least one; without users a ContextGate is enough"
             )
-        self.units, self.column = list(units), column
+        self.units, self.column = units, column
         self.offset_scale = positive("offset_scale", offset_scale)
         self.gates = nn.ModuleList(gates)
         self.offset = nn.Parameter(torch.zeros(len(units), n_experts))
@@ -93,7 +94,7 @@ class MixedMembershipGate(Gate):
     def _gates(self) -> list[Gate]:
         return list(self.gates)  # type: ignore[arg-type]
 
-    def with_units(self, units: Sequence[str]) -> MixedMembershipGate:
+    def with_units(self, units: Sequence[str | int]) -> MixedMembershipGate:
         """The same gates for other users, whose offsets start at 0; a user who had an offset keeps it.
 
         The gates are shared with this one, not copied.
@@ -123,8 +124,9 @@ class MixedMembershipGate(Gate):
     def user_inputs(
         self, columns: Mapping[str, Sequence[Any]], base: Base | None
     ) -> dict[str, Tensor]:
-        """What the gates read of a user who has no offset yet."""
-        return {**self._of_gates(columns, base), "unit": torch.tensor([-1])}
+        """What the gates read of a user; one who is named has the own offset, where there is one."""
+        named = list(columns[self.column]) if self.column in columns else [None]
+        return {**self._of_gates(columns, base), "unit": self.places(named)}
 
     def _of_gates(
         self, columns: Mapping[str, Sequence[Any]], base: Base | None

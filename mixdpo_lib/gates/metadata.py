@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -143,13 +145,19 @@ def _checked(name: str, values: Any) -> list[Any]:
             f"metadata column {name!r}: found {values!r}, expected a list with a value a row; of one user: "
             "policy.user(metadata={...})"
         )
-    values = list(values)
+    values = [float(v) if isinstance(v, Decimal) else v for v in values]
     if not values:
         raise ValueError(f"metadata column {name!r} has no rows: give at least one user")
     for row, value in enumerate(values):
         if isinstance(value, list | tuple | set | Mapping):
             raise ValueError(
                 f"metadata row {row}, column {name!r}: found {value!r}, expected one value, not several"
+            )
+        known = is_missing(value) or isinstance(value, str | Real | np.bool_)
+        if not known:
+            raise ValueError(
+                f"metadata row {row}, column {name!r}: found {value!r} ({type(value).__name__}), expected text, a truth "
+                "value or a number"
             )
         if is_missing(value) or (isinstance(value, Real) and not math.isfinite(value)):
             raise ValueError(

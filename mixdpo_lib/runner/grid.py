@@ -75,10 +75,10 @@ def run_grid(profile: str = "default", cores: int = 2, extra: Sequence[str] = ()
     here = not {"--profile", "--executor", "-e"} & {word.split("=")[0] for word in extra}
     memory = ["--resources", f"mem_mb={_memory_mb()}"] if here else []
     code = run_target("grid", profile, cores, [*memory, "--keep-going", *extra])
-    if is_dry(extra):
+    if is_dry(extra) and not code:
         return
-    failed = {name: last for name in names if (last := _left(folder / f"{name}.log"))}
-    if code or failed:
+    if code:
+        failed = {name: last for name in names if (last := _left(folder / f"{name}.log"))}
         told = "; ".join(f"{n}: {last} ({folder / n}.log)" for n, last in failed.items())
         raise MixDPOError(
             f"profile {profile}: {len(failed)} of {len(names)} pieces of the grid were not made: "

@@ -56,7 +56,9 @@ def found_runs(library: Callable[[], str]) -> list[Found]:
 def _runs_in(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and (folder.name == "interactive" or path.name == "grid"):
-            yield from (run for run in sorted(path.iterdir()) if run.is_dir())
+            yield from (
+                run for run in sorted(path.iterdir()) if run.is_dir() and ".old-" not in run.name
+            )
         elif path.is_dir() and ".old-" not in path.name:
             yield path
 
@@ -159,7 +161,12 @@ def opened_copy(what: str, runs: list[Found]) -> Path:
     with store.writing_to(copy.parent):
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.exists():  # what was written into an earlier copy of the same stays
-            shutil.copyfile(source, copy)
+            part = copy.with_name(f".{copy.name}.part-{os.getpid()}")
+            try:
+                shutil.copyfile(source, part)
+                os.replace(part, copy)
+            finally:
+                part.unlink(missing_ok=True)
     return copy
 
 

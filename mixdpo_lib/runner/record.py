@@ -39,16 +39,26 @@ _PACKAGES = (
     "seaborn",
     "papermill",
 )
+SHIPPED = ("arguments", "mixtures", "titles")  # folders of data/ that notebooks read
 NOTES = {"smoke": "smoke: too small to mean anything"}  # by profile: what every figure must say
 
 
 def library_hash() -> str:
-    """sha256 over the source of the library, 64 hex digits."""
+    """sha256 over what results depend on besides their notebook, 64 hex digits: see `library_files`."""
     digest = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
+    root = Path(__file__).parents[2]
+    for path in library_files():
         digest.update(f"{path.relative_to(root).as_posix()} {store.sha256_of(path)}\n".encode())
     return digest.hexdigest()
+
+
+def library_files() -> list[Path]:
+    """The library's files but for the command line, and in a checkout the data that are shipped beside it."""
+    root = Path(__file__).parents[2]
+    places = [root / "mixdpo_lib", *(root / "data" / name for name in SHIPPED)]
+    found = [path for place in places for path in place.rglob("*") if path.is_file()]
+    left_out = root / "mixdpo_lib" / "cli.py"
+    return sorted(one for one in found if one != left_out and one.suffix != ".pyc")
 
 
 @dataclass

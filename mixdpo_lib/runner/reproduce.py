@@ -21,6 +21,9 @@ from .parameters import profile_names, profile_values, resolve_parameters
 from .results import durations, load_values, verify_manifest
 
 _LARGE = 1_000_000  # bytes; a larger table stays out of figures/reference
+_ENTRY = re.compile(
+    r"\.?[0-9a-f]{16}(\..*)?"
+)  # of the cache: its folder, its lock, what was not finished
 
 
 def reproduce(
@@ -160,7 +163,27 @@ def update_reference(profile: str, pages: Mapping[str, Rewrite]) -> Path:
 def _update(profile: str, pages: Mapping[str, Rewrite], root: Path) -> Path:
     target = root / "figures" / "reference"
     fresh = target.with_name(f".reference.part-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        values = _gathered(profile, root, target, fresh)
+        replace_folder(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    for name, rewrite in pages.items():
+        page = root / name
+        if page.exists():
+            text = rewrite(page.read_text(encoding="utf-8"), values)
+            part = page.with_name(f".{page.name}.part-{os.getpid()}")
+            with store.writing_to(page.parent):
+                try:
+                    part.write_text(text, encoding="utf-8")
+                    os.replace(part, page)
+                finally:
+                    part.unlink(missing_ok=True)
+    return target
+
+
+def _gathered(profile: str, root: Path, target: Path, fresh: Path) -> dict[str, Any]:
+    """What the reference set shall be, in `fresh`; its values are returned."""
     known = store.read_json(target / "values.json") if (target / "values.json").exists() else {}
     values: dict[str, Any] = {
         name: value for name, value in known.items() if name.startswith(("minutes_", "peak_gb_"))
@@ -231,7 +254,7 @@ def _update(profile: str, pages: Mapping[str, Rewrite], root: Path) -> Path:
         main = sum(
             seconds
             for name, seconds in found["notebooks"].items()
-            if every_notebook()[name].study == "main"
+            if name in every_notebook() and every_notebook()[name].study == "main"
         )
         values["minutes_further"] = {
             "value": round(found["minutes"] - main / 60, 2),
@@ -244,32 +267,22 @@ def _update(profile: str, pages: Mapping[str, Rewrite], root: Path) -> Path:
             ],
         }
     store.write_json_atomic(fresh / "values.json", values)
-    replace_folder(fresh, target)
-    for name, rewrite in pages.items():
-        page = root / name
-        if page.exists():
-            text = rewrite(page.read_text(encoding="utf-8"), values)
-            part = page.with_name(f".{page.name}.part-{os.getpid()}")
-            with store.writing_to(page.parent):
-                try:
-                    part.write_text(text, encoding="utf-8")
-                    os.replace(part, page)
-                finally:
-                    part.unlink(missing_ok=True)
-    return target
+    return values
 
 
 def clean(everything: bool = False) -> list[Path]:
     """Remove results and computed files; with `everything` also what was downloaded.
 
-    Of a cache outside the project only what was computed goes: other things may lie there. Of a
-    folder that is a link the content goes, the link stays.
+    The project's own folders (`runs`, `data/cache`, `data/raw`) go whole. Of a cache that
+    MIXDPO_CACHE names, wherever it lies, only what was computed goes: other things may lie there.
+    Of a folder that is a link the content goes, the link stays.
 
     Raises
     ------
     MixDPOError : a place that cannot be emptied, or is none.
     """
     root = store.project_root()
+    whole = [root / "runs", root / ".snakemake", root / "data" / "cache", root / "data" / "raw"]
     gone = []
     for path in (
         root / "runs",
@@ -282,8 +295,8 @@ def clean(everything: bool = False) -> list[Path]:
                 continue
             if not path.is_dir():
                 raise MixDPOError(f"{path}: found a file, expected a folder; look what it is")
-            if not path.is_relative_to(root):
-                own = [part for part in path.iterdir() if _is_computed(part)]
+            if path not in whole:
+                own = [entry for part in path.iterdir() for entry in _computed(part)]
             else:
                 own = list(path.iterdir()) if path.is_symlink() else [path]
             for part in own:
@@ -291,10 +304,20 @@ def clean(everything: bool = False) -> list[Path]:
                     shutil.rmtree(part)
                 else:
                     part.unlink()
+            if path not in whole:
+                for folder in {part.parent for part in own} - {path}:
+                    if not any(folder.iterdir()):
+                        folder.rmdir()
             gone.append(path)
     return gone
 
 
-def _is_computed(folder: Path) -> bool:
-    """Whether a folder of a cache holds entries, or what other libraries keep there."""
-    return folder.name in ("datasets", "checkpoints") or any(folder.glob("*/artefact.json"))
+def _computed(folder: Path) -> list[Path]:
+    """What this library keeps in a folder of a cache: its entries, or all that another library put there for it."""
+    if not folder.is_dir() or folder.is_symlink():
+        return []
+    if (folder / store.OF_OTHERS).is_file():
+        return [folder]
+    entries = [one for one in folder.iterdir() if _ENTRY.fullmatch(one.name)]
+    ours = folder.name == "checkpoints" or any((one / "artefact.json").is_file() for one in entries)
+    return entries if ours else []

@@ -25,6 +25,7 @@ from .files import (
 )
 from .identity import check_options, differences
 from .places import (
+    OF_OTHERS,
     MixDPOError,
     cache_folder,
     cache_part,
@@ -68,4 +69,5 @@ __all__ = [
     "whole_folder",
     "write_json_atomic",
     "writing_to",
+    "OF_OTHERS",
 ]

@@ -27,6 +27,7 @@ _TEXTS = {  # of libraries that wrap the system's error in classes of their own
         "no space left on the device, or a limit of file size was reached",
     ),
 }
+OF_OTHERS = ".made-by-mixdpo"  # in a folder of the cache that another library fills
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
@@ -128,7 +129,7 @@ def cache_folder() -> Path:
 
 
 def cache_part(name: str) -> Path:
-    """`cache/<name>/`, made if it is not there: for other libraries, which keep files in it.
+    """`cache/<name>/`, made if it is not there, and marked then: for other libraries, which keep files in it.
 
     Raises
     ------
@@ -136,9 +137,12 @@ def cache_part(name: str) -> Path:
     """
     folder = cache_folder() / name
     with writing_to(folder):
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        if made:
+            (folder / OF_OTHERS).touch()
     return folder
 
 

@@ -55,8 +55,8 @@ def note(text: str) -> None:
             file.write(line + "\n")
     if not (log and _in_notebook()):
         stream = sys.stdout if _in_notebook() else sys.stderr
-        with tqdm.external_write_mode(file=stream):  # bars step aside
-            print(line, file=stream, flush=True)
+        with suppress(OSError), tqdm.external_write_mode(file=stream):  # bars step aside
+            print(line, file=stream, flush=True)  # nobody who left, and no full disk, ends a fit
 
 
 def progress(stage: str, done: int, total: int, text: str = "") -> None:

@@ -94,6 +94,8 @@ def accuracy_differences(by_user: pd.DataFrame, reference: str = REFERENCE) -> p
             low, high = interval(spread[1:])
             found = {"difference": spread[0], "low": low, "high": high}
             rows.append({"method": method, "group": group, **found, "p": bootstrap_p(spread[1:])})
+    if not rows:
+        raise ValueError(f"methods: found {reference!r} alone, expected others to compare with it")
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table["p"].to_numpy()))
 

@@ -33,8 +33,8 @@ REFERENCE_GAIN = -1.0  # the corner of the hypervolume: the base's mean minus on
 def at_strength(experts: HeadExperts, factor: float) -> Iterator[None]:
     """B and s of all heads times `factor` meanwhile, see `HeadExperts.scale`."""
     before = {name: value.clone() for name, value in experts.state_dict().items()}
-    experts.scale(factor)
     try:
+        experts.scale(factor)
         yield
     finally:
         experts.load_state_dict(before)

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from ..data.items import item_pairs
 from ..data.pairs import Pairs
+from ..data.tables import is_number
 from ..store import MixDPOError, note, project_root
 from .titles import split_items
 
@@ -122,13 +123,34 @@ def film_tastes(
     folder = Path(folder)
     rated = _table(folder / "ratings.csv", ("userId", "movieId", "rating"), "ratings of films")
     films = _table(folder / "movies.csv", ("movieId", "title", "genres"), "films")
+    if unknown := sorted(set(rated["movieId"]) - set(films["movieId"]))[:3]:
+        raise MixDPOError(f"{folder}: ratings of films {unknown}, which movies.csv does not have")
+    if len(again := rated[rated.duplicated(["userId", "movieId"])]):
+        row = again.iloc[0]
+        raise MixDPOError(
+            f"{folder}: viewer {row['userId']} rated film {row['movieId']} twice, and {len(again)} such rows; expected one "
+            "rating each: leave one out"
+        )
+    one_text = films.groupby(["title", "genres"])["movieId"].transform("first")  # is one film
+    rated = rated.assign(
+        movieId=rated["movieId"].map(dict(zip(films["movieId"], one_text, strict=True)))
+    )
+    if n := int(rated.duplicated(["userId", "movieId"]).sum()):
+        note(f"films: {n} second ratings of films that stand twice under one title are left out")
+        rated = rated.drop_duplicates(["userId", "movieId"])
+    films = films[films["movieId"] == one_text]
     answer = {film.movieId: _film(film.title, film.genres) for film in films.itertuples()}
     part = dict(zip(answer, split_items(len(answer), seed), strict=True))
-    if unknown := sorted(set(rated["movieId"]) - set(answer))[:3]:
-        raise MixDPOError(f"{folder}: ratings of films {unknown}, which movies.csv does not have")
-    rated = rated.assign(
-        rating=rated["rating"].astype(float), part=rated["movieId"].map(part)
-    ).sort_values(["userId", "movieId"], kind="stable")
+    stars = pd.to_numeric(rated["rating"], errors="coerce")
+    if stars.isna().any():
+        row = rated[stars.isna()].iloc[0]
+        raise MixDPOError(
+            f"{folder}/ratings.csv: viewer {row['userId']}, film {row['movieId']}: found rating {row['rating']!r}, expected "
+            "a number such as 4.5"
+        )
+    rated = rated.assign(rating=stars, part=rated["movieId"].map(part)).sort_values(
+        ["userId", "movieId"], kind="stable"
+    )
     rated = rated[rated.groupby("userId")["userId"].transform("size") >= FEWEST_RATINGS]
     rated = rated[rated.groupby("movieId")["movieId"].transform("size") >= fewest_viewers]
     rng, viewers = np.random.default_rng(seed), list(rated.groupby("userId"))
@@ -183,6 +205,22 @@ def _drawn_pairs(
     return pd.concat(found)
 
 
+def _covariate(cells: list[str], place: str) -> list[Any]:
+    """Numbers where every cell is one as Python writes it, else texts.
+
+    Raises
+    ------
+    MixDPOError : most are numbers, and some are not: no category for each age because one is "NA".
+    """
+    other = [row for row, cell in enumerate(cells) if not is_number(cell)]
+    if other and 2 * len(other) < len(cells):
+        raise MixDPOError(
+            f"{place}: found {cells[other[0]]!r} in row {other[0]} (from 0) and {len(other)} such cells among numbers; "
+            "expected numbers alone or texts alone: fill them in, leave the rows out, or drop the column"
+        )
+    return cells if other else pd.to_numeric(pd.Series(cells)).tolist()
+
+
 def survey(path: str | Path, seed: int = 0) -> dict[str, Pairs]:
     """A survey of paired comparisons by item names alone, by part: a fifth of each person's comparisons is for testing.
 
@@ -193,12 +231,10 @@ def survey(path: str | Path, seed: int = 0) -> dict[str, Pairs]:
     path : CSV with the columns person, first, second and winner ("tie" is left out, see `item_pairs`).
     """
     rows = _table(Path(path), OWN, "a survey")
-    known: dict[str, Any] = {
-        name: pd.to_numeric(rows[name], errors="coerce") for name in rows if name not in OWN
-    }
     known = {
-        name: rows[name].tolist() if numbers.isna().any() else numbers.tolist()
-        for name, numbers in known.items()
+        name: _covariate(rows[name].tolist(), f"{path}, column {name!r}")
+        for name in rows
+        if name not in OWN
     }
     pairs = item_pairs(
         rows["first"], rows["second"], rows["winner"], user=rows["person"], covariates=known

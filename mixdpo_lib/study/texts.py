@@ -88,9 +88,10 @@ def summarise_texts(texts: pd.DataFrame, rewards: Sequence[str]) -> pd.DataFrame
             }
             for baseline, ends in (("dpo", "gain"), ("base", "base")):
                 if baseline in places:
-                    b = places.index(baseline)
-                    row[f"gain_over_{baseline}"] = means.iloc[i] - means.iloc[b]
-                    row[f"{ends}_low"], row[f"{ends}_high"] = interval(draws[:, i] - draws[:, b])
+                    both = wide[[policy, baseline]].dropna().to_numpy()  # on the same prompts
+                    each = bootstrap_means(both)
+                    row[f"gain_over_{baseline}"] = both[:, 0].mean() - both[:, 1].mean()
+                    row[f"{ends}_low"], row[f"{ends}_high"] = interval(each[:, 0] - each[:, 1])
             row |= {
                 "kl": part["kl"].mean(),
                 "perplexity": np.exp(-part["ref_logp"].sum() / part["n_tokens"].sum()),

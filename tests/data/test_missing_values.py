@@ -215,3 +215,10 @@ def test_names_that_differ_in_spaces_or_capitals_alone_are_told(tmp_path, capsys
     assert "column 'user': 'Ann' and 'Ann ' differ in spaces or capitals alone" in told
     assert "'bo' and 'BO'" in told and "column 'country': 'NL' and 'nl'" in told
     assert "'cy'" not in told and len(told.strip().splitlines()) == 3
+
+
+def test_nobody_is_no_name_that_nearly_agrees(tmp_path):
+    row = {"prompt": "Which knot?", "chosen": " a bowline", "rejected": " rope"}
+    rows = [{**row, "user": user} for user in ("ann", None, "bo")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_preferences(tmp_path)["train"]["user"] == ["ann", None, "bo"]

@@ -273,3 +273,20 @@ def test_who_did_not_choose_did_not_choose_an_item_named_tie():
         ["tie", "scarf", "tie"], ["bow", "hat", "bow"], [None, "hat", "tie"], user=["a", "a", "b"]
     )
     assert [pairs.texts.texts[i].response for i in pairs.index[:, 0].tolist()] == ["hat", "tie"]
+
+
+def test_only_what_is_compared_is_counted_as_free():
+    """Of an item of ties alone, and of two sets that no comparison connects, the pairs say nothing."""
+    first, second, won = ["a", "a", "c", "e"], ["b", "b", "d", "f"], ["a", "b", None, "e"]
+    experts, pairs = mx.TabularExperts.from_pairs(first, second, won, 2)
+    policy = mx.MixturePolicy(experts, mx.LearnedWeights(2))
+    found = mx.information_criteria(policy, pairs, unit=None)
+    assert experts.n_free() == 2 * 5 and found.n_free == 2 * 2 + 1
+
+
+def test_truth_values_among_numbers_are_of_mixed_kinds():
+    given = {"first": ["a"] * 3, "second": ["b"] * 3, "winner": ["a", "b", "a"]}
+    with pytest.raises(ValueError, match=r"'x': found \['bool', 'int'\], expected numbers alone"):
+        mx.item_pairs(**given, covariates={"x": [True, 0, 3]})
+    pairs = mx.item_pairs(**given, covariates={"x": [True, False, True]})
+    assert pairs.columns["x"] == [True, False, True]

@@ -1,7 +1,9 @@
 """What every gate of the library keeps: shapes, description, prior, an M-step that cannot lower the bound."""
 
+import datetime
 import json
 import math
+from decimal import Decimal
 
 import pytest
 import torch
@@ -151,3 +153,28 @@ def test_numbers_and_text_in_one_column_are_refused_with_the_rarer_kind_named():
         UserGate.from_metadata({"town": ["Ede", 7, "Oss"]}, 2)
     with pytest.raises(ValueError, match="row 1, column 'age': found None.*'unknown', or leave"):
         UserGate.from_metadata({"age": [20, None, 40]}, 2)
+
+
+def test_numbers_are_names_of_users_as_everywhere():
+    gate = MixedMembershipGate([], 2, [1, 2])
+    with torch.no_grad():
+        gate.offset[0] = torch.tensor([1.0, 0.0])
+    assert gate.units == ["1", "2"] and gate.places([1, "2", 3]).tolist() == [0, 1, -1]
+    named = gate.log_w(gate.user_inputs({"user": [1]}, None))
+    torch.testing.assert_close(named, torch.tensor([[1.0, 0.0]]).log_softmax(1))
+    nobody = gate.log_w(gate.user_inputs({}, None))
+    torch.testing.assert_close(nobody, torch.tensor([[0.5, 0.5]]).log())
+    grown = GrownGate(FixedWeights([1.0]), FixedWeights([0.5, 0.5]), [7])
+    assert grown.log_w(grown.inputs({"user": [7]}, None)).exp().tolist() == [[1.0, 0.0]]
+    with pytest.raises(ValueError, match="units: found 2, 1 of them distinct"):
+        MixedMembershipGate([], 2, [1, "1"])
+
+
+def test_decimals_are_numbers_and_other_kinds_are_refused():
+    decimal, plain = ({"age": [kind(20), kind(30)]} for kind in (Decimal, float))
+    assert UserGate.from_metadata(decimal, 2).columns == UserGate.from_metadata(plain, 2).columns
+    for odd in (torch.tensor(3.0), datetime.date(2020, 1, 1)):
+        with pytest.raises(
+            ValueError, match="row 1, column 'age': found .*, expected text, a truth"
+        ):
+            UserGate.from_metadata({"age": [20, odd]}, 2)

@@ -112,3 +112,24 @@ def test_clean_leaves_what_it_did_not_make(project, monkeypatch, tmp_path_factor
     (project / "data" / "cache").touch()
     with pytest.raises(MixDPOError, match="data/cache: found a file, expected a folder"):
         reproduce.clean()
+
+
+def test_clean_of_a_cache_leaves_folders_that_have_the_names_of_ours(
+    project, monkeypatch, tmp_path_factory
+):
+    """Also of a cache inside the project, beside what is tracked there."""
+    shared = tmp_path_factory.mktemp("shared")
+    for place in (shared, project / "data"):
+        for name in ("datasets", "checkpoints", "titles"):
+            (place / name).mkdir(parents=True, exist_ok=True)
+            (place / name / "mine.csv").touch()
+        monkeypatch.setenv("MIXDPO_CACHE", str(place))
+        store.cached("stage", 1, {}, lambda folder: (folder / "a").touch())
+        (place / "checkpoints" / "0123456789abcdef").mkdir()
+        (store.cache_part("lent") / "theirs").touch()
+        assert store.cache_part("datasets") == place / "datasets"
+        assert reproduce.clean() == [place]
+        left = sorted(path.relative_to(place).as_posix() for path in place.rglob("*.csv"))
+        assert left == ["checkpoints/mine.csv", "datasets/mine.csv", "titles/mine.csv"]
+        assert not (place / "stage").exists() and not (place / "lent").exists()
+        assert not (place / "checkpoints" / "0123456789abcdef").exists()

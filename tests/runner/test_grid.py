@@ -103,3 +103,25 @@ def test_a_piece_that_fails_is_named_with_its_log(notebook, project, monkeypatch
     (target, words), *more = calls
     assert target == "grid" and "--keep-going" in words and not more
     assert words[0] == "--resources" and int(json.loads(words[1].removeprefix("mem_mb="))) > 500
+
+
+def test_logs_do_not_matter_once_everything_is_made(notebook, project, monkeypatch, capsys):
+    folder = project / "runs/default/grid"
+
+    def pretend(target, profile, cores, extra):
+        for name in grid.grid_pieces(profile) if target == "grid" else ():
+            made(folder / name)
+        if target != "grid":
+            made(project / target.removesuffix("/manifest.json"))
+        (folder / "soup-1.log").write_text("mixdpo: error: of an earlier try\n")
+        return 0
+
+    monkeypatch.setattr(grid, "run_target", pretend)
+    grid.run_grid("default")
+    assert "4 pieces in" in capsys.readouterr().err
+
+
+def test_a_dry_run_that_cannot_be_made_says_so(notebook, project, monkeypatch):
+    monkeypatch.setattr(grid, "run_target", lambda *_: 1)
+    with pytest.raises(MixDPOError, match="4 of 4 pieces"):
+        grid.run_grid("default", extra=["-n", "--no-such-option"])

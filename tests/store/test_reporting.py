@@ -262,3 +262,14 @@ def test_in_the_runners_kernel_lines_go_to_the_file_alone(tmp_path, monkeypatch)
     assert (
         tmp_path / "log"
     ).read_text() == "[mixdpo] fit 1/4 loss 0.5\n[mixdpo] fit 4/4 loss 0.5\n"
+
+
+def test_a_reader_who_left_ends_no_work(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    system = SimpleNamespace(stderr=Closed(), stdout=sys.stdout, modules=sys.modules)
+    monkeypatch.delenv("MIXDPO_PROGRESS", raising=False)
+    monkeypatch.setattr(reporting, "sys", system)
+    store.note("nobody reads this")

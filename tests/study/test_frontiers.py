@@ -190,3 +190,8 @@ def test_users_of_other_seeds_are_other_users():
 
 def test_p_values_are_never_zero():
     assert bootstrap_p(np.ones(1999)) == 0.001 and bootstrap_p(np.zeros(9)) == 1
+
+
+def test_the_reference_alone_is_compared_with_nothing():
+    with pytest.raises(ValueError, match="found 'mix_dpo' alone"):
+        accuracy_differences(hits_of({"mix_dpo": 0.7}))

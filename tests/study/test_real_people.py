@@ -149,3 +149,37 @@ def test_experts_that_read_are_compared_with_one(tiny_base, shelf):
     with pytest.raises(ValueError, match=r"ks=\[2, 3\]: expected 1, one policy"):
         helped.by_reading(tiny_base, sets, [2, 3], passes=1.0)
     assert isinstance(found.policies[1], mx.MixturePolicy)
+
+
+def test_ages_of_which_some_are_missing_are_no_categories(tmp_path):
+    rows = [f"p{i},x,y,x,{age}" for i, age in enumerate(("23", "45", "NA", "31", "50"))]
+    (tmp_path / "s.csv").write_text("person,first,second,winner,age\n" + "\n".join(rows))
+    with pytest.raises(MixDPOError, match=r"s.csv, column 'age': found 'NA' in row 2 \(from 0\)"):
+        real_people.survey(tmp_path / "s.csv")
+    text = (tmp_path / "s.csv").read_text()
+    for age in ("23", "45", "31", "50"):
+        text = text.replace(age, f"00{age}")
+    (tmp_path / "s.csv").write_text(text)
+    sets = real_people.survey(tmp_path / "s.csv")  # postcodes are texts
+    assert "0023" in {a for part in sets.values() if len(part) for a in part.columns["age"]}
+
+
+def test_one_text_is_one_film_and_ratings_are_numbers(shelf, tmp_path, capsys):
+    _, table = shelf
+    films = [[i, f"Film {i % 99} (1980)", "Drama"] for i in range(100)]  # 99 is 0
+    pd.DataFrame(films, columns=["movieId", "title", "genres"]).to_csv(tmp_path / "movies.csv")
+    table.to_csv(tmp_path / "ratings.csv")
+    sets = real_people.film_tastes(tmp_path, 150, PAIRS, 1, fewest_viewers=1)
+    assert "5 second ratings of films that stand twice" in capsys.readouterr().err
+    by_part = [{text.response for text in part.texts.texts} for part in sets.values()]
+    assert not set.intersection(*by_part)
+    for odd, message in (
+        (
+            table.assign(rating=table["rating"].astype(str).str.replace(".", ",")),
+            "viewer 0, film 0: found rating '",
+        ),
+        (pd.concat([table, table.iloc[:1]]), "viewer 0 rated film 0 twice, and 1 such rows"),
+    ):
+        odd.to_csv(tmp_path / "ratings.csv")
+        with pytest.raises(MixDPOError, match=message):
+            real_people.film_tastes(tmp_path, 150, PAIRS, fewest_viewers=1)
