@@ -178,7 +178,7 @@ def test_bootstrap_of_clusters():
     assert draws[:, 0].mean() == pytest.approx(3, abs=0.1)
     assert draws[:, 0].std() == pytest.approx((8 / 9) ** 0.5, abs=0.05)
     assert set(draws[~np.isnan(draws[:, 1]), 1]) == {2.0}  # a prompt that is missing is left out
-    assert np.array_equal(draws, bootstrap_means(values, n_bootstrap=4000))
+    assert np.array_equal(draws, bootstrap_means(values, n_bootstrap=4000), equal_nan=True)
     assert interval(np.arange(1001.0)) == (25.0, 975.0)
     with pytest.raises(ValueError, match="found 1 unit, expected at least 2"):
         mean_bounds(np.array([1.0]))
