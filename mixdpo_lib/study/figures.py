@@ -99,8 +99,8 @@ def pair_design(pairs: pd.DataFrame, ax: Axes) -> Axes:
     ax.set_xlim(edges[0], near)
     beyond = (values > near).mean()
     ax.set_xlabel(
-        "score of chosen minus rejected, by the user's own\nreward (SD; below 0: labelled against it; "
-        f"{100 * beyond:.1f} % lie beyond)"
+        "score of chosen minus rejected, by the user's own\nreward (SD; below 0: labelled against it);\n"
+        f"{100 * beyond:.1f} % lie beyond"
     )
     ax.set_ylabel("share of the design's pairs")
     ax.grid(axis="x", visible=False)
