@@ -81,8 +81,11 @@ def run_grid(profile: str = "default", cores: int = 2, extra: Sequence[str] = ()
         failed = {name: last for name in names if (last := _left(folder / f"{name}.log"))}
         told = "; ".join(f"{n}: {last} ({folder / n}.log)" for n, last in failed.items())
         raise MixDPOError(
-            f"profile {profile}: {len(failed)} of {len(names)} pieces of the grid were not made: "
-            f"{told or 'see the line above'}; the others are kept, start again to go on"
+            f"profile {profile}: {len(failed)} of {len(names)} pieces of the grid were not made: {told}; the others are "
+            "kept, start again to go on"
+            if failed
+            else f"profile {profile}: a job of the grid was ended from outside, though its log in {folder} ends well; all "
+            "that is done is kept, start again to go on"
         )
     made = [folder / name for name in names]
     check_one_making(made)

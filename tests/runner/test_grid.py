@@ -125,3 +125,16 @@ def test_a_dry_run_that_cannot_be_made_says_so(notebook, project, monkeypatch):
     monkeypatch.setattr(grid, "run_target", lambda *_: 1)
     with pytest.raises(MixDPOError, match="4 of 4 pieces"):
         grid.run_grid("default", extra=["-n", "--no-such-option"])
+
+
+def test_a_job_that_was_ended_from_outside_is_no_piece_that_failed(notebook, project, monkeypatch):
+    def pretend(target, profile, cores, extra):
+        for name in grid.grid_pieces(profile):
+            made(project / "runs/default/grid" / name)
+            log = project / "runs/default/grid" / f"{name}.log"
+            log.write_text("[mixdpo] x: finished in 3 s\n")
+        return 1
+
+    monkeypatch.setattr(grid, "run_target", pretend)
+    with pytest.raises(MixDPOError, match="a job of the grid was ended from outside.*start again"):
+        grid.run_grid("default")
