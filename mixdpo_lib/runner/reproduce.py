@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import resource
@@ -9,6 +11,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from .notebooks import every_notebook, theory_names
 from .parameters import profile_names, profile_values, resolve_parameters
 from .results import durations, load_values, verify_manifest
 
+ROUNDED = 2.0  # seconds by which a manifest may be written after the time that it names
 _LARGE = 1_000_000  # bytes; a larger table stays out of figures/reference
 _ENTRY = re.compile(
     r"\.?[0-9a-f]{16}(\..*)?"
@@ -54,6 +59,7 @@ def reproduce(
     def times() -> dict[str, int]:
         return {name: path.stat().st_mtime_ns for name, path in manifests.items() if path.exists()}
 
+    as_recorded(root / "runs" / profile)
     before = times()
     code = run_target("all" if everything else "main", profile, cores, extra)
     if code:
@@ -124,6 +130,7 @@ def run_target(target: str, profile: str, cores: int, extra: Sequence[str]) -> i
     with store.locked(root / "runs" / ".reproduce.lock", "make reproduce"):
         with store.writing_to(root / ".snakemake"):
             (root / ".snakemake").mkdir(exist_ok=True)
+        as_recorded(root / "runs" / profile)
         try:
             return ending.run_to_end(command, root)
         except ending.Interrupted:
@@ -131,6 +138,27 @@ def run_target(target: str, profile: str, cores: int, extra: Sequence[str]) -> i
                 f"profile {profile}: interrupted; nothing runs any more, what is done is kept, evidence of "
                 f"what was not is in {root / 'runs' / 'failed'}; start again to go on"
             ) from None
+        finally:
+            as_recorded(root / "runs" / profile)
+
+
+def as_recorded(folder: Path) -> None:
+    """Give every manifest of a profile the time at which its run ended.
+
+    Snakemake puts back the earlier manifest of a job that failed, as a copy that is newer than what has changed since, and
+    writes down that it was made of that: the next start would take the old result for the new one. So the copy gets its
+    time back, and what was written down goes.
+    """
+    known = store.project_root() / ".snakemake" / "metadata"
+    for path in (*folder.glob("*/manifest.json"), *folder.glob("grid/*/manifest.json")):
+        with suppress(
+            OSError, ValueError, KeyError, TypeError
+        ):  # a damaged one is named by who reads it
+            ended = datetime.fromisoformat(json.loads(path.read_text("utf-8"))["ended"]).timestamp()
+            if path.stat().st_mtime > ended + ROUNDED:
+                name = path.relative_to(store.project_root()).as_posix().encode()
+                (known / base64.b64encode(name).decode()).unlink(missing_ok=True)
+                os.utime(path, (ended, ended))
 
 
 def is_dry(extra: Sequence[str]) -> bool:

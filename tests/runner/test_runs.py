@@ -426,6 +426,28 @@ def test_an_output_folder_with_other_things_is_refused(write_notebook, project, 
 
 
 # ------------------------------------------------------------------------------------------------- whole workflow
+def test_a_result_whose_making_anew_failed_is_not_taken_for_new(write_notebook, project, capfd):
+    for name in ("Snakefile", "notebooks.yaml"):
+        shutil.copy(Path(__file__).parents[2] / "workflow" / name, project / "workflow" / name)
+    write_notebook("01_reviews_and_rewards", WORK)
+    reproduce.reproduce("default")
+    manifest = project / "runs/default/01_reviews_and_rewards/manifest.json"
+    before = manifest.read_bytes()
+    write_notebook("01_reviews_and_rewards", "raise ValueError('not today')")
+    for _ in range(2):
+        old = store.read_json(manifest)
+        old["ended"] = "2026-01-02T03:04:05Z"  # an hour ago, as it were
+        manifest.write_text(json.dumps(old))
+        with pytest.raises(MixDPOError, match="not finished"):
+            reproduce.reproduce("default")
+        assert "not today" in capfd.readouterr().err
+        assert store.read_json(manifest) == old  # what was there is kept
+    manifest.write_bytes(before)
+    write_notebook("01_reviews_and_rewards", WORK)
+    reproduce.reproduce("default")
+    assert "01_reviews_and_rewards: started" in capfd.readouterr().err
+
+
 def test_reproduce_and_reference(write_notebook, project, capfd):
     for name in ("Snakefile", "notebooks.yaml"):
         shutil.copy(Path(__file__).parents[2] / "workflow" / name, project / "workflow" / name)
