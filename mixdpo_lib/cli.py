@@ -137,7 +137,6 @@ def figures(
     from .study import paper
 
     folder = output or store.project_root() / "figures" / "paper" / run / size
-    store.note(f"drawing the figures of {run}, some 20 seconds")
     typer.echo(paper.write(Finished(run), size, folder))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ PARTED = (
 )
 FAILED = ("diverged", "non_finite")  # endings after which the best finite step is put back
 FELL = 1.0  # nats per pair that the bound may end below its start: more is worse than e times as unlikely a pair
+COIN = math.log(0.5)  # nats per pair of who knows nothing
 LEARNED = 0.02  # nats per pair that the bound must have risen: a fiftieth of a nat decides one pair in fifty
 
 
@@ -178,6 +180,11 @@ def summarise(
         best = at["validation_loglik"] >= history["validation_loglik"].max()
         which = "the best on validation pairs" if best else "as was chosen"
         said.append(f"step {kept_step} is kept, {which} ({at['validation_loglik']:.3f} nats)")
+        if at["validation_loglik"] < COIN + EQUAL and last["elbo"] > COIN + LEARNED:
+            said.append(
+                "validation pairs are predicted hardly better than by a coin: what was learned does not carry over; give "
+                "more pairs, or fewer passes"
+            )
     n_experts = log_q.shape[1]
     turned = last["elbo"] - first["elbo"] < LEARNED
     if last["elbo"] - first["elbo"] < -LEARNED:
@@ -196,7 +203,10 @@ def summarise(
         sure, dead = certainty(log_q), dead_experts(log_q)
         alike = [f"{i} and {j}" for i, j in equal_experts(loglik, dead)]
         parted = sure >= PARTED and not alike
-        said.append(f"experts have {'' if parted else 'not '}parted (mean certainty {sure:.2f})")
+        when = "at the last step " if kept_step not in (None, int(last["step"])) else ""
+        said.append(
+            f"{when}experts have {'' if parted else 'not '}parted (mean certainty {sure:.2f})"
+        )
         if dead:
             said.append(
                 f"{'experts' if len(dead) > 1 else 'expert'} {', '.join(map(str, dead))} almost unused: fewer "

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import threading
@@ -99,11 +100,19 @@ def run_notebook(
     what = folder.relative_to(runs) if folder.is_relative_to(runs) else folder
     print(
         f"[mixdpo] {notebook}: finished in {time.monotonic() - began:.0f} s, results in {folder}; to look: "
-        f"{shlex.join(['mixdpo', 'open', what.as_posix()])}",
+        f"{shlex.join([_shown_program(), 'open', what.as_posix()])}",
         file=sys.stderr,
         flush=True,
     )
     return folder
+
+
+def _shown_program() -> str:
+    """What starts this program in the folder of the project: its short name where a shell finds it."""
+    own = Path(sys.executable).with_name("mixdpo")
+    if shutil.which("mixdpo") or not own.is_relative_to(Path.cwd()):
+        return "mixdpo"
+    return own.relative_to(Path.cwd()).as_posix()
 
 
 def _command(notebook: str, profile: str, overrides: Mapping[str, Any]) -> str:

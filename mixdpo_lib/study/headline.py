@@ -48,9 +48,9 @@ def headline(values: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
     Intervals are of 95 %, or of 99 % where a row says so; of NMI the lowest and highest seed. A value that is not there says so.
 
-    >>> row = {"value": 0.0473, "interval": [0.036, 0.058], "runs": ["04_mix_dpo-4d00"]}
-    >>> headline({"accuracy_gain_mean": row})["value"].tolist()[:2]
-    ['not measured yet', '+0.047']
+    >>> row = {"value": -0.0013, "interval": [-0.003, 0.001], "runs": ["12_baselines-4d00"]}
+    >>> headline({"mix_minus_hard_clusters_mean": row})["value"].tolist()[:2]
+    ['-0.001', 'not measured yet']
     """
     import pandas as pd
 

@@ -102,6 +102,7 @@ def write(results: Results, size: str = "column", folder: Path = Path("paper")) 
             f"{results.where}: no finished run of {', '.join(_notebooks())}; make them by `make reproduce-all "
             f"PROFILE={results.where}`, or take --run reference"
         )
+    store.note(f"drawing the figures of {results.where}, some 20 seconds")
     with store.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         texts = []

@@ -2,6 +2,7 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from tiny import plain_fit, preference_rows
@@ -10,6 +11,7 @@ from mixdpo_lib.experts.heads import HeadExperts
 from mixdpo_lib.gates.weights import LearnedWeights
 from mixdpo_lib.learning.config import DIVERGED, STOP_REASONS, FitConfig, Monitor
 from mixdpo_lib.learning.fit import fit
+from mixdpo_lib.learning.result import summarise
 from mixdpo_lib.policy.mixture import MixturePolicy
 
 CONFIG = plain_fit(batch_size=6, passes=3.0, learning_rate=0.02)
@@ -103,3 +105,20 @@ def test_a_bound_that_fell_a_little_is_no_reason_to_raise_the_rate(tiny_base, mo
 def test_a_rate_beyond_float32_is_refused():
     with pytest.raises(ValueError, match="learning_rate=1e\\+31: expected above 0.*at most 1e30"):
         FitConfig(learning_rate=1e31)
+
+
+def test_a_summary_says_which_step_it_speaks_of_and_what_did_not_carry_over():
+    history = pd.DataFrame(
+        {
+            "step": [0, 10, 20],
+            "elbo": [-0.693, -0.4, -0.05],
+            "validation_loglik": [-0.6931, -0.6925, -0.9],
+        }
+    )
+    log_q = torch.tensor([[0.99, 0.01], [0.01, 0.99]]).log()
+    loglik = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
+    early = summarise(history, "max_iter", 10, log_q, loglik)
+    assert "step 10 is kept" in early and "at the last step experts have parted" in early
+    assert "hardly better than by a coin" in early
+    late = summarise(history.assign(validation_loglik=-0.4), "max_iter", 20, log_q, loglik)
+    assert "at the last step" not in late and "coin" not in late
