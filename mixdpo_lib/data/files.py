@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from ..store import note
-from .checks import BadRows
+from .checks import NAMED, BadRows
 from .forms import read_forms
 from .messages import Prompt, strict_json
 from .tables import READERS, Table, as_dataset, file_kind, read_table
@@ -82,10 +82,11 @@ def load_preferences(
             )
         sets[name] = as_dataset(left, f"{path} ({name})")
     for column in dict.fromkeys(("user", *columns)):
-        for one, other in nearly_the_same(sets.values(), column):
+        if alike := nearly_the_same(sets.values(), column):
+            named = ", ".join(f"{one!r} and {other!r}" for one, other in alike[:NAMED])
             note(
-                f"{path}, column {column!r}: {one!r} and {other!r} differ in spaces or capitals alone and count as two; "
-                "mend the rows if they are one"
+                f"{path}, column {column!r}: {named}{' ...' if len(alike) > NAMED else ''} ({len(alike)} in all) differ in "
+                "spaces or capitals alone and count as two; mend the rows if they are one"
             )
     return DatasetDict(sets)
 

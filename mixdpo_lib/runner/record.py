@@ -58,7 +58,13 @@ def library_files() -> list[Path]:
     places = [root / "mixdpo_lib", *(root / "data" / name for name in SHIPPED)]
     found = [path for place in places for path in place.rglob("*") if path.is_file()]
     left_out = root / "mixdpo_lib" / "cli.py"
-    return sorted(one for one in found if one != left_out and one.suffix != ".pyc")
+    return sorted(
+        one
+        for one in found
+        if one != left_out
+        and one.suffix not in (".pyc", ".md")
+        and "/." not in one.relative_to(root).as_posix()
+    )
 
 
 @dataclass

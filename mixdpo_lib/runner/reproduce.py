@@ -151,9 +151,8 @@ def as_recorded(folder: Path) -> None:
     """
     known = store.project_root() / ".snakemake" / "metadata"
     for path in (*folder.glob("*/manifest.json"), *folder.glob("grid/*/manifest.json")):
-        with suppress(
-            OSError, ValueError, KeyError, TypeError
-        ):  # a damaged one is named by who reads it
+        # a damaged one is named by who reads it
+        with suppress(OSError, ValueError, KeyError, TypeError):
             ended = datetime.fromisoformat(json.loads(path.read_text("utf-8"))["ended"]).timestamp()
             if path.stat().st_mtime > ended + ROUNDED:
                 name = path.relative_to(store.project_root()).as_posix().encode()

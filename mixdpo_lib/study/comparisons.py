@@ -20,6 +20,7 @@ def bootstrap_p(draws: Float[np.ndarray, "draws"]) -> float:
     >>> bootstrap_p(np.array([0.3, 0.1, 0.2]))
     0.5
     """
+    draws = draws[~np.isnan(draws)]  # of draws that hold no pair
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
     return min(1.0, 2 * (1 + int(tail)) / (len(draws) + 1))
 
@@ -75,10 +76,10 @@ def accuracy_differences(by_user: pd.DataFrame, reference: str = REFERENCE) -> p
 
     def accuracy(table: pd.DataFrame) -> Float[np.ndarray, "draws groups"]:
         right, asked = table.to_numpy(), n_pairs.to_numpy()
-        of_group = [
-            ((who @ right[rows]) * prompts).sum(1) / ((who @ asked[rows]) * prompts).sum(1)
-            for rows, who in zip(groups, drawn, strict=True)
-        ]
+        of_group = []
+        for rows, who in zip(groups, drawn, strict=True):
+            n = ((who @ asked[rows]) * prompts).sum(1)
+            of_group.append(((who @ right[rows]) * prompts).sum(1) / np.where(n > 0, n, np.nan))
         return np.stack(of_group, 1)
 
     rows, own = [], accuracy(mine)

@@ -212,9 +212,14 @@ def test_names_that_differ_in_spaces_or_capitals_alone_are_told(tmp_path, capsys
     sets = load_preferences(tmp_path, ["country"])
     assert list(sets) == ["train", "test"]  # the training pairs first, also in what is refused
     told = capsys.readouterr().err
-    assert "column 'user': 'Ann' and 'Ann ' differ in spaces or capitals alone" in told
-    assert "'bo' and 'BO'" in told and "column 'country': 'NL' and 'nl'" in told
-    assert "'cy'" not in told and len(told.strip().splitlines()) == 3
+    assert "column 'user': 'Ann' and 'Ann ', 'bo' and 'BO' (2 in all) differ in spaces" in told
+    assert "column 'country': 'NL' and 'nl' (1 in all)" in told
+    assert "'cy'" not in told and len(told.strip().splitlines()) == 2
+    many = [{**row, "user": f"{u}{i}"} for i in range(40) for u in ("a", "A")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, many)))
+    load_preferences(tmp_path / "train.jsonl")
+    told = capsys.readouterr().err
+    assert "'a9' and 'A9' ... (40 in all)" in told and "'a10'" not in told
 
 
 def test_nobody_is_no_name_that_nearly_agrees(tmp_path):
