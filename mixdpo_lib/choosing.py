@@ -18,17 +18,15 @@ from .data.pairs import Pairs, as_pairs
 from .elbo import correct
 from .evaluation import bootstrap_means, choose_n_experts, interval, mean_bounds
 from .experts.heads import HeadExperts
-from .gates.metadata import naming_columns
 from .gates.weights import LearnedWeights
 from .learning.config import FitConfig
 from .learning.fit import fit
 from .learning.result import certainty, dead_experts, equal_experts
 from .learning.routing import Routing
 from .policy.mixture import MixturePolicy
+from .policy.remarks import FEW_UNITS, left_out, losing, of_the_gate
 from .policy.single import single_counterpart
 
-FEW_UNITS = 10  # fewer drawn with replacement give an interval that is too narrow
-LOST = 10.0  # nats a text that chosen answers may lie below the base: e^10 times less likely
 SURE = 0.99  # of a verdict; 100 data sets of each kind: benchmarks/verdict.py
 
 
@@ -41,10 +39,11 @@ class Report:
     units : a row a unit with test pairs: n_train, n_test, served_by, accuracy, loglik, the same of one policy
         (single_), and the difference of loglik.
     experts : a row an expert: usage (mean responsibility over units), distance (nats: mean of log pi_k - log pi_ref of
-        the chosen answers of test pairs, weighted by how far expert k serves them), remark (dead, or equal to which).
+        the chosen answers of test pairs, weighted by how far expert k serves them), remark (dead, or like which expert).
     certainty : 0 where units are shared equally, 1 where each has one expert. No evidence by itself.
     notes : units that were left out or served by the gate alone, what makes the interval rough, columns that name their
-        units, and experts under which chosen answers are far less likely than under the base.
+        units, a gate that gives everybody the same weights, experts under which chosen answers are far less likely than
+        under the base.
     bounds : what the difference of loglik lies above, and below, at 99 % each (`evaluation.mean_bounds`), nats per pair.
     sentence : whether a mixture pays: where the lower bound lies above 0, and nowhere else.
     """
@@ -146,32 +145,6 @@ def _by_unit(values: Float[Tensor, "pairs"], test: Pairs, unit: str) -> pd.Serie
     )
 
 
-def _left_out(train: Pairs, test: Pairs, unit: str, unknown: Sequence[str]) -> list[str]:
-    """Units that are not measured, or not by their own pairs, by name; and whether there are few."""
-    trained, tested = train.units(unit)[1], test.units(unit)[1]
-    measured = set(tested)
-    untested = [name for name in trained if name not in measured]
-    notes = []
-    if untested:
-        notes.append(f"without test pairs, not measured: {', '.join(untested)}")
-    if unknown:
-        notes.append(f"without training pairs, served by the gate alone: {', '.join(unknown)}")
-    if len(tested) < FEW_UNITS:
-        notes.append(f"{len(tested)} units are few: the interval is rough and too narrow")
-    return notes
-
-
-def _losing(distance: pd.Series) -> list[str]:
-    """Experts under which the chosen answers have become far less likely than under the base."""
-    lost = [f"{k} ({nats:.0f} nats)" for k, nats in distance.items() if nats < -LOST]
-    if not lost:
-        return []
-    return [
-        f"expert {', '.join(lost)} gives the chosen answers far less than the base does: what it writes may be broken; "
-        "read some (policy.say), raise beta, or lower learning_rate or passes"
-    ]
-
-
 def report(
     policy: MixturePolicy,
     train: Dataset | Pairs,
@@ -235,14 +208,9 @@ def report(
     bounds = mean_bounds(units["difference"].to_numpy(float), SURE)
     experts = _experts(policy, train, test, log_q, log_w)
     notes = [
-        *_left_out(train, test, unit, unknown),
-        *(
-            f"column {name!r} names each {unit}: no two share a category, so that it says nothing of a new one"
-            for name in naming_columns(
-                getattr(policy.gate, "columns", {}), train.columns, train.units(unit)[0].tolist()
-            )
-        ),
-        *_losing(experts["distance"]),
+        *left_out(train, test, unit, unknown),
+        *of_the_gate(policy, train, unit),
+        *losing(experts["distance"]),
     ]
     return Report(
         totals=_totals(units),
@@ -296,7 +264,7 @@ def _experts(
     remarks = ["dead" if k in dead else "" for k in range(policy.n_experts)]
     alike = equal_experts(policy.log_sigma(train), dead) if policy.experts.nodes is None else []
     for i, j in alike:
-        remarks[i] = ", ".join(filter(None, [remarks[i], f"equal to {j}"]))
+        remarks[i] = ", ".join(filter(None, [remarks[i], f"like expert {j}"]))
     table = {"usage": log_q.exp().mean(0).numpy(), "distance": distance.numpy(), "remark": remarks}
     return pd.DataFrame(table).rename_axis("expert")
 
@@ -368,7 +336,7 @@ def choose_k(
         fit(policy, train, config, validation=held_out)
         log_w, unknown = served_weights(policy, train, held_out, unit)
         columns[k] = _by_unit((policy.loglik(held_out) + log_w).logsumexp(1), held_out, unit)
-        notes = _left_out(train, held_out, unit, unknown)
+        notes = left_out(train, held_out, unit, unknown)
     table = pd.DataFrame(columns).rename_axis(unit)
     chosen = choose_n_experts(table)
     behind = table.rsub(table[table.mean().idxmax()], axis=0)

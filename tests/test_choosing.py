@@ -110,7 +110,7 @@ def test_dead_and_equal_experts_are_named(table):
         rows(("ann", "a"), ("bob", "a")),
         single=table(0.0),
     )
-    assert found.experts["remark"].tolist() == ["", "equal to 0", "dead"]
+    assert found.experts["remark"].tolist() == ["", "like expert 0", "dead"]
 
 
 def test_units_that_are_not_measured_are_named(table):
@@ -146,6 +146,11 @@ def test_an_unknown_unit_is_served_by_a_gate_that_reads(table):
     )
     assert found.units.loc["eve", "n_train"] == 0
     assert "without training pairs, served by the gate alone: eve" in found.notes
+    assert not any("learned nothing" in note for note in found.notes)
+    with torch.no_grad():
+        gate.outer.weight.mul_(0.01)
+    found = mx.report(policy, train, test, single=table(0.0))
+    assert any(note.startswith("the gate learned nothing of country") for note in found.notes)
     mixed = train.remove_columns("country").add_column("country", ["x", "y", "y", "y"])
     with pytest.raises(
         ValueError, match="training pairs of user 'ann' differ in what the gate reads"

@@ -161,7 +161,7 @@ def summarise(
     log_q, loglik : responsibilities of the latents and log-likelihoods of the training pairs at the end, nats.
     nodes : of experts that are nodes of a group: what counts is how closely users are placed, not which node is used.
     """
-    first, last = history.iloc[0], history.iloc[-1]
+    first, last, n_experts = history.iloc[0], history.iloc[-1], log_q.shape[1]
     said = [
         f"{int(last['step'])} steps; bound {_short(first['elbo'])} to {_short(last['elbo'])} nats per pair"
     ]
@@ -184,8 +184,8 @@ def summarise(
             said.append(
                 "validation pairs are predicted hardly better than by a coin: what was learned does not carry over; give "
                 "more pairs, or fewer passes"
+                + (", or more experts, if people contradict one another" if n_experts == 1 else "")
             )
-    n_experts = log_q.shape[1]
     turned = last["elbo"] - first["elbo"] < LEARNED
     if last["elbo"] - first["elbo"] < -LEARNED:
         said.append("WARNING: the bound fell: lower learning_rate")

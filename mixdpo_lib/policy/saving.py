@@ -20,6 +20,7 @@ from ..store import (
     Shape,
     canonical_json,
     check_shape,
+    note,
     plain,
     read_json,
     sha256_of,
@@ -62,6 +63,8 @@ def save(
     }
     state = {k: v.detach().cpu().contiguous().clone() for k, v in policy.state_dict().items()}
     check_numbers(f"{folder}: not written", policy.experts, policy.gate)
+    if (Path(folder) / "config.json").exists():
+        note(f"{folder}: what was saved there before is replaced")
     with whole_folder(folder) as place:
         save_file(state, place / "mixture.safetensors")
         config["tensors_sha256"] = sha256_of(place / "mixture.safetensors")
@@ -341,11 +344,17 @@ def model_card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         "",
         f"# A mixture of {config['n_experts']} experts on {config['base']}",
         "",
-        "Trained by mixture preference optimisation (arXiv 2510.08256). `mixdpo_lib.MixturePolicy.from_pretrained` "
-        "reads this folder.",
+        "Trained by mixture preference optimisation (arXiv 2510.08256). To read this folder:",
+        "",
+        "```python",
+        "import mixdpo_lib as mx",
+        "",
+        'policy = mx.MixturePolicy.from_pretrained("this folder")  # loads the base by its name; or give base=',
+        "```",
         "",
         f"- family: {experts['family']}",
-        f"- gate: {gate['gate']}",
+        f"- gate: {gate['gate']}{_read_by(gate)}",
+        f"- chat: {str(config['chat']).lower()} (whether prompts stand in the model's template)",
         f"- beta: {config['beta']}",
         f"- lapse: {config['lapse']}",
         f"- fingerprint of the base: {config['base_fingerprint']}",
@@ -356,3 +365,13 @@ def model_card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _read_by(gate: Mapping[str, Any]) -> str:
+    """The columns that a gate reads of a user, as a card says them: `age` (a number), `country` (DE, FR, NL)."""
+    columns = {
+        name: f"one of {', '.join(map(str, kind))}" if isinstance(kind[0], str) else "a number"
+        for name, kind in (gate.get("columns") or {}).items()
+    }
+    said = ", ".join(f"`{name}` ({kind})" for name, kind in columns.items())
+    return f", which reads {said}: `policy.user(metadata={{...}})`" if said else ""

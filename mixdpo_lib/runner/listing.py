@@ -147,7 +147,10 @@ def opened_copy(what: str, runs: list[Found]) -> Path:
     elif (root / what / "notebook.ipynb").is_file():
         source = root / what / "notebook.ipynb"
     else:
-        bare = notebook_path(what)
+        try:
+            bare = notebook_path(what)
+        except MixDPOError as error:
+            raise MixDPOError(f"{error} (or a run, as `mixdpo list` names it)") from None
         done = [run for run in runs if run.notebook == bare.stem and run.state in FINISHED]
         done = [run for run in done if (root / run.place / "notebook.ipynb").is_file()]
         done.sort(key=lambda run: (run.place.startswith("default/"), run.ended))

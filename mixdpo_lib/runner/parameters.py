@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -197,6 +197,22 @@ def check_value(notebook: str, parameter: Parameter, value: Any) -> None:
             f"{notebook}: parameter {parameter.name}: found {value!r} ({type(value).__name__}), "
             f"expected {parameter.type}{within}; {remedy}"
         ) from None
+    if below := [one for one in _numbers(value) if one < 0]:
+        raise MixDPOError(
+            f"{notebook}: parameter {parameter.name}: found {below[0]!r}, expected 0 or more, as every number here is; "
+            f"the default is {parameter.default!r}"
+        )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Every number in a value, at any depth."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from _numbers(one)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

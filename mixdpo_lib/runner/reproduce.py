@@ -84,8 +84,9 @@ def reproduce(
     }
     if timing["complete"] or not path.exists() or not store.read_json(path)["complete"]:
         store.write_json_atomic(path, timing)
+    whole = ", the environment included" if os.environ.get("MIXDPO_STARTED") else ""
     store.note(
-        f"profile {profile}: {len(ran)} notebooks in {timing['minutes']:.1f} minutes, results in "
+        f"profile {profile}: {len(ran)} notebooks in {timing['minutes']:.1f} minutes{whole}, results in "
         f"{path.parent}"
     )
 

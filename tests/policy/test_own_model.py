@@ -31,7 +31,10 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
     tiny, load = mx.load_base(save_tiny_base(tmp_path / "my-model")), mx.load_base
     monkeypatch.setattr(
-        mx, "load_base", lambda name: tiny if name == "smollm2-135m" else load(name), raising=False
+        mx,
+        "load_base",
+        lambda name, **options: tiny if name == "smollm2-135m" else load(name, **options),
+        raising=False,
     )
     (tmp_path / "my-pairs").mkdir()
     preference_rows(24).to_json(tmp_path / "my-pairs" / "train.jsonl")
@@ -61,7 +64,7 @@ def test_the_block_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
     tiny = mx.load_base(save_tiny_base(tmp_path / "my-model"))  # in the place of the packaged one
-    monkeypatch.setattr(mx, "load_base", lambda name: tiny, raising=False)
+    monkeypatch.setattr(mx, "load_base", lambda name, chat: tiny, raising=False)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names = {}
     exec(compile(block, "README.md", "exec"), names)

@@ -14,6 +14,7 @@ from mixdpo_lib.base.model import load_base
 from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.experts.heads import HeadExperts
 from mixdpo_lib.experts.whole import IndependentExperts
+from mixdpo_lib.gates.user import UserGate
 from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
 from mixdpo_lib.policy.mixture import MixturePolicy
 from mixdpo_lib.store import MixDPOError, sha256_of
@@ -243,3 +244,15 @@ def test_another_base_is_named_with_its_kind_of_numbers(tmp_path, folder):
     other = load_base(str(save_tiny_base(tmp_path / "base")), dtype="bfloat16")
     with pytest.raises(ValueError, match=r"\(.*, bfloat16\): give the base that it was trained on"):
         MixturePolicy.from_pretrained(folder, other)
+
+
+def test_the_card_says_how_to_read_it_and_what_the_gate_reads(tiny_base, tmp_path, capsys):
+    gate = UserGate({"age": (30.0, 9.0), "country": ["DE", "NL"]}, 2)
+    policy(tiny_base, gate).save_pretrained(tmp_path / "m")
+    assert "replaced" not in capsys.readouterr().err
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "mx.MixturePolicy.from_pretrained(" in card
+    assert "- gate: UserGate, which reads `age` (a number), `country` (one of DE, NL): `" in card
+    policy(tiny_base).save_pretrained(tmp_path / "m")  # said, and not done in silence
+    assert f"{tmp_path / 'm'}: what was saved there before is replaced" in capsys.readouterr().err
+    assert "- gate: LearnedWeights\n" in (tmp_path / "m" / "README.md").read_text()

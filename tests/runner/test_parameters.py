@@ -105,6 +105,11 @@ def test_a_notebook_has_what_it_shares_and_nothing_else(shared):
             r"04_mix: parameter common.n_prompts: found '300' \(str\), expected int; the",
         ),
         (
+            {"n_experts": -1},
+            "04_mix: parameter n_experts: found -1, expected 0 or more, as every number here is; the default is 3",
+        ),
+        ({"seeds": [0, -7]}, "parameter seeds: found -7, expected 0 or more"),
+        (
             {"common.n_prompts": 0.5},
             r"parameter common.n_prompts: found 0.5 \(float\), expected int",
         ),
