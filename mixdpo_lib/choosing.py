@@ -24,7 +24,7 @@ from .learning.fit import fit
 from .learning.result import certainty, dead_experts, equal_experts
 from .learning.routing import Routing
 from .policy.mixture import MixturePolicy
-from .policy.remarks import FEW_UNITS, left_out, losing, of_the_gate
+from .policy.remarks import FEW_UNITS, left_out, losing, of_the_gate, seen_before
 from .policy.single import single_counterpart
 
 SURE = 0.99  # of a verdict; 100 data sets of each kind: benchmarks/verdict.py
@@ -41,9 +41,9 @@ class Report:
     experts : a row an expert: usage (mean responsibility over units), distance (nats: mean of log pi_k - log pi_ref of
         the chosen answers of test pairs, weighted by how far expert k serves them), remark (dead, or like which expert).
     certainty : 0 where units are shared equally, 1 where each has one expert. No evidence by itself.
-    notes : units that were left out or served by the gate alone, what makes the interval rough, columns that name their
-        units, a gate that gives everybody the same weights, experts under which chosen answers are far less likely than
-        under the base.
+    notes : test pairs that were trained on, units that were left out or served by the gate alone, what makes the interval
+        rough, columns that name their units, a gate that gives everybody the same weights, experts under which chosen
+        answers are far less likely than under the base.
     bounds : what the difference of loglik lies above, and below, at 99 % each (`evaluation.mean_bounds`), nats per pair.
     sentence : whether a mixture pays: where the lower bound lies above 0, and nowhere else.
     """
@@ -208,6 +208,7 @@ def report(
     bounds = mean_bounds(units["difference"].to_numpy(float), SURE)
     experts = _experts(policy, train, test, log_q, log_w)
     notes = [
+        *seen_before(train, test, unit),
         *left_out(train, test, unit, unknown),
         *of_the_gate(policy, train, unit),
         *losing(experts["distance"]),
@@ -313,10 +314,12 @@ def choose_k(
     ValueError : no ks, or ks that are no numbers of experts; an absent part; fewer than two units; a policy of another K
         than was asked for; fits by another unit.
     """
-    ks = np.asarray(ks).tolist()
-    if not ks or len(set(ks)) < len(ks) or min(ks) < 1:
+    given = np.asarray(ks)
+    ks = given.tolist()
+    whole = given.ndim == 1 and given.dtype.kind in "iu"
+    if not whole or len(set(ks)) < len(ks) or min(ks, default=0) < 1:
         raise ValueError(
-            f"ks={list(ks)}: expected distinct numbers of experts, each at least 1, such as [1, 2, 3]"
+            f"ks={ks}: expected distinct numbers of experts, each at least 1, such as [1, 2, 3]"
         )
     train, held_out = _parts(pairs, validation)
     config = config or FitConfig(unit=unit)
@@ -336,7 +339,10 @@ def choose_k(
         fit(policy, train, config, validation=held_out)
         log_w, unknown = served_weights(policy, train, held_out, unit)
         columns[k] = _by_unit((policy.loglik(held_out) + log_w).logsumexp(1), held_out, unit)
-        notes = left_out(train, held_out, unit, unknown)
+        notes = [
+            *seen_before(train, held_out, unit),
+            *left_out(train, held_out, unit, unknown),
+        ]
     table = pd.DataFrame(columns).rename_axis(unit)
     chosen = choose_n_experts(table)
     behind = table.rsub(table[table.mean().idxmax()], axis=0)

@@ -19,6 +19,7 @@ Checks cost a little and synchronise an accelerator; ``validate=False`` skips th
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -842,6 +843,8 @@ def correct(probability: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
 
 def check_n_experts(n_experts: int) -> None:
     """Refuse a mixture without an expert."""
+    if not isinstance(n_experts, Integral) or isinstance(n_experts, bool):
+        raise ValueError(f"n_experts={n_experts!r}: expected a whole number, at least 1")
     if n_experts < 1:
         raise ValueError(
             f"n_experts={n_experts}: a mixture needs at least one expert; use 1 for plain DPO"

@@ -103,7 +103,7 @@ def two_quantities(w: float, first: float, second: float) -> None:
 @lru_cache(maxsize=32)
 def _cycle(n_experts: int) -> tuple[list[float], Tensor, Tensor]:
     majority = torch.tensor([[0, 1], [1, 2], [2, 0]])
-    comparisons = torch.cat([majority.repeat(60, 1), majority.flip(1).repeat(30, 1)])
+    comparisons = torch.cat([majority.repeat(200, 1), majority.flip(1).repeat(100, 1)])
     experts, gate = TabularExperts(3, n_experts, prior_scale=10.0), LearnedWeights(n_experts)
     full_batch_em(
         experts, gate, comparisons, symmetry_breaking="random_heads", restarts=4, max_iter=200

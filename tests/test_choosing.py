@@ -113,6 +113,17 @@ def test_dead_and_equal_experts_are_named(table):
     assert found.experts["remark"].tolist() == ["", "like expert 0", "dead"]
 
 
+def test_pairs_that_were_trained_on_are_no_test(table):
+    test = rows(("ann", "a"), ("bob", "a"))
+    found = mx.report(table(LOG3, -LOG3), TRAIN, test, single=table(0.0))
+    seen = {(row["user"], row["chosen"]) for row in TRAIN}
+    again = sum((row["user"], row["chosen"]) in seen for row in test)
+    assert again == 1
+    assert found.notes[0].startswith(
+        "WARNING: 1 of 2 test pairs stand among the training pairs too"
+    )
+
+
 def test_units_that_are_not_measured_are_named(table):
     train = rows(("ann", "a"), ("bob", "b"), ("cleo", "a"))
     test = rows(("ann", "a"), ("bob", "b"))

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,9 @@ def _snapshot(name: str, revision: str | None) -> Path:
         raise MixDPOError(
             f"{name!r}: no base model there ({said}); expected {', '.join(packaged('base'))}, a local "
             "folder, or a hub id that can be reached"
+            + "".join(
+                f"; did you mean {one}?" for one in get_close_matches(name, packaged("base"), 1)
+            )
         ) from error
 
 

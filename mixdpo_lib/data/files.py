@@ -14,7 +14,8 @@ from ..store import note
 from .checks import NAMED, BadRows
 from .forms import read_forms
 from .messages import Prompt, strict_json
-from .tables import READERS, Table, as_dataset, file_kind, read_table
+from .pairs import TEXT_COLUMNS, values_of
+from .tables import READERS, Table, as_dataset, file_kind, is_number, read_table
 
 _SHARD = re.compile(r"(?P<part>.+)-(?P<i>\d+)-of-(?P<n>\d+)(?:-[0-9a-f]{16})?", re.DOTALL)
 _NOTES = (
@@ -88,7 +89,31 @@ def load_preferences(
                 f"{path}, column {column!r}: {named}{' ...' if len(alike) > NAMED else ''} ({len(alike)} in all) differ in "
                 "spaces or capitals alone and count as two; mend the rows if they are one"
             )
+    for name, rows in sets.items():
+        for column in set(rows.column_names) - {*TEXT_COLUMNS, "user", *columns}:
+            if odd := odd_cells(rows, column):
+                note(
+                    f"{path} ({name}), column {column!r}: numbers but for {odd}; the column stays text, and a gate would take "
+                    "each value for a kind of its own; mend the cells, or name the column in columns= if it is text"
+                )
     return DatasetDict(sets)
+
+
+def odd_cells(rows: Dataset, column: str) -> str:
+    """The cells of a column of texts that are no numbers, where most are: at most three, with the row of the first.
+
+    >>> odd_cells(Dataset.from_dict({"age": ["31", "forty", "28", "55"]}), "age")
+    "'forty' (row 1)"
+    """
+    if getattr(rows.features.get(column), "dtype", "") not in ("string", "large_string"):
+        return ""
+    cells = [cell for cell in rows.unique(column) if cell]
+    odd = [cell for cell in cells if not (is_number(cell) or cell.isdigit())]
+    if not odd or len(cells) - len(odd) <= len(odd):
+        return ""
+    row = values_of(rows, column).index(odd[0])
+    more = [repr(cell) for cell in odd[1:3]] + (["..."] if len(odd) > 3 else [])
+    return ", ".join([f"{odd[0]!r} (row {row})", *more])
 
 
 def nearly_the_same(sets: Iterable[Dataset], column: str) -> list[tuple[str, str]]:

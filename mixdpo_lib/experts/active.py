@@ -80,7 +80,7 @@ class ActiveHead(Experts, family=False):
         if self._head_rows is None:
             if len(self.active_ids) == 0:
                 raise ValueError(
-                    "the experts have no active tokens yet: call fit, or activate_responses, first"
+                    "these experts were not fitted: no tokens are active yet; call fit first, or activate_responses"
                 )
             rows = self._head.weight[self.active_ids.to(self._head.weight.device)]
             self._head_rows = rows.float().contiguous()

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..data.checks import is_missing
+from ..data.tables import is_number
 
 Columns = Mapping[str, list[str] | tuple[float, float]]
 
@@ -53,7 +54,15 @@ def read_columns(
             numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
             columns[name] = (float(numbers.mean()), float(numbers.std(correction=0)))
         else:
-            columns[name] = sorted({str(v) for v in values})
+            categories = columns[name] = sorted({str(v) for v in values})
+            odd = [one for one in categories if not (is_number(one) or one.isdigit())]
+            if 0 < len(odd) < len(categories) - len(odd):
+                row = [str(v) for v in values].index(odd[0])
+                raise ValueError(
+                    f"metadata row {row}, column {name!r}: found {odd[0]!r} among texts that are numbers, such as "
+                    f"{next(one for one in categories if one not in odd)!r}; expected numbers alone (float(...) after the cell "
+                    "is mended); a category gets a name that is no number"
+                )
     return columns
 
 

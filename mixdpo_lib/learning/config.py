@@ -106,7 +106,8 @@ class FitConfig(Choices):
     batch_by : "pair", or "prompt": all pairs of a prompt in one batch, so that texts they share are computed once.
     optimizer : "adamw", or "sgd": momentum 0.9, no scaling by coordinate.
     start : see `Start`. stop : see `Stop`. inference : `Exact`, `Relaxed` or `Recognition`. routing : see `Routing`.
-    evaluations_per_pass : below 1: one in several passes.
+    evaluations_per_pass : below 1: one in several passes. Where `min_steps` stretches a fit with validation pairs, steps
+        2, 5, 10 and 20 are evaluated too: few pairs are soon learned by heart.
     evaluate_training : an evaluation computes all training pairs anew; False: as last seen, faster.
     keep : "best": parameters of the best and the last evaluation; "all": of every one.
     """

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.pairs import Pairs
+from ..data.pairs import Pairs, values_of
 from ..gates.inputs import distinct_rows
 from ..policy.mixture import MixturePolicy
 from .config import FitConfig
@@ -48,15 +48,21 @@ def latent_inputs(
     inputs = policy.gate_inputs(data)
     if config.latent == "pair":
         return inputs
-    return of_units(inputs, unit, config.unit)
+    reads = [name for name in policy.gate.reads if name in data.rows.column_names]
+    return of_units(inputs, unit, config.unit, {name: values_of(data.rows, name) for name in reads})
 
 
-def of_units(inputs: Mapping[str, Tensor], unit: Tensor, column: str) -> dict[str, Tensor]:
-    """What the gate reads of each unit, from what it reads of each pair.
+def of_units(
+    inputs: Mapping[str, Tensor],
+    unit: Tensor,
+    column: str,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> dict[str, Tensor]:
+    """What the gate reads of each unit, from what it reads of each pair; `columns` : that, as it stands in the data.
 
     Raises
     ------
-    ValueError : pairs of a unit that differ in it; the row is named.
+    ValueError : pairs of a unit that differ in it; the row is named, and the column where it is given.
     """
     _, first = np.unique(unit.numpy(), return_index=True)
     shared = {name: value[first] for name, value in inputs.items()}
@@ -65,10 +71,16 @@ def of_units(inputs: Mapping[str, Tensor], unit: Tensor, column: str) -> dict[st
         rows = differs if differs.dim() == 1 else differs.any(1)
         if rows.any():
             row = int(rows.nonzero()[0])
+            before = int(first[unit[row]])
+            unlike = [
+                f" (column {one!r}: found {values[row]!r}, and {values[before]!r} in row {before})"
+                for one, values in (columns or {}).items()
+                if values[row] != values[before]
+            ]
             raise ValueError(
-                f"row {row}: {name} differs from the first row of its {column}: with latent='unit' a gate may "
-                f"read only what the pairs of a {column} share; use latent='pair', or a gate that reads the "
-                f"{column}"
+                f"row {row}: {name} differs from the first row of its {column}{''.join(unlike[:1])}: with latent='unit' "
+                f"a gate may read only what the pairs of a {column} share; mend the row, or, if it is meant, use "
+                f"latent='pair', or a gate that reads the {column}"
             )
     return shared
 

@@ -22,6 +22,7 @@ PARTED = (
 FAILED = ("diverged", "non_finite")  # endings after which the best finite step is put back
 FELL = 1.0  # nats per pair that the bound may end below its start: more is worse than e times as unlikely a pair
 COIN = math.log(0.5)  # nats per pair of who knows nothing
+NAMED = 5  # experts that a sentence names; of more it says how many
 LEARNED = 0.02  # nats per pair that the bound must have risen: a fiftieth of a nat decides one pair in fifty
 
 
@@ -175,16 +176,20 @@ def summarise(
             "learning_rate"
         )
         return "; ".join(said) + "."
+    lost = False
     if kept_step is not None:
         at = history[history["step"] == kept_step].iloc[0]
         best = at["validation_loglik"] >= history["validation_loglik"].max()
         which = "the best on validation pairs" if best else "as was chosen"
         said.append(f"step {kept_step} is kept, {which} ({at['validation_loglik']:.3f} nats)")
-        if at["validation_loglik"] < COIN + EQUAL and last["elbo"] > COIN + LEARNED:
+        lost = at["validation_loglik"] < COIN + EQUAL and last["elbo"] > COIN + LEARNED
+        if lost:
+            worse = "worse" if at["validation_loglik"] < COIN - EQUAL else "hardly better"
             said.append(
-                "validation pairs are predicted hardly better than by a coin: what was learned does not carry over; give "
-                "more pairs, or fewer passes"
-                + (", or more experts, if people contradict one another" if n_experts == 1 else "")
+                f"WARNING: validation pairs are predicted {worse} than by a coin"
+                + (" (nothing that was learned is kept)" if kept_step == 0 else "")
+                + ": what was learned does not carry over; give more pairs of each unit, or fewer experts"
+                + (" (of one: more, if people contradict one another)" if n_experts == 1 else "")
             )
     turned = last["elbo"] - first["elbo"] < LEARNED
     if last["elbo"] - first["elbo"] < -LEARNED:
@@ -207,14 +212,19 @@ def summarise(
         said.append(
             f"{when}experts have {'' if parted else 'not '}parted (mean certainty {sure:.2f})"
         )
+        if n_experts > len(log_q):
+            said.append(f"{n_experts} experts are more than the {len(log_q)} that they could serve")
         if dead:
+            which = f"{', '.join(map(str, dead))}" if len(dead) <= NAMED else f"{len(dead)} of them"
             said.append(
-                f"{'experts' if len(dead) > 1 else 'expert'} {', '.join(map(str, dead))} almost unused: fewer "
-                "experts may do, or another seed"
+                f"{'experts' if len(dead) > 1 else 'expert'} {which} almost unused: fewer experts may do, or another seed"
             )
         if alike:
-            said.append(f"experts {', '.join(alike)} nearly equal: fewer may do (choose_k)")
-        if sure < PARTED:
+            more = f" and {len(alike) - NAMED} pairs more" if len(alike) > NAMED else ""
+            said.append(
+                f"experts {', '.join(alike[:NAMED])}{more} nearly equal: fewer may do (choose_k)"
+            )
+        if sure < PARTED and not lost:
             said.append(
                 "if groups are expected, raise passes or min_steps, or give each unit more pairs"
             )

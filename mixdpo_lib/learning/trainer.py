@@ -28,6 +28,9 @@ from .routing import dead_in_routing, routed_share
 
 WARMUP = 0.05  # share of the steps in which the rate rises to its full size
 
+# further steps at which a small set, which is passed often, is looked at: it is soon learned by heart
+EARLY = (2, 5, 10, 20)
+
 
 def row_groups(data: Pairs, batch_by: str) -> list[list[int]]:
     """Rows that stay together in a batch: each alone, or all of a prompt."""
@@ -361,11 +364,13 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state: TrainerState, control, **kwargs):  # type: ignore[override]
         """Progress, and an evaluation where one is due."""
         trainer = self.trainer
+        stretched = trainer.validation is not None and trainer.steps_per_pass > trainer.pass_steps
         every = max(1, int(trainer.steps_per_pass / trainer.config.evaluations_per_pass + 1e-9))
         stage = f"fit K={trainer.policy.n_experts} {trainer.config.latent}"
         text = f"steps, loss {trainer.losses[-1]:.4f}{self.course}"
         progress(stage, state.global_step, state.max_steps, text)
-        if state.global_step % every == 0 or state.global_step == state.max_steps:
+        due = state.global_step % every == 0 or state.global_step == state.max_steps
+        if due or (stretched and state.global_step in EARLY):
             self.look(state)
             if self.stop_reason:
                 progress(stage, state.global_step, state.global_step, self.stop_reason)

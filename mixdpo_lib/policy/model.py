@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -69,9 +70,10 @@ class MixtureModel(Lapses):
         super().__init__(lapse)
         if beta is None:
             beta = float(getattr(experts, "beta", DPO_BETA))  # a table is made for one
-        if not (beta > 0 and math.isfinite(beta)):
+        given: Any = beta
+        if not (isinstance(given, Real) and 0 < float(given) < math.inf):
             raise ValueError(
-                f"beta={beta}: the strength of the KL term is a positive number; 0.1 is the usual value"
+                f"beta={beta!r}: the strength of the KL term is a positive number; 0.1 is the usual value"
             )
         if gate.n_experts != experts.n_experts:
             raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from ..data.pairs import Pairs
+from ..data.pairs import Pairs, Text
 from ..gates.metadata import naming_columns
 from .mixture import MixturePolicy
 
@@ -29,6 +29,27 @@ def left_out(train: Pairs, test: Pairs, unit: str, unknown: Sequence[str]) -> li
     if len(tested) < FEW_UNITS:
         notes.append(f"{len(tested)} units are few: the interval is rough and too narrow")
     return notes
+
+
+def seen_before(train: Pairs, test: Pairs, unit: str) -> list[str]:
+    """How many test pairs stand among the training pairs, of the same unit and the same two answers."""
+
+    def rows(pairs: Pairs) -> list[tuple[str, Text, Text]]:
+        ids, names = pairs.units(unit)
+        texts = pairs.texts.texts
+        return [
+            (names[u], texts[chosen], texts[rejected])
+            for u, (chosen, rejected) in zip(ids.tolist(), pairs.index.tolist(), strict=True)
+        ]
+
+    known = set(rows(train))
+    again = sum(row in known for row in rows(test))
+    if not again:
+        return []
+    return [
+        f"WARNING: {again} of {len(test)} test pairs stand among the training pairs too: what is learned by heart counts as "
+        "predicted; leave them out"
+    ]
 
 
 def losing(distance: pd.Series) -> list[str]:

@@ -47,7 +47,8 @@ def save(
 
     Raises
     ------
-    MixDPOError : the folder cannot be written, or the policy holds numbers that are none; nothing half-done is left.
+    MixDPOError : the folder holds other things, or cannot be written, or the policy holds numbers that are none; nothing
+        half-done is left.
     """
     base = policy.base
     config = {
@@ -63,14 +64,15 @@ def save(
     }
     state = {k: v.detach().cpu().contiguous().clone() for k, v in policy.state_dict().items()}
     check_numbers(f"{folder}: not written", policy.experts, policy.gate)
-    if (Path(folder) / "config.json").exists():
-        note(f"{folder}: what was saved there before is replaced")
+    before = (Path(folder) / "mixture.safetensors").exists()
     with whole_folder(folder) as place:
         save_file(state, place / "mixture.safetensors")
         config["tensors_sha256"] = sha256_of(place / "mixture.safetensors")
         config["config_sha256"] = _config_hash(config)
         (place / "config.json").write_text(json.dumps(config, indent=1, default=plain) + "\n")
         (place / "README.md").write_text(model_card(config, provenance or {}))
+    if before:
+        note(f"{folder}: the mixture that was saved there before is replaced")
 
 
 def load(
@@ -110,7 +112,7 @@ def load(
                 one = base if base is not None else load_base(config["base"], chat=config["chat"])
             else:
                 one = given.pop(0) if given else load_base(name, chat=config["chat"])
-            check_base(folder, one, wanted or config["base_fingerprint"])
+            check_base(folder, one, wanted or config["base_fingerprint"], config["chat"])
         except Exception as error:  # of the base, and not of what config.json says of the mixture
             refused.append(error)
             raise
@@ -322,12 +324,21 @@ def _from_format_1(
     return {**config, "experts": experts, "gate": gate(config["gate"])}, renamed
 
 
-def check_base(folder: Path, base: Base, wanted: str) -> None:
+def check_base(folder: Path, base: Base, wanted: str, trained_chat: bool | None = None) -> None:
     """Refuse another base than the one that a mixture was trained on."""
-    if base.fingerprint != wanted:
+    if not isinstance(base, Base):
         raise ValueError(
-            f"{folder}: trained on a base with fingerprint {wanted}, found {base.fingerprint} "
-            f"({base.name}, {str(base.model.dtype).removeprefix('torch.')}): give the base that it was trained on, "
+            f"base: found {base!r:.60}, expected what load_base gives: base=load_base(...), or none: it is loaded by name"
+        )
+    if base.fingerprint != wanted:
+        other = (
+            f"; it was trained with chat={trained_chat}, and this one has chat={base.chat}"
+            if trained_chat is not None and trained_chat != base.chat
+            else ""
+        )
+        raise ValueError(
+            f"{folder}: trained on a base with fingerprint {wanted[:16]}, found {base.fingerprint[:16]} "
+            f"({base.name}, {str(base.model.dtype).removeprefix('torch.')}){other}: give the base that it was trained on, "
             "base=load_base(...) with its revision, dtype and chat"
         )
 

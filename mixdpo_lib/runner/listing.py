@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ class Found(NamedTuple):
     """A run: its notebook, its folder below `runs/`, its state, when it ended, and what there is to say.
 
     state : "finished"; "of older code" (library or notebook has changed since); "changed" (a file is not the one that
-    was recorded); "running"; "not finished"; "failed".
+    was recorded); "running"; "not finished"; "interrupted"; "failed".
     """
 
     notebook: str
@@ -69,7 +70,12 @@ def _look(run: Path, root: Path, known: set[str], now: list[str]) -> Found:
     name, _, process = name.lstrip(".").partition(".part-")
     notebook = next((one for one in sorted(known, key=len)[::-1] if name.startswith(one)), name)
     if place.startswith("failed/"):
-        return Found(notebook, place, "failed", said=_last_line(run / "error.txt"))
+        said = _last_line(run / "error.txt")
+        ended = [p.stat().st_mtime for p in (run / "error.txt", run) if p.exists()][0]
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ended))
+        if "Interrupted" in said.split(":")[0]:
+            return Found(notebook, place, "interrupted", when)
+        return Found(notebook, place, "failed", when, said=said)
     if process:
         return Found(notebook, place, "running" if _lives(process) else "not finished")
     if not (run / "manifest.json").exists():

@@ -43,9 +43,20 @@ def notebook_path(name: str) -> Path:
         raise MixDPOError(
             f"notebook {name!r}: not found in {folder}; expected one of "
             + (", ".join(known) or "none yet")
-            + nearest(short, known)
+            + (nearest(short, known) or _by_number(short, known))
         )
     return path
+
+
+def _by_number(name: str, known: Sequence[str]) -> str:
+    """The notebooks of a number.
+
+    >>> _by_number("4", ["04_mix_dpo", "05_moe_dpo", "theory/4_who_answered"])
+    '; did you mean 04_mix_dpo or theory/4_who_answered?'
+    """
+    digits = name.split("_")[0].lstrip("0")
+    like = [one for one in known if one.split("/")[-1].split("_")[0].lstrip("0") == digits]
+    return f"; did you mean {' or '.join(like)}?" if digits.isdigit() and like else ""
 
 
 def notebook_names() -> list[str]:

@@ -40,7 +40,6 @@ _PACKAGES = (
     "papermill",
 )
 SHIPPED = ("arguments", "mixtures", "titles")  # folders of data/ that notebooks read
-NOTES = {"smoke": "smoke: too small to mean anything"}  # by profile: what every figure must say
 
 
 def library_hash() -> str:
@@ -97,7 +96,7 @@ class Run:
     @property
     def note(self) -> str:
         """What every figure of this run says below its panels; nothing in a profile that means what it shows."""
-        return NOTES.get(self.profile, "")
+        return results.NOTES.get(self.profile, "")
 
     def figure(
         self,
@@ -287,8 +286,8 @@ def start_run(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
     )
     with store.writing_to(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    if profile in NOTES:
-        print(NOTES[profile])
+    if profile in results.NOTES:
+        print(results.NOTES[profile])
     if (
         "MIXDPO_RUN_FOLDER" in os.environ
     ):  # a kernel of this one run: what is imported stays, and no fit looks through it for

@@ -22,7 +22,7 @@ from . import ending
 from .evidence import RunInterrupted, replace_folder
 from .notebooks import every_notebook, theory_names
 from .parameters import profile_names, profile_values, resolve_parameters
-from .results import durations, load_values, verify_manifest
+from .results import NOTES, durations, load_values, verify_manifest
 
 ROUNDED = 2.0  # seconds by which a manifest may be written after the time that it names
 _LARGE = 1_000_000  # bytes; a larger table stays out of figures/reference
@@ -61,6 +61,8 @@ def reproduce(
 
     as_recorded(root / "runs" / profile)
     before = times()
+    if not is_dry(extra):
+        store.note(_plan(profile, names))
     code = run_target("all" if everything else "main", profile, cores, extra)
     if code:
         raise MixDPOError(
@@ -86,8 +88,25 @@ def reproduce(
         store.write_json_atomic(path, timing)
     whole = ", the environment included" if os.environ.get("MIXDPO_STARTED") else ""
     store.note(
-        f"profile {profile}: {len(ran)} notebooks in {timing['minutes']:.1f} minutes{whole}, results in "
+        f"profile {profile}: {len(ran)} of {len(names)} notebooks in {timing['minutes']:.1f} minutes{whole}, results in "
         f"{path.parent}"
+    )
+
+
+def _plan(profile: str, names: Sequence[str]) -> str:
+    """What is going to happen, for how long: by the times of the reference results, where they have this profile's.
+
+    >>> _plan("none", ["09_results"])
+    'profile none: 1 notebooks, what is up to date is left alone; results in runs/none'
+    """
+    seconds = [durations(name).get(profile) for name in names]
+    known = [s for s in seconds if s is not None]
+    about = f", about {max(1, sum(known) / 60):.0f} minutes on 2 cores" if known else ""
+    note = f"; {NOTES[profile]}" if profile in NOTES else ""
+    meant = ', so fits that say "almost nothing was learned" are as they should be' if note else ""
+    return (
+        f"profile {profile}: {len(names)} notebooks{about}, what is up to date is left alone; results in "
+        f"runs/{profile}{note}{meant}"
     )
 
 

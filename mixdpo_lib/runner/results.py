@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import store
 from ..store import MixDPOError
-from .notebooks import nearest
+from .notebooks import nearest, theory_names
 
 if TYPE_CHECKING:  # half of the time of `mixdpo --help`
     import pandas as pd
 
+NOTES = {
+    "smoke": "smoke: too small to mean anything"
+}  # by profile: what figures and tables must say
 _AGAIN = "run the notebook again"
 _NONE = type(None)
 _VALUE: store.Shape = {
@@ -38,6 +41,11 @@ class Finished(NamedTuple):
     """The finished runs of a profile, or the reference results: what a paper is made of, each file checked."""
 
     where: str
+
+    @property
+    def note(self) -> str:
+        """What every figure and table of it must say; nothing of a profile that means what it shows."""
+        return NOTES.get(Path(self.where).name, "")
 
     def has(self, notebook: str) -> bool:
         """Whether this notebook has a finished run."""
@@ -154,6 +162,7 @@ def _outputs(folder: Path, where: str | Path, notebook: str) -> dict[str, Any]:
             f"{where}` or `make reproduce`"
         )
     manifest = read_manifest(folder / "manifest.json")
+    store.touch(f"results/{where}/{notebook}", store.sha256_of(folder / "manifest.json"))
     return {
         n: entry
         for n, entry in manifest["outputs"].items()
@@ -238,11 +247,13 @@ def head(notebook: str, found: str = "") -> Sentence:
     `found` : a sentence, see `said`, that gets the numbers of the reference results.
     """
     times = ", ".join(
-        f"{seconds / 60:.0f} min ({profile})" if seconds > 90 else f"{seconds:.0f} s ({profile})"
+        f"{seconds / 60:.0f} min ({profile})"
+        if seconds > 90
+        else f"{max(seconds, 1):.0f} s ({profile})"
         for profile, seconds in durations(notebook).items()
     )
-    needs = "where other notebooks have made what it needs"
-    takes = f"{times}, {needs}" if times else "not measured yet"
+    needs = "" if notebook in theory_names() else ", where other notebooks have made what it needs"
+    takes = f"{times}{needs}" if times else "not measured yet"
     if not found:
         return Sentence(f"**Takes** {takes}.")
     try:

@@ -185,8 +185,16 @@ def _make(folder: Path, build: Callable[[Path], Any], record: dict[str, Any]) ->
         _verified.add((str(folder / name), status.st_size, status.st_mtime_ns, entry["sha256"]))
 
 
+def touch(name: str, sha256: str) -> None:
+    """Remember that this process has used something else that is kept, by its record's sha256."""
+    _touched[name] = sha256
+
+
 def touched_artefacts() -> dict[str, str]:
-    """`stage/key` -> sha256 of the record, of every cache entry that this process has used so far."""
+    """`stage/key` -> sha256 of the record, of all that is kept and that this process has used so far.
+
+    Entries of the cache, and results of notebooks as `results/<profile>/<notebook>`.
+    """
     return dict(sorted(_touched.items()))
 
 
@@ -201,9 +209,12 @@ def _beside(folder: Path) -> Iterator[Path]:
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """A folder beside `folder` to write into; it takes its place when everything is there, and is removed otherwise.
 
+    An earlier folder is replaced where it holds nothing but files of the names that are written now.
+
     Raises
     ------
-    MixDPOError : the place is taken by a file, or cannot be written (disk full, no permission).
+    MixDPOError : the place is taken by a file, or by a folder with other things in it (nothing of it is touched), or
+        cannot be written (disk full, no permission).
     """
     folder = Path(folder)
     try:
@@ -218,6 +229,14 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             place, before = scratch / "whole", scratch / "before"
             place.mkdir()
             yield place
+            written = {one.name for one in place.iterdir()}
+            there = folder.iterdir() if folder.exists() else ()
+            if foreign := sorted(one.name for one in there if one.name not in written):
+                raise MixDPOError(
+                    f"{folder}: found {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''} there, which would be "
+                    f"lost; expected an empty or new folder, or one with {', '.join(sorted(written)[:4])} alone; give "
+                    "another name"
+                )
             try:
                 if folder.exists():
                     folder.rename(before)

@@ -38,6 +38,10 @@ class Results(Protocol):
     def where(self) -> str:
         """The profile, or "reference"."""
 
+    @property
+    def note(self) -> str:
+        """What every table must say."""
+
     def has(self, notebook: str) -> bool:
         """Whether there are any of this notebook."""
 
@@ -102,7 +106,8 @@ def write(results: Results, size: str = "column", folder: Path = Path("paper")) 
             f"{results.where}: no finished run of {', '.join(_notebooks())}; make them by `make reproduce-all "
             f"PROFILE={results.where}`, or take --run reference"
         )
-    store.note(f"drawing the figures of {results.where}, some 20 seconds")
+    own = "; of your own runs: --run default" if results.where == "reference" else ""
+    store.note(f"drawing the figures of {results.where}, some 20 seconds{own}")
     with store.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         texts = []
@@ -159,16 +164,20 @@ def _escaped(text: str) -> str:
 
 
 def headline_tables(results: Results) -> list[str]:
-    """README's tables of results in LaTeX (booktabs), from the same numbers; a dash where a notebook was not run."""
+    """README's tables of results in LaTeX (booktabs), from the same numbers; a dash where a notebook was not run.
+
+    A table without a number stays out.
+    """
     there = [name for name in _notebooks() if results.has(name)]
     values = {key: value for name in there for key, value in results.values(name).items()}
-    blocks = readme_blocks(values)
+    blocks, note = readme_blocks(values), f" ({results.note})" if results.note else ""
     return [
-        _tabular(f"{name}-{number}", table, caption)
+        _tabular(f"{name}-{number}", table, caption + note)
         for name, captions in _TABLES.items()
         for number, (table, caption) in enumerate(
             zip(_tables_of(blocks[name]), captions, strict=True), start=1
         )
+        if any(re.search(r"\d", cell) for row in table[1:] for cell in row[1:])
     ]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from mixdpo_lib.data.files import load_preferences
 from mixdpo_lib.data.pairs import Pairs
+from mixdpo_lib.gates.user import UserGate
 
 HEAD = "prompt,chosen,rejected"
 
@@ -227,3 +228,20 @@ def test_nobody_is_no_name_that_nearly_agrees(tmp_path):
     rows = [{**row, "user": user} for user in ("ann", None, "bo")]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert load_preferences(tmp_path)["train"]["user"] == ["ann", None, "bo"]
+
+
+def test_numbers_but_for_a_few_are_told_and_no_gate_takes_them_for_kinds(tmp_path, capsys):
+    found = table(tmp_path, "31", "forty", "28", "nan", "55", "31", head="age")
+    said = capsys.readouterr().err
+    assert "train.csv (train), column 'age': numbers but for 'forty' (row 1), 'nan'; " in said
+    with pytest.raises(
+        ValueError, match=r"metadata row 1, column 'age': found 'forty' among texts"
+    ):
+        UserGate.from_metadata({"age": found["age"]}, 2)
+    table(tmp_path, "31", "28", head="age")
+    table(tmp_path, "north", "7", "south", head="town")  # mostly names
+    table(tmp_path, "31", "forty", "28", head="age", columns=["age"])  # text is meant
+    assert "numbers but" not in capsys.readouterr().err
+    assert UserGate.from_metadata({"zip": ["007", "12", "99"]}, 2).columns == {
+        "zip": ["007", "12", "99"]
+    }

@@ -220,7 +220,8 @@ def test_a_fit_routes_prompts(tiny_base, data):
 def test_a_latent_of_a_prompt_may_read_the_prompt_and_one_of_a_user_may_not(tiny_base, data):
     config = CONFIG.change(latent="unit", passes=1.0)
     with pytest.raises(
-        ValueError, match="state differs from the first row of its user: with latent='unit'"
+        ValueError,
+        match=r"state differs from the first row of its user \(column 'prompt': .*: with latent='unit'",
     ):
         fit(make(tiny_base, data, context_gate(tiny_base, data)), data, config)
     policy = make(tiny_base, data, context_gate(tiny_base, data))

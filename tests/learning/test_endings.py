@@ -122,3 +122,27 @@ def test_a_summary_says_which_step_it_speaks_of_and_what_did_not_carry_over():
     assert "hardly better than by a coin" in early
     late = summarise(history.assign(validation_loglik=-0.4), "max_iter", 20, log_q, loglik)
     assert "at the last step" not in late and "coin" not in late
+
+
+def test_a_summary_of_more_experts_than_units_says_so_in_short():
+    history = pd.DataFrame({"step": [0, 9], "elbo": [-0.69, -0.1]})
+    log_q = torch.zeros(4, 20).index_fill(1, torch.arange(3, 20), -50.0).log_softmax(-1)
+    said = summarise(history, "max_iter", None, log_q, torch.full((6, 20), math.log(0.5)))
+    assert "20 experts are more than the 4 that they could serve" in said
+    assert "experts 17 of them almost unused" in said and len(said) < 400
+
+
+def test_a_small_set_that_is_learned_by_heart_keeps_an_early_step(tiny_base):
+    """Its first steps are looked at, and not only every fifth of a fit that passes it often."""
+    data = preference_rows(12)
+    policy = MixturePolicy(HeadExperts(tiny_base, 1, rank=2), LearnedWeights(1))
+    result = fit(policy, data, FitConfig(latent="pair", min_steps=60), validation=data)
+    assert {2, 5, 10, 20} <= set(result.history["step"])
+    policy = MixturePolicy(HeadExperts(tiny_base, 1, rank=2), LearnedWeights(1))
+    result = fit(
+        policy,
+        data,
+        FitConfig(latent="pair", min_steps=0, passes=3.0, batch_size=4),
+        validation=data,
+    )
+    assert result.history["step"].tolist() == [0, 3, 6, 9]  # nothing is stretched: once a pass

@@ -254,5 +254,8 @@ def test_the_card_says_how_to_read_it_and_what_the_gate_reads(tiny_base, tmp_pat
     assert "mx.MixturePolicy.from_pretrained(" in card
     assert "- gate: UserGate, which reads `age` (a number), `country` (one of DE, NL): `" in card
     policy(tiny_base).save_pretrained(tmp_path / "m")  # said, and not done in silence
-    assert f"{tmp_path / 'm'}: what was saved there before is replaced" in capsys.readouterr().err
+    assert (
+        f"{tmp_path / 'm'}: the mixture that was saved there before is replaced"
+        in capsys.readouterr().err
+    )
     assert "- gate: LearnedWeights\n" in (tmp_path / "m" / "README.md").read_text()

@@ -42,6 +42,10 @@ def test_every_run_is_listed_with_its_state(write_notebook, project, capsys):
     finished(project, "default/grid/04_mix_soup_0", "04_mix")
     (project / "runs/default/grid/04_mix_soup_1").mkdir()
     (project / "runs/failed/04_mix-20260102-030405").mkdir(parents=True)
+    (project / "runs/failed/04_mix-20260102-040506").mkdir()
+    (project / "runs/failed/04_mix-20260102-040506/error.txt").write_text(
+        "Traceback\nmixdpo_lib.runner.ending.Interrupted: 15\n"
+    )
     (project / "runs/failed/04_mix-20260102-030405/error.txt").write_text(
         "Traceback\nValueError: x\n"
     )
@@ -57,11 +61,13 @@ def test_every_run_is_listed_with_its_state(write_notebook, project, capsys):
         "default/grid/04_mix_soup_0": "finished",
         "default/grid/04_mix_soup_1": "not finished",
         "failed/04_mix-20260102-030405": "failed",
+        "failed/04_mix-20260102-040506": "interrupted",
     }
     assert {run.notebook for run in runs.values()} == {"04_mix"}
     assert runs["default/04_mix"].minutes == 1.5
     assert "tables/a.csv" in runs["smoke/04_mix"].said
     assert runs["failed/04_mix-20260102-030405"].said == "ValueError: x"
+    assert all(run.ended for run in runs.values() if run.state in ("failed", "interrupted"))
     assert call("list") == 0
     shown = capsys.readouterr().out
     assert all(place in shown for place in runs) and str(project / "runs") in shown

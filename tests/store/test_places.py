@@ -226,9 +226,30 @@ def test_a_place_of_any_name(project, monkeypatch, name):
     with store.whole_folder(project / f"{name} saved") as place:
         touch(place)
     with store.whole_folder(project / f"{name} saved") as place:
+        (place / "a").write_text("b")
         (place / "b").touch()
-    assert [path.name for path in (project / f"{name} saved").iterdir()] == ["b"]
+    assert sorted(path.name for path in (project / f"{name} saved").iterdir()) == ["a", "b"]
+    assert (project / f"{name} saved" / "a").read_text() == "b"
     assert store.read_json(store.write_json_atomic(project / name / "x.json", [1])) == [1]
+
+
+def test_what_is_not_ours_is_never_replaced(project):
+    """Not even beside an earlier copy of what is written."""
+    own = project / "my data"
+    own.mkdir()
+    for name in ("a", "train.csv"):
+        (own / name).write_text("mine")
+    with (
+        pytest.raises(MixDPOError, match=r"my data: found train.csv there, .*expected an empty"),
+        store.whole_folder(own) as place,
+    ):
+        (place / "a").write_text("new")
+    assert sorted(path.name for path in own.iterdir()) == ["a", "train.csv"]
+    assert {path.read_text() for path in own.iterdir()} == {"mine"}
+    (own / "train.csv").unlink()
+    with store.whole_folder(own) as place:
+        (place / "a").write_text("new")
+    assert (own / "a").read_text() == "new"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), KeyboardInterrupt()])

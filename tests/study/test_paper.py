@@ -104,3 +104,42 @@ def test_figures_captions_and_tables_are_written(tmp_path, monkeypatch):
     assert tables.count(r"\toprule") == 3
     assert re.search(r"accuracy, mean of the groups & \+0\.\d{3} \[0\.\d{3}, 0\.\d{3}\] & ", tables)
     assert not re.search(r"(?<!\\)[%_#]", tables)
+
+
+@pytest.mark.parametrize(
+    "notebook, name, line",
+    [
+        ("1_from_bradley_terry_to_mixtures", "cycle", 2 / 3),
+        ("11_real_people", "gains", 0.0),
+        ("11_real_people", "people", 0.0),
+        ("08_ablation_experts", "held_out", None),
+    ],
+)
+def test_lines_that_a_caption_or_reader_needs_are_drawn(notebook, name, line):
+    """Of the cycle's majority, of who gains and who loses, and of the K that the rule picks."""
+    one = next(o for o in paper.FIGURES if (o.notebook, o.name) == (notebook, name))
+    if line is None:
+        line = REFERENCE.values("08_ablation_experts")["chosen_n_experts"]["value"]
+    with matplotlib.rc_context():
+        (fig,) = paper.draw(one, REFERENCE, "column")
+        drawn = [
+            set(values)
+            for shown in fig.axes[0].lines
+            for values in (shown.get_xdata(), shown.get_ydata())
+            if len(values) == 2
+        ]
+        assert {line} in drawn
+        plt.close("all")
+
+
+def test_tables_of_a_profile_that_means_nothing_say_so_and_empty_ones_stay_out(monkeypatch):
+    whole = paper.headline_tables(REFERENCE)
+    assert len(whole) == 3 and not any("too small" in table for table in whole)
+
+    class Small(Finished):
+        note = "smoke: too small to mean anything"
+
+    small = paper.headline_tables(Small("reference"))
+    assert all("(smoke: too small to mean anything)" in table for table in small)
+    monkeypatch.setattr(Small, "has", lambda self, notebook: notebook == "08_ablation_experts")
+    assert paper.headline_tables(Small("reference")) == []
