@@ -87,7 +87,7 @@ def test_figures_captions_and_tables_are_written(tmp_path, monkeypatch):
     chosen = tuple(BY_NAME[name] for name in ("elbo", "collapse"))
     monkeypatch.setattr(paper, "FIGURES", chosen)
     said = paper.write(REFERENCE, "column", tmp_path)
-    assert said == f"2 figures, 3 tables: {tmp_path}"
+    assert said == f"2 figures, 2 tables: {tmp_path}"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "04-mix-dpo-elbo.pdf",
         "08-ablation-experts-collapse.pdf",
