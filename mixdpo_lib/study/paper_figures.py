@@ -165,8 +165,7 @@ _REACHED = "share of starts that\nreach the best end"
 
 
 def _reached(rows: pd.DataFrame, ax: Axes) -> Axes:
-    by = "pairs per user"
-    return _lines("reached the best", by, "start_temperature", _REACHED, True)(rows, ax)
+    return _lines("reached the best", "pairs", "start_temperature", _REACHED, True)(rows, ax)
 
 
 def _recovered(x: str, where: str) -> Draw:

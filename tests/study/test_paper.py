@@ -101,7 +101,7 @@ def test_figures_captions_and_tables_are_written(tmp_path, monkeypatch):
         text.count(r"\caption{The bound (nats per pair)") == text.count("04-mix-dpo-elbo.pdf") == 1
     )
     tables = (tmp_path / "tables.tex").read_text()
-    assert tables.count(r"\toprule") == 3
+    assert tables.count(r"\toprule") == 2
     assert re.search(r"accuracy, mean of the groups & \+0\.\d{3} \[0\.\d{3}, 0\.\d{3}\] & ", tables)
     assert not re.search(r"(?<!\\)[%_#]", tables)
 
