@@ -66,7 +66,11 @@ def main(arguments: list[str]) -> None:
         flush=True,
     )
     first = f"{folder}/00_start_here.ipynb"
-    options = [f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url=/lab/tree/{first}"]
+    options = [
+        f"--ServerApp.root_dir={ROOT}",
+        f"--LabApp.default_url=/lab/tree/{first}",
+        "--LabApp.news_url=None",
+    ]
     if os.geteuid() == 0:
         options.append("--allow-root")
     os.chdir(ROOT)

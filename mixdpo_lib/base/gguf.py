@@ -37,14 +37,17 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """transformers reads the file for each of its parts, and makes one table of names for each module."""
+    """transformers reads the file for each of its parts, makes one table of names for each module, and draws a bar of its own."""
     gguf = importlib.import_module("gguf")
+    reading: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar, reading.tqdm = reading.tqdm, lambda tensors, **_: tensors
     made = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, make in made.items():
         setattr(gguf, name, cache(make))
     try:
         yield
     finally:
+        reading.tqdm = bar
         for name, make in made.items():
             setattr(gguf, name, make)
 

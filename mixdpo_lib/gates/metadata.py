@@ -116,9 +116,15 @@ def encode(columns: Columns, metadata: Mapping[str, Any]) -> Float[Tensor, "rows
             place = {category: i for i, category in enumerate(kind)}
             unseen = sorted({str(v) for v in values} - set(place))
             if unseen:
+                spelt = {one.strip().casefold(): one for one in kind}
+                near = [
+                    f"; did you mean {spelt[one.strip().casefold()]!r}?"
+                    for one in unseen
+                    if one.strip().casefold() in spelt
+                ]
                 warnings.warn(
                     f"metadata column {name!r}: {unseen[:3]} were not among the training users' categories; "
-                    "users with them are served by their other columns and the bias",
+                    f"users with them are served by their other columns and the bias{''.join(near[:1])}",
                     stacklevel=3,
                 )
             one_hot = torch.zeros(len(values), len(kind))
