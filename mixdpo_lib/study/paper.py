@@ -11,11 +11,12 @@ from typing import Any, Protocol, runtime_checkable
 import matplotlib as mpl
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .. import figures, store
 from ..store import MixDPOError
-from .paper_figures import FIGURES, Panel, Shown
+from .paper_figures import FIGURES, Draw, Panel, Shown
 from .readme import readme_blocks
 
 WIDTHS = ("column", "page", "slide")
@@ -63,9 +64,17 @@ def draw(one: Shown, results: Results, size: str) -> list[Figure]:
     MixDPOError : no finished run of its notebook, or a table that is not the recorded one.
     """
     panels = one.panels(partial(results.table, one.notebook))
+    if one.line:
+        at = results.values(one.notebook)[one.line]["value"]
+        panels = [(title, rows, partial(_with_line, at, plot)) for title, rows, plot in panels]
     if size == "slide":
         return [_drawn([panel], one, size, len(panels) > 1) for panel in panels]
     return [_drawn(panels, one, one.least if size == "column" else size, len(panels) > 1)]
+
+
+def _with_line(at: float, plot: Draw, rows: pd.DataFrame, ax: Axes) -> Any:
+    ax.axvline(at, color="black", linestyle=":")
+    return plot(rows, ax)
 
 
 def _drawn(panels: list[Panel], one: Shown, width: str, titled: bool) -> Figure:

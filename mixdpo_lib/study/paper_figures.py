@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from .. import figures
-from ..evaluation import choose_n_experts
 from . import figures as shown
 from . import frontier_figures as fronts
 from .judges import figures as judged
@@ -26,6 +25,7 @@ class Shown(NamedTuple):
     least : "page" where a column is too narrow; it is then drawn a page wide, for `figure*`.
     height : inches of a panel in a column or on a page, 0 for what suits; on a slide all that there is.
     stacked : panels below each other on a page too.
+    line : the value of the notebook at which a dotted line stands, upright.
     """
 
     notebook: str
@@ -34,6 +34,7 @@ class Shown(NamedTuple):
     least: str = "column"
     height: float = 0
     stacked: bool = False
+    line: str = ""
 
 
 def _one(name: str, draw: Draw) -> Callable:
@@ -118,19 +119,6 @@ def _late(rows: pd.DataFrame, ax: Axes) -> Axes:
 
 def _free(rows: pd.DataFrame, ax: Axes) -> Axes:
     return figures.dots(rows, ax, "K", "loglik", "held-out log-likelihood (nats per user)")
-
-
-def _chosen(table: Callable[[str], pd.DataFrame]) -> list[Panel]:
-    """Held-out likelihood against K, with the K that the rule picks."""
-    per_user = table("held_out").set_index("user").rename(columns=int)
-    chosen = choose_n_experts(per_user)
-    [(title, rows, plot)] = _against_k(_HELD_OUT)(table)
-
-    def draw(rows: pd.DataFrame, ax: Axes) -> Axes:
-        ax.axvline(chosen, color="black", linestyle=":")
-        return plot(rows, ax)
-
-    return [(title, rows, draw)]
 
 
 def _verdicts(rows: pd.DataFrame, ax: Axes) -> Axes:
@@ -234,7 +222,7 @@ FIGURES = (
     Shown("07_ablation_temperature", "gradient", _gradient),
     Shown("07_ablation_temperature", "settings", _settings("settings", _NMI)),
     Shown("08_ablation_experts", "experts", _against_k(_USED, ("seconds", "seconds of a fit"))),
-    Shown("08_ablation_experts", "held_out", _chosen),
+    Shown("08_ablation_experts", "held_out", _against_k(_HELD_OUT), line="chosen_n_experts"),
     Shown("08_ablation_experts", "collapse", _settings("collapse", _USED, _NMI), height=2.0, stacked=True),
     Shown("10_model_sizes", "accuracy_by_capacity", _one("accuracy", shown.accuracy_by_capacity), height=3.0),
     Shown("11_real_people", "gains", _one("verdicts", _verdicts)),

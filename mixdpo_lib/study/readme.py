@@ -83,7 +83,7 @@ def readme_blocks(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         for one in ("smoke", "default")
     ]
     costs.append(
-        "| `make reproduce-all`: ablations and further studies; theory and beyond, under a minute each, come on top | "
+        "| `make reproduce-all`: ablations, further studies, theory and beyond | "
         f"{q('minutes_further', 0)} more | nothing more |"
     )
     return {"results": "\n".join(results), "further": "\n".join(further), "costs": "\n".join(costs)}
