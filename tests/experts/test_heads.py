@@ -284,7 +284,8 @@ def test_unknown_options_are_refused(tiny_base, options, message):
 
 def test_experts_without_active_tokens_say_so(tiny_base, data):
     with pytest.raises(
-        ValueError, match="no active tokens yet: call fit, or activate_responses, first"
+        ValueError,
+        match="not fitted: no tokens are active yet; call fit first, or activate_responses",
     ):
         HeadExperts(tiny_base).constants(data.texts)
 
