@@ -328,7 +328,8 @@ def choose_k(
             f"unit={unit!r}, and the fits' unit={config.unit!r}: expected the same, since each K is judged by whom its "
             f"latents serve; give FitConfig(unit={unit!r})"
         )
-    columns, notes = {}, []
+    columns: dict[int, pd.Series] = {}
+    unknown: list[str] = []
     for k in sorted(ks):
         if isinstance(base_or_make, Base):
             policy = MixturePolicy(HeadExperts(base_or_make, k), LearnedWeights(k))
@@ -339,10 +340,6 @@ def choose_k(
         fit(policy, train, config, validation=held_out)
         log_w, unknown = served_weights(policy, train, held_out, unit)
         columns[k] = _by_unit((policy.loglik(held_out) + log_w).logsumexp(1), held_out, unit)
-        notes = [
-            *seen_before(train, held_out, unit),
-            *left_out(train, held_out, unit, unknown),
-        ]
     table = pd.DataFrame(columns).rename_axis(unit)
     chosen = choose_n_experts(table)
     behind = table.rsub(table[table.mean().idxmax()], axis=0)
@@ -354,7 +351,11 @@ def choose_k(
         }
     )
     summary["chosen"] = summary.index == chosen
-    return Choice(chosen, summary.rename_axis("K"), table, tuple(notes))
+    notes = (
+        *seen_before(train, held_out, unit, "validation"),
+        *left_out(train, held_out, unit, unknown),
+    )
+    return Choice(chosen, summary.rename_axis("K"), table, notes)
 
 
 def _parts(pairs: Any, validation: Dataset | Pairs | None) -> tuple[Pairs, Pairs]:

@@ -136,11 +136,8 @@ def figures(
     from .runner.results import Finished
     from .study import paper
 
-    if run in ("custom", "interactive", "failed", "opened"):
-        raise MixDPOError(
-            f"--run {run}: figures are drawn of a whole profile; expected reference, "
-            + ", ".join(parameters.profile_names())
-        )
+    if run != "reference" and "/" not in run:
+        parameters.profile_values(run, "")  # refused, with the profiles that there are
     folder = output or store.project_root() / "figures" / "paper" / run / size
     typer.echo(paper.write(Finished(run), size, folder))
 

@@ -833,12 +833,12 @@ def predictive_probability(
 
 
 def correct(probability: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
-    """1 where the first answer is predicted, 0 where the second; a tie (1/2 up to rounding, 1e-5) counts half.
+    """1 where the first answer is predicted, 0 where the second; a tie (1/2 up to rounding of float32) counts half.
 
     >>> correct(torch.tensor([0.7, 0.5 + 1e-7, 0.2]))
     tensor([1.0000, 0.5000, 0.0000])
     """
-    return torch.where((probability - 0.5).abs() <= 1e-5, 0.5, (probability > 0.5).float())
+    return torch.where((probability - 0.5).abs() <= 1e-6, 0.5, (probability > 0.5).float())
 
 
 def check_n_experts(n_experts: int) -> None:

@@ -15,8 +15,9 @@ from .checks import NAMED, BadRows
 from .forms import read_forms
 from .messages import Prompt, strict_json
 from .pairs import TEXT_COLUMNS, values_of
-from .tables import READERS, Table, as_dataset, file_kind, is_number, read_table
+from .tables import READERS, Table, as_dataset, file_kind, odd_cells, read_table
 
+_TEXTS = ("string", "large_string")  # how datasets names a column of texts
 _SHARD = re.compile(r"(?P<part>.+)-(?P<i>\d+)-of-(?P<n>\d+)(?:-[0-9a-f]{16})?", re.DOTALL)
 _NOTES = (
     "dataset_info.json",
@@ -91,29 +92,15 @@ def load_preferences(
             )
     for name, rows in sets.items():
         for column in set(rows.column_names) - {*TEXT_COLUMNS, "user", *columns}:
-            if odd := odd_cells(rows, column):
+            of_text = getattr(rows.features[column], "dtype", "") in _TEXTS
+            if odd := odd_cells([c for c in rows.unique(column) if c] if of_text else []):
+                row, more = values_of(rows, column).index(odd[0]), f" and {len(odd) - 1} more"
                 note(
-                    f"{path} ({name}), column {column!r}: numbers but for {odd}; the column stays text, and a gate would take "
-                    "each value for a kind of its own; mend the cells, or name the column in columns= if it is text"
+                    f"{path} ({name}), column {column!r}: numbers but for {odd[0]!r} (row {row})"
+                    f"{more if len(odd) > 1 else ''}; the column stays text, which gates refuse; mend the cells, or name "
+                    "the column in columns= if it is text"
                 )
     return DatasetDict(sets)
-
-
-def odd_cells(rows: Dataset, column: str) -> str:
-    """The cells of a column of texts that are no numbers, where most are: at most three, with the row of the first.
-
-    >>> odd_cells(Dataset.from_dict({"age": ["31", "forty", "28", "55"]}), "age")
-    "'forty' (row 1)"
-    """
-    if getattr(rows.features.get(column), "dtype", "") not in ("string", "large_string"):
-        return ""
-    cells = [cell for cell in rows.unique(column) if cell]
-    odd = [cell for cell in cells if not (is_number(cell) or cell.isdigit())]
-    if not odd or len(cells) - len(odd) <= len(odd):
-        return ""
-    row = values_of(rows, column).index(odd[0])
-    more = [repr(cell) for cell in odd[1:3]] + (["..."] if len(odd) > 3 else [])
-    return ", ".join([f"{odd[0]!r} (row {row})", *more])
 
 
 def nearly_the_same(sets: Iterable[Dataset], column: str) -> list[tuple[str, str]]:
@@ -124,8 +111,7 @@ def nearly_the_same(sets: Iterable[Dataset], column: str) -> list[tuple[str, str
     """
     first: dict[str, str] = {}
     found = []
-    kinds = ("string", "large_string")
-    of_text = [s for s in sets if getattr(s.features.get(column), "dtype", "") in kinds]
+    of_text = [s for s in sets if getattr(s.features.get(column), "dtype", "") in _TEXTS]
     for text in dict.fromkeys(value for rows in of_text for value in rows.unique(column) if value):
         like = first.setdefault(text.strip().casefold(), text)
         if like != text:

@@ -171,6 +171,16 @@ def is_number(cell: str) -> bool:
     return bool(_WHOLE.fullmatch(cell) or _DECIMAL.fullmatch(cell))
 
 
+def odd_cells(cells: Sequence[str]) -> list[str]:
+    """The texts that are no numbers, where most of them are: of ages with one "forty" that one; else none.
+
+    >>> odd_cells(["31", "forty", "28"]), odd_cells(["007", "12"]), odd_cells(["north", "7"])
+    (['forty'], [], [])
+    """
+    odd = [cell for cell in cells if not (is_number(cell) or cell.isdigit())]
+    return odd if len(odd) < len(cells) - len(odd) else []
+
+
 def _numbers(cells: list[str]) -> pa.Array:
     known = [cell for cell in cells if cell]
     if known and all(_WHOLE.fullmatch(cell) for cell in known):

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..data.checks import is_missing
-from ..data.tables import is_number
+from ..data.tables import odd_cells
 
 Columns = Mapping[str, list[str] | tuple[float, float]]
 
@@ -55,8 +55,7 @@ def read_columns(
             columns[name] = (float(numbers.mean()), float(numbers.std(correction=0)))
         else:
             categories = columns[name] = sorted({str(v) for v in values})
-            odd = [one for one in categories if not (is_number(one) or one.isdigit())]
-            if 0 < len(odd) < len(categories) - len(odd):
+            if odd := odd_cells(categories):
                 row = [str(v) for v in values].index(odd[0])
                 raise ValueError(
                     f"metadata row {row}, column {name!r}: found {odd[0]!r} among texts that are numbers, such as "

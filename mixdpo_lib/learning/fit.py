@@ -18,6 +18,7 @@ from ..base.model import need_memory
 from ..data.pairs import Pairs
 from ..gates.m_step import EMResult, gate_em
 from ..policy.mixture import MixturePolicy
+from ..policy.remarks import seen_before
 from ..store import MixDPOError, note
 from .checkpoints import RESTARTS, Checkpoints
 from .config import FitConfig
@@ -126,6 +127,11 @@ def fit(
     train = policy.prepare(train)
     valid = None if validation is None else policy.prepare(validation)
     check_unit(train, config)
+    if valid is not None:
+        named = config.latent == "unit" and config.unit in valid.rows.column_names
+        shared = config.unit if named else None
+        for said in seen_before(train, valid, shared, "validation"):
+            note(said)
     checkpoints = None if folder is None else _checkpoints(folder, policy, train, valid, config)
     newest = None if checkpoints is None else checkpoints.newest()
     if checkpoints and newest is None and was_left(policy, checkpoints.identity):

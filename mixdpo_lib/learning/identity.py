@@ -15,7 +15,7 @@ from ..data.pairs import Pairs, values_of
 from ..experts.contract import Experts
 from ..policy.mixture import MixturePolicy
 from ..store import canonical_json, differences
-from .config import FitConfig
+from .config import EARLY, FitConfig
 
 _NAMES = {
     "fit": "configuration",
@@ -113,6 +113,10 @@ def fit_identity(
     }
     if type(policy.experts).log_prior is not Experts.log_prior:
         own["prior"] = "counted"  # fits of tables from before it was are others
+    if (
+        validation is not None and config.min_steps
+    ):  # a look at all training pairs moves what E-steps read
+        own["looked at"] = list(EARLY)
     if policy.given_lapse:  # folders of fits from before there were lapses go on
         own["lapse"] = policy.given_lapse
     try:

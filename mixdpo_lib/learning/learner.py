@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,25 +45,19 @@ def latent_inputs(
         raise ValueError(
             f"inference={config.inference} with {type(gate).__name__}: expected Exact() with a gate that reads"
         )
-    inputs = policy.gate_inputs(data)
     if config.latent == "pair":
-        return inputs
-    reads = [name for name in policy.gate.reads if name in data.rows.column_names]
-    return of_units(inputs, unit, config.unit, {name: values_of(data.rows, name) for name in reads})
+        return policy.gate_inputs(data)
+    return of_units(policy, data, unit, config.unit)
 
 
-def of_units(
-    inputs: Mapping[str, Tensor],
-    unit: Tensor,
-    column: str,
-    columns: Mapping[str, Sequence[Any]] | None = None,
-) -> dict[str, Tensor]:
-    """What the gate reads of each unit, from what it reads of each pair; `columns` : that, as it stands in the data.
+def of_units(policy: MixturePolicy, data: Pairs, unit: Tensor, column: str) -> dict[str, Tensor]:
+    """What the gate reads of each unit, from what it reads of each pair.
 
     Raises
     ------
-    ValueError : pairs of a unit that differ in it; the row is named, and the column where it is given.
+    ValueError : pairs of a unit that differ in it; the row is named, and the column where it stands in the data.
     """
+    inputs = policy.gate_inputs(data)
     _, first = np.unique(unit.numpy(), return_index=True)
     shared = {name: value[first] for name, value in inputs.items()}
     for name, value in inputs.items():
@@ -72,9 +66,10 @@ def of_units(
         if rows.any():
             row = int(rows.nonzero()[0])
             before = int(first[unit[row]])
+            read = [one for one in policy.gate.reads if one in data.rows.column_names]
             unlike = [
                 f" (column {one!r}: found {values[row]!r}, and {values[before]!r} in row {before})"
-                for one, values in (columns or {}).items()
+                for one, values in ((one, values_of(data.rows, one)) for one in read)
                 if values[row] != values[before]
             ]
             raise ValueError(

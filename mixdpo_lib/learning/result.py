@@ -215,10 +215,9 @@ def summarise(
         if n_experts > len(log_q):
             said.append(f"{n_experts} experts are more than the {len(log_q)} that they could serve")
         if dead:
-            which = f"{', '.join(map(str, dead))}" if len(dead) <= NAMED else f"{len(dead)} of them"
-            said.append(
-                f"{'experts' if len(dead) > 1 else 'expert'} {which} almost unused: fewer experts may do, or another seed"
-            )
+            named = f"expert{'s' * (len(dead) > 1)} {', '.join(map(str, dead))}"
+            which = named if len(dead) <= NAMED else f"{len(dead)} experts"
+            said.append(f"{which} almost unused: fewer experts may do, or another seed")
         if alike:
             more = f" and {len(alike) - NAMED} pairs more" if len(alike) > NAMED else ""
             said.append(

@@ -56,7 +56,7 @@ def unit_inputs(
     policy: MixturePolicy, data: Pairs, unit: Int[Tensor, "pairs"], column: str
 ) -> dict[str, Tensor]:
     """What the gate reads of each unit, see `of_units`."""
-    return of_units(policy.gate_inputs(data), unit, column) if policy.gate.reads else {}
+    return of_units(policy, data, unit, column) if policy.gate.reads else {}
 
 
 class Teaching(ABC):

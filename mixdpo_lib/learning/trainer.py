@@ -22,14 +22,11 @@ from ..elbo import certified_gap, correct
 from ..policy.mixture import MixturePolicy
 from ..store import curve, progress, writing_to
 from .checkpoints import Checkpoints
-from .config import FitConfig, Monitor
+from .config import EARLY, FitConfig, Monitor
 from .learner import Learner
 from .routing import dead_in_routing, routed_share
 
 WARMUP = 0.05  # share of the steps in which the rate rises to its full size
-
-# further steps at which a small set, which is passed often, is looked at: it is soon learned by heart
-EARLY = (2, 5, 10, 20)
 
 
 def row_groups(data: Pairs, batch_by: str) -> list[list[int]]:

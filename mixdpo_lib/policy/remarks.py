@@ -31,11 +31,11 @@ def left_out(train: Pairs, test: Pairs, unit: str, unknown: Sequence[str]) -> li
     return notes
 
 
-def seen_before(train: Pairs, test: Pairs, unit: str) -> list[str]:
-    """How many test pairs stand among the training pairs, of the same unit and the same two answers."""
+def seen_before(train: Pairs, held_out: Pairs, unit: str | None, what: str = "test") -> list[str]:
+    """How many held-out pairs stand among the training pairs, of the same unit (None: of anybody) and the same answers."""
 
     def rows(pairs: Pairs) -> list[tuple[str, Text, Text]]:
-        ids, names = pairs.units(unit)
+        ids, names = pairs.units(unit) if unit else (torch.zeros(len(pairs)).long(), [""])
         texts = pairs.texts.texts
         return [
             (names[u], texts[chosen], texts[rejected])
@@ -43,12 +43,12 @@ def seen_before(train: Pairs, test: Pairs, unit: str) -> list[str]:
         ]
 
     known = set(rows(train))
-    again = sum(row in known for row in rows(test))
+    again = sum(row in known for row in rows(held_out))
     if not again:
         return []
     return [
-        f"WARNING: {again} of {len(test)} test pairs stand among the training pairs too: what is learned by heart counts as "
-        "predicted; leave them out"
+        f"WARNING: {again} of {len(held_out)} {what} pairs stand among the training pairs too: what is learned by heart "
+        "counts as predicted; leave them out"
     ]
 
 

@@ -379,10 +379,12 @@ def model_card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 
 def _read_by(gate: Mapping[str, Any]) -> str:
-    """The columns that a gate reads of a user, as a card says them: `age` (a number), `country` (DE, FR, NL)."""
-    columns = {
-        name: f"one of {', '.join(map(str, kind))}" if isinstance(kind[0], str) else "a number"
-        for name, kind in (gate.get("columns") or {}).items()
-    }
-    said = ", ".join(f"`{name}` ({kind})" for name, kind in columns.items())
+    """The columns that a gate, or one inside it, reads of a user, as a card says them: `age` (a number), ..."""
+    columns = dict(gate.get("columns") or {})
+    for inner in (gate.get("before"), gate.get("after"), *gate.get("gates", ())):
+        columns |= (inner or {}).get("columns") or {}
+    said = ", ".join(
+        f"`{name}` ({'one of ' + ', '.join(kind) if isinstance(kind[0], str) else 'a number'})"
+        for name, kind in columns.items()
+    )
     return f", which reads {said}: `policy.user(metadata={{...}})`" if said else ""

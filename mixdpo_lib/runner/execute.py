@@ -24,7 +24,7 @@ from .evidence import RunInterrupted as RunInterrupted
 from .evidence import keep_evidence, replace_folder, tidy
 from .notebooks import notebook_path
 from .parameters import COMMON, resolve_parameters
-from .results import verify_manifest
+from .results import not_of_the_run, verify_manifest
 
 _HEARTBEAT_S = 12.0
 
@@ -68,6 +68,11 @@ def run_notebook(
         if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
             raise MixDPOError(
                 f"{folder}: found a folder that is not an earlier run; name an empty or new one"
+            )
+        if foreign := not_of_the_run(folder):
+            raise MixDPOError(
+                f"{folder}: found {', '.join(foreign[:3])} beside an earlier run, which would be lost; name an empty or "
+                "new folder"
             )
     elif overrides:
         folder = runs / "custom" / f"{notebook}-{store.artefact_key('custom', 1, parameters)[:10]}"

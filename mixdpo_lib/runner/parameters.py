@@ -197,10 +197,11 @@ def check_value(notebook: str, parameter: Parameter, value: Any) -> None:
             f"{notebook}: parameter {parameter.name}: found {value!r} ({type(value).__name__}), "
             f"expected {parameter.type}{within}; {remedy}"
         ) from None
-    if below := [one for one in _numbers(value) if one < 0]:
+    below = [one for one in _numbers(value) if one < 0]
+    if below and not any(one < 0 for one in _numbers(parameter.default)):
         raise MixDPOError(
-            f"{notebook}: parameter {parameter.name}: found {below[0]!r}, expected 0 or more, as every number here is; "
-            f"the default is {parameter.default!r}"
+            f"{notebook}: parameter {parameter.name}: found {below[0]!r}, expected 0 or more, as its default "
+            f"{parameter.default!r} is"
         )
 
 

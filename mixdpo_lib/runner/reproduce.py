@@ -62,7 +62,7 @@ def reproduce(
     as_recorded(root / "runs" / profile)
     before = times()
     if not is_dry(extra):
-        store.note(_plan(profile, names))
+        store.note(_plan(profile, len(names), everything))
     code = run_target("all" if everything else "main", profile, cores, extra)
     if code:
         raise MixDPOError(
@@ -93,19 +93,26 @@ def reproduce(
     )
 
 
-def _plan(profile: str, names: Sequence[str]) -> str:
-    """What is going to happen, for how long: by the times of the reference results, where they have this profile's.
+def _plan(profile: str, n_notebooks: int, everything: bool) -> str:
+    """What is going to happen, for how long: by the complete runs of the reference results, where there was one.
 
-    >>> _plan("none", ["09_results"])
-    'profile none: 1 notebooks, what is up to date is left alone; results in runs/none'
+    >>> _plan("none", 3, False)
+    'profile none: 3 notebooks, what is up to date is left alone; results in runs/none'
     """
-    seconds = [durations(name).get(profile) for name in names]
-    known = [s for s in seconds if s is not None]
-    about = f", about {max(1, sum(known) / 60):.0f} minutes on 2 cores" if known else ""
+    try:
+        values = load_values("reference")
+    except MixDPOError:  # who needs them says what is wrong with them
+        values = {}
+    asked = [f"minutes_{profile}", *(["minutes_further"] if everything else [])]
+    minutes = [values[name]["value"] for name in asked if name in values]
+    whole = len(minutes) == len(asked) and (profile == "default" or not everything)
+    about = (
+        f", about {sum(minutes):.0f} minutes on 2 cores where nothing is done yet" if whole else ""
+    )
     note = f"; {NOTES[profile]}" if profile in NOTES else ""
     meant = ', so fits that say "almost nothing was learned" are as they should be' if note else ""
     return (
-        f"profile {profile}: {len(names)} notebooks{about}, what is up to date is left alone; results in "
+        f"profile {profile}: {n_notebooks} notebooks{about}, what is up to date is left alone; results in "
         f"runs/{profile}{note}{meant}"
     )
 

@@ -15,9 +15,8 @@ from .notebooks import nearest, theory_names
 if TYPE_CHECKING:  # half of the time of `mixdpo --help`
     import pandas as pd
 
-NOTES = {
-    "smoke": "smoke: too small to mean anything"
-}  # by profile: what figures and tables must say
+# by profile: what figures and tables must say
+NOTES = {"smoke": "smoke: too small to mean anything"}
 _AGAIN = "run the notebook again"
 _NONE = type(None)
 _VALUE: store.Shape = {
@@ -85,7 +84,13 @@ def load_table(where: str | Path, notebook: str, name: str) -> pd.DataFrame:
     import pandas as pd
 
     verify_output(folder, file, outputs[file])
+    _note_use(where, notebook, folder / "manifest.json")
     return pd.read_csv(folder / file)
+
+
+def _note_use(where: str | Path, what: str, record: Path) -> None:
+    """These results are among what this process has used, by their record."""
+    store.touch(f"results/{where}/{what}", store.sha256_of(record))
 
 
 def load_values(where: str | Path, notebook: str | None = None) -> dict[str, dict[str, Any]]:
@@ -97,22 +102,22 @@ def load_values(where: str | Path, notebook: str | None = None) -> dict[str, dic
         it says something else than the verified values of a notebook.
     """
     if notebook is not None:
-        folder = results_folder(where, notebook)
-        outputs = _outputs(folder, where, notebook)
-        if "values.json" not in outputs:
-            if (folder / "values.json").exists():
-                raise MixDPOError(
-                    f"{folder}: values.json: found a file that manifest.json does not list; {_AGAIN}"
-                )
-            return {}
-        verify_output(folder, "values.json", outputs["values.json"])
-        return _values(folder / "values.json")
+        own = _own_values(where, notebook)
+        _note_use(where, notebook, results_folder(where, notebook) / "manifest.json")
+        return own
+    if (path := results_folder(where, "values.json")).exists():
+        _note_use(where, "values.json", path)
+    return _every_value(where)
+
+
+def _every_value(where: str | Path) -> dict[str, dict[str, Any]]:
+    """Of the whole reference, checked against the values of its notebooks; nothing where there is none."""
     path = results_folder(where, "values.json")
     if not path.exists():
         return {}
     values = _values(path)
     for manifest in sorted(path.parent.glob("*/manifest.json")):
-        for name, own in load_values(where, manifest.parent.name).items():
+        for name, own in _own_values(where, manifest.parent.name).items():
             if values.get(name) != own:
                 found = store.shown(values[name]["value"]) if name in values else "no such value"
                 raise MixDPOError(
@@ -120,6 +125,20 @@ def load_values(where: str | Path, notebook: str | None = None) -> dict[str, dic
                     f"it, as {manifest.parent.name}/values.json has it; restore the file, or collect the results again"
                 )
     return values
+
+
+def _own_values(where: str | Path, notebook: str) -> dict[str, dict[str, Any]]:
+    """Quoted numbers of one finished run, checked against its manifest."""
+    folder = results_folder(where, notebook)
+    outputs = _outputs(folder, where, notebook)
+    if "values.json" not in outputs:
+        if (folder / "values.json").exists():
+            raise MixDPOError(
+                f"{folder}: values.json: found a file that manifest.json does not list; {_AGAIN}"
+            )
+        return {}
+    verify_output(folder, "values.json", outputs["values.json"])
+    return _values(folder / "values.json")
 
 
 def _values(path: Path) -> dict[str, dict[str, Any]]:
@@ -162,7 +181,6 @@ def _outputs(folder: Path, where: str | Path, notebook: str) -> dict[str, Any]:
             f"{where}` or `make reproduce`"
         )
     manifest = read_manifest(folder / "manifest.json")
-    store.touch(f"results/{where}/{notebook}", store.sha256_of(folder / "manifest.json"))
     return {
         n: entry
         for n, entry in manifest["outputs"].items()
@@ -257,7 +275,7 @@ def head(notebook: str, found: str = "") -> Sentence:
     if not found:
         return Sentence(f"**Takes** {takes}.")
     try:
-        told = f"**Found** (reference results): {said(found, load_values('reference'))}"
+        told = f"**Found** (reference results): {said(found, _every_value('reference'))}"
     except KeyError as name:
         told = f"**Found**: {name} is not among the reference results yet."
     return Sentence(f"**Takes** {takes}.\n\n{told}")
@@ -276,6 +294,16 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
         if name not in manifest.get("left_out", ()):
             verify_output(folder, name, expected)
     return manifest
+
+
+def not_of_the_run(folder: Path) -> list[str]:
+    """What lies in the folder of an earlier run (none: nothing) that the run did not write; hidden files are nobody's."""
+    if not (folder / "manifest.json").exists():
+        return []
+    own = {"manifest.json", "notebook.ipynb", *read_manifest(folder / "manifest.json")["outputs"]}
+    there = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+    ours = (".log", ".lock")
+    return [n for n in there if n not in own and "/." not in f"/{n}" and not n.endswith(ours)]
 
 
 def verify_output(folder: Path, name: str, expected: Mapping[str, Any]) -> None:

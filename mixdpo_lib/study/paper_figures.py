@@ -149,13 +149,6 @@ def _lines(
     return draw
 
 
-_REACHED = "share of starts that\nreach the best end"
-
-
-def _reached(rows: pd.DataFrame, ax: Axes) -> Axes:
-    return _lines("reached the best", "pairs", "start_temperature", _REACHED, True)(rows, ax)
-
-
 def _recovered(x: str, where: str) -> Draw:
     return _lines("nmi", "inference", x, "NMI with the true groups", True, where)
 
@@ -199,6 +192,7 @@ _THEORY = (
     "4_who_answered",
 )
 _ERROR = "error of the fitted\nprobabilities (mean absolute)"
+_REACHED = "share of starts that\nreach the best end"
 _NMI = ("NMI", "NMI of users' experts\nwith hidden groups")
 _DIED = (("dead", "dead experts"), ("NMI", "NMI of topics with the groups"))
 _USED = ("used experts", "used experts, exp H")
@@ -232,7 +226,7 @@ FIGURES = (
     Shown(_THEORY[0], "cycle", _one("cycle", _cycle)),
     Shown(_THEORY[0], "approximation", _one("approximation", _lines("mean absolute error", None, "K", _ERROR))),
     Shown(_THEORY[1], "steps", _one("steps", _lines("nats per pair", "quantity", "step", where="step >= 2"))),
-    Shown(_THEORY[1], "restarts", _one("reached", _reached)),
+    Shown(_THEORY[1], "restarts", _one("reached", _lines("reached the best", "pairs", "start_temperature", _REACHED, True))),
     Shown(_THEORY[2], "value", _one("value", _passed)),
     Shown(_THEORY[2], "moments", _moments),
     Shown(_THEORY[3], "pairs", _one("recovery", _recovered("pairs per user", "reward_scale == 2"))),

@@ -233,7 +233,7 @@ def test_nobody_is_no_name_that_nearly_agrees(tmp_path):
 def test_numbers_but_for_a_few_are_told_and_no_gate_takes_them_for_kinds(tmp_path, capsys):
     found = table(tmp_path, "31", "forty", "28", "nan", "55", "31", head="age")
     said = capsys.readouterr().err
-    assert "train.csv (train), column 'age': numbers but for 'forty' (row 1), 'nan'; " in said
+    assert "train.csv (train), column 'age': numbers but for 'forty' (row 1) and 1 more; " in said
     with pytest.raises(
         ValueError, match=r"metadata row 1, column 'age': found 'forty' among texts"
     ):

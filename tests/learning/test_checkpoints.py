@@ -15,6 +15,7 @@ from mixdpo_lib.experts.heads import HeadExperts
 from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
 from mixdpo_lib.learning import checkpoints as checkpoints_file
 from mixdpo_lib.learning.fit import fit
+from mixdpo_lib.learning.identity import fit_identity
 from mixdpo_lib.learning.trainer import MixDPOTrainer
 from mixdpo_lib.policy.mixture import MixturePolicy
 from mixdpo_lib.store import MixDPOError, files
@@ -95,6 +96,14 @@ def test_another_fit_is_refused_and_what_differs_is_named(tiny_base, folder, mes
     with pytest.raises(MixDPOError, match=f"found another fit there: .*{message}.*another folder"):
         run(tiny_base, folder, **OTHERS[message])
     assert checkpoints(folder) == before
+
+
+def test_early_looks_belong_to_a_fit_and_only_where_there_are_any(tiny_base):
+    """A look at all training pairs moves what the next E-step reads: the same fit without them is another."""
+    data = policy(tiny_base).prepare(ROWS)
+    for steps, validation, looked in ((0, data, False), (50, None, False), (50, data, True)):
+        own = fit_identity(policy(tiny_base), data, validation, CONFIG.change(min_steps=steps))
+        assert ("looked at" in own) == looked
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,15 @@ def shared(write_notebook, project):
     return profiles
 
 
+def test_a_parameter_whose_default_is_below_zero_may_be(write_notebook):
+    write_notebook("09_low", parameters="low: float = -1.0  # nats\nhigh: float = 1.0  # nats\n")
+    assert parameters.resolve_parameters("09_low", overrides={"low": -3.5})["low"] == -3.5
+    with pytest.raises(
+        MixDPOError, match="parameter high: found -2.0, expected 0 or more, as its default 1.0"
+    ):
+        parameters.resolve_parameters("09_low", overrides={"high": -2.0})
+
+
 def test_shared_values_come_from_schema_profile_notebook_and_caller_in_that_order(shared):
     common = {"n_prompts": 700, "rate": 0.1, "n_users": 60}
     assert parameters.resolve_parameters("04_mix") == {
@@ -106,7 +115,7 @@ def test_a_notebook_has_what_it_shares_and_nothing_else(shared):
         ),
         (
             {"n_experts": -1},
-            "04_mix: parameter n_experts: found -1, expected 0 or more, as every number here is; the default is 3",
+            "04_mix: parameter n_experts: found -1, expected 0 or more, as its default 3 is",
         ),
         ({"seeds": [0, -7]}, "parameter seeds: found -7, expected 0 or more"),
         (

@@ -425,6 +425,36 @@ def test_an_output_folder_with_other_things_is_refused(write_notebook, project, 
         execute.run_notebook("04_mix", output=project / "mine")
 
 
+def test_an_earlier_run_with_other_things_beside_it_is_refused(
+    write_notebook, project, run, no_kernel
+):
+    """By --output; what the run wrote, hidden files and logs may go, somebody's notes may not."""
+    write_notebook("04_mix")
+    run.table(TABLE, "accuracy")
+    run.finish()
+    for name in ("notebook.ipynb", ".hidden", "job.log"):
+        (run.folder / name).write_text("x")
+    assert results.not_of_the_run(run.folder) == []
+    (run.folder / "tables" / "my notes.txt").write_text("precious")
+    with pytest.raises(MixDPOError, match="found tables/my notes.txt beside an earlier run"):
+        execute.run_notebook("04_mix", output=run.folder)
+    assert (run.folder / "tables" / "my notes.txt").read_text() == "precious"
+
+
+def test_results_that_were_read_are_inputs_and_the_sentence_at_the_top_is_none(project, run):
+    run.table(TABLE, "accuracy")
+    run.value("gain", 0.25, "nats")
+    run.finish()
+    where = run.folder.parent
+    before = set(store.touched_artefacts())
+    results.head("04_mix", "{gain:.2f}")
+    assert set(store.touched_artefacts()) == before
+    results.load_table(f"{where}", run.folder.name, "accuracy")
+    (new,) = set(store.touched_artefacts()) - before
+    assert new == f"results/{where}/{run.folder.name}"
+    assert store.touched_artefacts()[new] == store.sha256_of(run.folder / "manifest.json")
+
+
 # ------------------------------------------------------------------------------------------------- whole workflow
 def test_a_result_whose_making_anew_failed_is_not_taken_for_new(write_notebook, project, capfd):
     for name in ("Snakefile", "notebooks.yaml"):
