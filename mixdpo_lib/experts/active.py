@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..base.architecture import logit_map
@@ -87,23 +86,6 @@ class ActiveHead(Experts, family=False):
             self._head_rows = rows.float().contiguous()
         bias = getattr(self._head, "bias", None)
         return self._head_rows, None if bias is None else bias[self.active_ids.to(bias.device)]
-
-    @abstractmethod
-    def low_rank(self, k: int) -> tuple[Tensor, Tensor, float]:
-        """A_k (rank, hidden), B_k (hidden, rank) and s_k (0 without); no gradient flows."""
-
-    def all_text_logps(
-        self,
-        constants: Any,
-        ids: Int[Tensor, "texts"],
-        block: int = 64,
-        chosen: Bool[Tensor, "texts experts"] | None = None,
-    ) -> tuple[Float[Tensor, "texts experts"], Float[Tensor, "texts references"]]:
-        """See `Experts.all_text_logps`; an expert that has learned nothing is the reference to the bit, not to rounding."""
-        logps, refs = super().all_text_logps(constants, ids, block, chosen)
-        parts = [self.low_rank(k)[1:] for k in range(self.n_experts)]
-        still = torch.tensor([not bool(up.any()) and sharper == 0 for up, sharper in parts])
-        return torch.where(still & logps.isfinite(), refs, logps), refs
 
 
 def saved_tokens(ids: Tensor, size: int) -> Int[Tensor, "tokens"]:
