@@ -36,7 +36,7 @@ from ..store import (
 from .judges.contract import REWARDS
 from .judges.panel import Judges, judges, score_texts
 
-VERSION = 6
+VERSION = 7  # heads that have learned nothing are the base to the bit
 FIT_NAMES = {  # flat names of choices that stand in a part of FitConfig
     "start_kind": "start__kind",
     "start_temperature": "start__temperature",
