@@ -3,6 +3,9 @@
 # cannot name every path), and what a person sets reaches the shell as a variable, never as text of a command.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
+ifeq ($(filter oneshell,$(.FEATURES)),)
+$(error found make $(MAKE_VERSION), expected GNU make 3.82 or later; on macOS: brew install make, then gmake)
+endif
 .ONESHELL:
 .DEFAULT_GOAL := help
 .PHONY: help reproduce reproduce-all grid test test-faults test-browser bench book lab audit clean

@@ -11,6 +11,7 @@ from tiny import plain_fit, preference_rows
 import mixdpo_lib as mx
 from mixdpo_lib import choosing
 from mixdpo_lib.data.pairs import Text
+from mixdpo_lib.policy.remarks import SAME, of_the_gate
 
 ANSWERS = [Text("p", "a", True), Text("p", "b", True)]
 
@@ -122,6 +123,32 @@ def test_pairs_that_were_trained_on_are_no_test(table):
     assert found.notes[0].startswith(
         "WARNING: 1 of 2 test pairs stand among the training pairs too"
     )
+
+
+def test_items_of_a_survey_are_asked_again_and_nothing_is_said(capsys):
+    data = mx.item_pairs(*[["red"] * 3, ["blue"] * 3, ["red", "red", "blue"]], user=[1, 2, 2])
+    policy = mx.MixturePolicy(mx.TabularExperts.of(None, data, 2), mx.LearnedWeights(2))
+    mx.fit(policy, data, plain_fit(passes=1.0), validation=data)
+    found = mx.report(policy, data, data, single=policy_of_one(data))
+    assert "stand among" not in capsys.readouterr().err + "".join(found.notes)
+
+
+def policy_of_one(data):
+    return mx.MixturePolicy(mx.TabularExperts.of(None, data, 1), mx.LearnedWeights(1))
+
+
+@pytest.mark.parametrize("strength, silent", [(0.5, True), (0.01, False)])
+def test_many_experts_may_differ_by_little_each(strength, silent):
+    """At .5, half of the users' weight lies elsewhere than the others', and less than .02 of it at any of 64 nodes."""
+    gate = mx.DirectionGate(64, {"age": (40.0, 10.0)})
+    with torch.no_grad():
+        gate.weight[0, 0] = strength
+    columns = {"covariates": {"age": [30, 50]}, "user": ["ann", "bob"]}
+    data = mx.item_pairs(["red"] * 2, ["blue"] * 2, ["red", "blue"], **columns)
+    weights = gate.log_w(gate.inputs(data.columns, None))
+    assert float((weights.exp()[0] - weights.exp()[1]).abs().max()) < SAME
+    policy = mx.MixturePolicy(mx.GroupTables.of(None, data, 64), gate)
+    assert (of_the_gate(policy, data, "user") == []) == silent
 
 
 def test_units_that_are_not_measured_are_named(table):

@@ -97,8 +97,8 @@ def load_preferences(
                 row, more = values_of(rows, column).index(odd[0]), f" and {len(odd) - 1} more"
                 note(
                     f"{path} ({name}), column {column!r}: numbers but for {odd[0]!r} (row {row})"
-                    f"{more if len(odd) > 1 else ''}; the column stays text, which gates refuse; mend the cells, or name "
-                    "the column in columns= if it is text"
+                    f"{more if len(odd) > 1 else ''}; the column stays text, which gates refuse; mend the cells, or, if it "
+                    "is text, name the column in columns= and its categories in UserGate({...})"
                 )
     return DatasetDict(sets)
 

@@ -69,7 +69,7 @@ class AdapterExperts(Experts):
 
     Expert k is the base with `W x + B_k A_k x` in the linear layers of these blocks; with the adapters off it is the
     reference. Blocks below the first adapted one are the same for all experts: they run once a batch, or once at all
-    where their output is kept on disk.
+    where their output is kept on disk. All experts start with the same A (drawn once, seed 0) and B = 0: the reference.
 
     Parameters
     ----------
@@ -87,10 +87,6 @@ class AdapterExperts(Experts):
     Raises
     ------
     ValueError : blocks or modules that the base has not (what it has is named).
-
-    Notes
-    -----
-    All experts start with the same A (drawn once, seed 0) and B = 0, which is the reference.
     """
 
     def __init__(
@@ -184,6 +180,11 @@ class AdapterExperts(Experts):
         """See `Experts.own`."""
         s = {} if self.sharpness is None else {"sharpness": self.sharpness.data[k]}
         return {name: p.data for name, p in self.tensors(k).items()} | s
+
+    def unmoved(self, k: int) -> bool:
+        """See `Experts.unmoved`: B_k = 0 in every layer and s_k = 0."""
+        up = [p for name, p in self.tensors(k).items() if "lora_B" in name]
+        return self.power(k) == 1 and not any(map(torch.any, up))
 
     # ------------------------------------------------------------------------------------------------- likelihoods
 

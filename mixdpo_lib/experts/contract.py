@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..base.model import Base
 from ..data.pairs import Pairs, Texts
 from ..elbo import check_n_experts
-from ..store import MixDPOError, check_options, whole_folder
+from ..store import MixDPOError, check_options
 from .groups import Nodes
+from .leaving import write_adapter, write_model
 
 
 def check_chosen(chosen: Tensor, rows: int, n_experts: int) -> None:
@@ -82,6 +83,7 @@ class Experts(nn.Module, ABC):
     """
 
     base: list[Any]
+    bases: Sequence[Base] = ()  # of a family that has one for each expert
     nodes: Nodes | None = None  # where the experts are nodes of a group
     rates: ClassVar[Mapping[str, float]] = {"adamw": 1e-3, "sgd": 0.03}  # where none is given
 
@@ -213,6 +215,7 @@ class Experts(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "texts experts"], Float[Tensor, "texts references"]]:
         """log pi_k and log pi_ref of the texts `ids`, nats, in blocks of `block` texts.
 
+        Who has learned nothing (see `unmoved`) is the reference to the bit, not up to rounding: a tie is no prediction.
         `chosen` : which experts are computed for each of the ids; the others are -inf (see `text_logps`).
         """
         if chosen is not None:
@@ -224,7 +227,13 @@ class Experts(nn.Module, ABC):
             own = None if chosen is None else chosen[at].to(device)
             logps.append(self.logps(batch, own)[:, 0].float().cpu())
             refs.append(batch["text_ref_logps"][batch["place"][:, 0]].float().cpu())
-        return torch.cat(logps), torch.cat(refs)
+        found, ref = torch.cat(logps), torch.cat(refs)
+        still = torch.tensor([self.unmoved(k) for k in range(self.n_experts)])
+        return torch.where(still & found.isfinite(), ref, found), ref
+
+    def unmoved(self, k: int) -> bool:
+        """Whether expert k is its reference still, for sure; False by default."""
+        return False
 
     @abstractmethod
     def voices(self, chosen: Bool[Tensor, "rows experts"] | None) -> Voices:
@@ -249,28 +258,20 @@ class Experts(nn.Module, ABC):
         if not 0 <= k < self.n_experts:
             raise ValueError(f"k={k}: expected an expert from 0 to {self.n_experts - 1}")
 
-    @torch.no_grad()
     def export_adapter(self, k: int, folder: str | Path) -> None:
         """Write expert k as an adapter that `peft.PeftModel.from_pretrained(base, folder)` reads; the same logits.
 
         Raises
         ------
-        ValueError : no expert k; a family that has no adapters.
+        ValueError : no expert k; a family without adapters. MixDPOError : a folder with anything but an earlier export.
         """
         self.check_number(k)
-        model = self.as_adapter(k)
-        model.peft_config["default"].base_model_name_or_path = self._base.name
-        with whole_folder(folder) as place:
-            model.save_pretrained(str(place), save_embedding_layers=False)
+        write_adapter(self, k, folder)
 
-    @torch.no_grad()
     def merge(self, k: int, folder: str | Path) -> None:
-        """Write expert k as a plain checkpoint (safetensors, configuration, tokenizer) that transformers loads alone."""
+        """Write expert k as a plain checkpoint that transformers loads alone; refused as by `export_adapter`."""
         self.check_number(k)
-        model = self.as_model(k)
-        with whole_folder(folder) as place:
-            model.save_pretrained(str(place))
-            self.tokenizer(k).save_pretrained(str(place))
+        write_model(self, k, folder)
 
 
 def make_experts(description: Mapping[str, Any], find_base: Callable[..., Base]) -> Experts:

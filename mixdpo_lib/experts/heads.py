@@ -182,12 +182,10 @@ class HeadExperts(ActiveHead):
             work = (chosen, self._map, self._workspace)
             return low_rank_text_logps(batch, self.down, self.up, self.sharpness, head, bias, *work)
 
-    def all_text_logps(self, *asked: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """See `Experts.all_text_logps`; who has learned nothing is the reference to the bit, not up to rounding."""
-        logps, refs = super().all_text_logps(*asked, **options)
-        learned = [(up, s) for _, up, s in map(self.low_rank, range(self.n_experts))]
-        still = torch.tensor([s == 0 and not bool(up.any()) for up, s in learned])
-        return torch.where(still & logps.isfinite(), refs, logps), refs
+    def unmoved(self, k: int) -> bool:
+        """See `Experts.unmoved`: B_k = 0 and s_k = 0."""
+        _, up, s = self.low_rank(k)
+        return s == 0 and not bool(up.any())
 
     # ----------------------------------------------------------------------------------------- speaking and leaving
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..base.architecture import logit_map
+from ..store import MixDPOError, plain, whole_folder
 
 
 def shared_copy(model: nn.Module) -> Any:
@@ -185,3 +189,41 @@ def with_power(k: int, model: Any, power: float) -> Any:
         )
     head = model.get_output_embeddings()
     return replace_head(model, torch.zeros_like(head.weight), power)
+
+
+@torch.no_grad()
+def write_adapter(experts: Any, k: int, folder: str | Path) -> None:
+    """See `Experts.export_adapter`."""
+    model = experts.as_adapter(k)
+    model.peft_config["default"].base_model_name_or_path = experts.base[0].name
+    with _place(experts, k, folder) as place:
+        model.save_pretrained(str(place), save_embedding_layers=False)
+
+
+@torch.no_grad()
+def write_model(experts: Any, k: int, folder: str | Path) -> None:
+    """See `Experts.merge`."""
+    model = experts.as_model(k)
+    with _place(experts, k, folder) as place:
+        model.save_pretrained(str(place))
+        experts.tokenizer(k).save_pretrained(str(place))
+
+
+@contextmanager
+def _place(experts: Any, k: int, folder: str | Path) -> Iterator[Path]:
+    """For what is made of expert k; `mixdpo.json` in it says of which expert, family and base that is."""
+    target = Path(folder).expanduser().resolve()
+    for base in (experts.base[0], *experts.bases):
+        if base.folder and target == Path(base.folder).resolve():
+            raise MixDPOError(
+                f"{folder}: found the base of these experts, which would be lost; give another name"
+            )
+    own = {
+        "expert": k,
+        "experts": experts.describe(),
+        "base": experts.base[0].name,
+        "base_fingerprint": experts.base[0].fingerprint,
+    }
+    with whole_folder(folder, mark="mixdpo.json") as place:
+        yield place
+        (place / "mixdpo.json").write_text(json.dumps(own, indent=1, default=plain) + "\n")

@@ -146,6 +146,10 @@ class TabularExperts(RewardTable):
         ]
         return cls(**{**options, "answers": answers}, base=find_base() if answers else None)
 
+    def unmoved(self, k: int) -> bool:
+        """See `Experts.unmoved`: every reward is 0."""
+        return not bool(self.expert_rewards()[k].any())
+
     # ------------------------------------------------------------------------------------------------- likelihoods
 
     def constants(self, texts: Texts) -> TableConstants:

@@ -93,6 +93,11 @@ class IndependentExperts(Experts):
                 last = [p for p in model.base_model.parameters() if p.dim() == 1][-1]
                 last.add_(torch.randn(last.shape, generator=generator) * scale)
 
+    def unmoved(self, k: int) -> bool:
+        """See `Experts.unmoved`: every weight is that of its base; the first one that is not ends the search."""
+        both = zip(self._models[k].parameters(), self.bases[k].model.parameters(), strict=True)
+        return all(torch.equal(own, base.to(own.device)) for own, base in both)
+
     def constants(self, texts: Texts) -> tuple[list[list[tuple[list[int], list[int]]]], np.ndarray]:
         """For each expert the token ids of every text; (texts, K) the log-probabilities of its reference, nats."""
         ids: list[list[tuple[list[int], list[int]]]] = []

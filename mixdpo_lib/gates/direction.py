@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..base.model import Base
 from .contract import Gate
 from .inputs import given, log_normal, positive
-from .metadata import columns_of_json, encode, n_features, read_columns
+from .metadata import checked_columns, columns_of_json, encode, n_features, read_columns
 
 
 class DirectionGate(Gate):
@@ -42,7 +42,7 @@ class DirectionGate(Gate):
     def __init__(
         self,
         n_experts: int,
-        columns: Mapping[str, list[str] | tuple[float, float]] | None = None,
+        columns: Mapping[str, Any] | None = None,
         weight_scale: float | int = 1.0,
     ) -> None:
         super().__init__(n_experts, reads=tuple(columns or ()))
@@ -51,7 +51,7 @@ class DirectionGate(Gate):
                 f"n_experts={n_experts}: a direction needs at least 3 nodes; use 16 or more for a circle"
             )
         self.weight_scale = positive("weight_scale", weight_scale)
-        self.columns = dict(columns or {})
+        self.columns = checked_columns(columns or {})
         self.weight = nn.Parameter(torch.zeros(2, n_features(self.columns)))
         self.bias = nn.Parameter(torch.zeros(2))
 

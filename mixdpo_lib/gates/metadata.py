@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..data.checks import is_missing
-from ..data.tables import odd_cells
+from ..data.tables import is_number, odd_cells
 
 Columns = Mapping[str, list[str] | tuple[float, float]]
 
@@ -60,7 +60,13 @@ def read_columns(
                 raise ValueError(
                     f"metadata row {row}, column {name!r}: found {odd[0]!r} among texts that are numbers, such as "
                     f"{next(one for one in categories if one not in odd)!r}; expected numbers alone (float(...) after the cell "
-                    "is mended); a category gets a name that is no number"
+                    f"is mended); if they are categories, name all of them: UserGate({{{name!r}: {categories[:2]!r} ...}})"
+                )
+            if all(is_number(one) for one in categories):
+                warnings.warn(
+                    f"metadata column {name!r}: {categories[0]!r} and the like are texts, so that each is a category and a "
+                    "user of another one is served by the other columns and the bias; give float(...) if a quantity is meant",
+                    stacklevel=3,
                 )
     return columns
 
@@ -75,6 +81,35 @@ def columns_of_json(
         else (float(kind[0]), float(kind[1]))
         for name, kind in columns.items()
     }
+
+
+def checked_columns(columns: Mapping[str, Any]) -> dict[str, list[str] | tuple[float, float]]:
+    """Columns that somebody names to a gate: categories, a list of different texts, or (mean, standard deviation).
+
+    Raises
+    ------
+    ValueError : anything else; the column is named.
+
+    >>> checked_columns({"vip": [True, False], "age": (40, 12)})
+    {'vip': ['True', 'False'], 'age': (40.0, 12.0)}
+    """
+    checked: dict[str, list[str] | tuple[float, float]] = {}
+    for name, kind in columns.items():
+        whole = isinstance(kind, tuple) and len(kind) == 2
+        if whole and all(isinstance(v, Real) and math.isfinite(v) for v in kind) and kind[1] > 0:
+            checked[name] = (float(kind[0]), float(kind[1]))
+        elif (
+            isinstance(kind, list)
+            and all(isinstance(one, str | bool | np.bool_) for one in kind)
+            and len(kind) == len(set(kind)) > 0
+        ):
+            checked[name] = [str(one) for one in kind]
+        else:
+            raise ValueError(
+                f"columns[{name!r}]: found {kind!r}; expected a list of different texts (categories), or (mean, standard "
+                "deviation) of a column of numbers, the second above 0; from_metadata reads both off the training users"
+            )
+    return checked
 
 
 def n_features(columns: Columns) -> int:
@@ -176,6 +211,6 @@ def _checked(name: str, values: Any) -> list[Any]:
         if is_missing(value) or (isinstance(value, Real) and not math.isfinite(value)):
             raise ValueError(
                 f"metadata row {row}, column {name!r}: found {value!r}, expected text or a finite number; "
-                "fill it in, make it a category of its own such as 'unknown', or leave the row out (rows count from 0)"
+                "fill it in, in a column of text make it a category such as 'unknown', or leave the row out (rows count from 0)"
             )
     return values

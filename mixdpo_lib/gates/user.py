@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base.model import Base
 from .contract import Gate
 from .inputs import given, log_normal, positive, zero_linear
-from .metadata import columns_of_json, encode, n_features, read_columns
+from .metadata import checked_columns, columns_of_json, encode, n_features, read_columns
 
 
 class UserGate(Gate):
@@ -30,7 +30,7 @@ class UserGate(Gate):
 
     Raises
     ------
-    ValueError : no columns, n_experts below 1, weight_scale not above 0.
+    ValueError : no columns, or one that is neither; n_experts below 1, weight_scale not above 0.
 
     >>> gate = UserGate.from_metadata({"country": ["x", "y", "x"], "age": [20, 30, 40]}, n_experts=2)
     >>> gate.encode({"country": ["y"], "age": [30]})
@@ -39,7 +39,7 @@ class UserGate(Gate):
 
     def __init__(
         self,
-        columns: Mapping[str, list[str] | tuple[float, float]],
+        columns: Mapping[str, Any],
         n_experts: int,
         weight_scale: float | int = 1.0,
     ) -> None:
@@ -49,7 +49,7 @@ class UserGate(Gate):
             )
         super().__init__(n_experts, reads=tuple(columns))
         self.weight_scale = positive("weight_scale", weight_scale)
-        self.columns = dict(columns)
+        self.columns = checked_columns(columns)
         self.outer = zero_linear(n_features(self.columns), n_experts)
 
     @classmethod

@@ -106,7 +106,7 @@ class LearnedWeights(_WeightsAlone):
 
     M-step: ``m_k = (U mean_u q_uk + alpha - 1) / (U + K (alpha - 1))``, the mode of the posterior under a symmetric
     Dirichlet of concentration alpha; stochastic form ``w <- (1 - rho) w + rho m``.  Source: derived in docs/method.md,
-    tested in tests/test_gating.py.  Starts uniform.  Not trained by gradient: ``log_weights`` is a buffer.
+    tested in tests/gates/test_gating.py.  Starts uniform.  Not trained by gradient: ``log_weights`` is a buffer.
 
     Parameters
     ----------

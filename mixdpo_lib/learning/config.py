@@ -33,7 +33,7 @@ EARLY = (2, 5, 10, 20)
 class Stop(Choices):
     """When a fit ends before its last step.
 
-    patience : evaluations without a better validation likelihood; 0: never.
+    patience : evaluations without a better validation likelihood, early ones not counted; 0: never.
     min_usage : in [0, 1), mean responsibility below which an expert ends the fit as dead; 0: reported, never fatal.
     best : which evaluation is called the best, and put back where there are validation pairs: that of their largest
         "likelihood", or the "last", which predicts better where experts still improve but grow too sure of themselves.
@@ -69,14 +69,20 @@ class Monitor:
     best_step: int = -1
     scores: list[float] = field(default_factory=list)
     first_bound: float | None = None
+    waited: int = 0
 
     def step(
-        self, score: float, usage: list[float] | None = None, bound: float | None = None
+        self,
+        score: float,
+        usage: list[float] | None = None,
+        bound: float | None = None,
+        early: bool = False,
     ) -> str | None:
         """Take the next score; returns a stop reason, or None to go on.
 
         bound : of the training pairs, nats per pair; the score, by default. More than `DIVERGED` below the first one
             ends the fit.
+        early : a further look, see `EARLY`: it may be the best one, and is no reason to lose patience or call an expert dead.
         """
         self.scores.append(score)
         bound = score if bound is None else bound
@@ -85,12 +91,14 @@ class Monitor:
         self.first_bound = bound if self.first_bound is None else self.first_bound
         if bound < self.first_bound - DIVERGED:
             return "diverged"
-        if usage and min(usage) < self.min_usage:
+        if usage and min(usage) < self.min_usage and not early:
             return "dead_expert"
         if score > self.best:
-            self.best, self.best_step = score, len(self.scores) - 1
-        elif self.patience and len(self.scores) - 1 - self.best_step >= self.patience:
-            return "no_improvement"
+            self.best, self.best_step, self.waited = score, len(self.scores) - 1, 0
+        elif not early:
+            self.waited += 1
+            if self.waited == self.patience:
+                return "no_improvement"
         return None
 
 

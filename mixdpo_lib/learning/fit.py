@@ -128,9 +128,8 @@ def fit(
     valid = None if validation is None else policy.prepare(validation)
     check_unit(train, config)
     if valid is not None:
-        named = config.latent == "unit" and config.unit in valid.rows.column_names
-        shared = config.unit if named else None
-        for said in seen_before(train, valid, shared, "validation"):
+        named = all(config.unit in pairs.rows.column_names for pairs in (train, valid))
+        for said in seen_before(train, valid, config.unit if named else None, "validation"):
             note(said)
     checkpoints = None if folder is None else _checkpoints(folder, policy, train, valid, config)
     newest = None if checkpoints is None else checkpoints.newest()

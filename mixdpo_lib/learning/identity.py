@@ -22,6 +22,7 @@ _NAMES = {
     "train": "training pairs",
     "validation": "validation pairs",
     "start": "what the policy holds before the fit",
+    "looked at": "steps that this version evaluates early",
 }
 
 

@@ -68,12 +68,13 @@ def of_units(policy: MixturePolicy, data: Pairs, unit: Tensor, column: str) -> d
             before = int(first[unit[row]])
             read = [one for one in policy.gate.reads if one in data.rows.column_names]
             unlike = [
-                f" (column {one!r}: found {values[row]!r}, and {values[before]!r} in row {before})"
+                f"column {one!r}: found {values[row]!r}, and {values[before]!r} in row {before}"
                 for one, values in ((one, values_of(data.rows, one)) for one in read)
                 if values[row] != values[before]
             ]
+            where = f" ({'; '.join(unlike)})" if unlike else ""
             raise ValueError(
-                f"row {row}: {name} differs from the first row of its {column}{''.join(unlike[:1])}: with latent='unit' "
+                f"row {row}: {name} differs from the first row of its {column}{where}: with latent='unit' "
                 f"a gate may read only what the pairs of a {column} share; mend the row, or, if it is meant, use "
                 f"latent='pair', or a gate that reads the {column}"
             )

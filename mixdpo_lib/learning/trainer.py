@@ -332,7 +332,14 @@ class Watch(TrainerCallback):
         """Let the monitor see one row of the history."""
         usage = [value for name, value in row.items() if name.startswith("usage_")]
         score = row.get("validation_loglik", row["elbo"])
-        self.stop_reason = self.monitor.step(score, usage, row["elbo"])
+        early = not self.due(int(row["step"]))
+        self.stop_reason = self.monitor.step(score, usage, row["elbo"], early)
+
+    def due(self, step: int) -> bool:
+        """Whether this step is evaluated by the plan, and not as a further, early one."""
+        trainer = self.trainer
+        every = max(1, int(trainer.steps_per_pass / trainer.config.evaluations_per_pass + 1e-9))
+        return step % every == 0 or step == trainer.args.max_steps
 
     def needed(self, state: TrainerState) -> list[int]:
         """Steps whose snapshots a checkpoint needs: all evaluated ones with keep="all", else the best and the last."""
@@ -362,12 +369,10 @@ class Watch(TrainerCallback):
         """Progress, and an evaluation where one is due."""
         trainer = self.trainer
         stretched = trainer.validation is not None and trainer.steps_per_pass > trainer.pass_steps
-        every = max(1, int(trainer.steps_per_pass / trainer.config.evaluations_per_pass + 1e-9))
         stage = f"fit K={trainer.policy.n_experts} {trainer.config.latent}"
         text = f"steps, loss {trainer.losses[-1]:.4f}{self.course}"
         progress(stage, state.global_step, state.max_steps, text)
-        due = state.global_step % every == 0 or state.global_step == state.max_steps
-        if due or (stretched and state.global_step in EARLY):
+        if self.due(state.global_step) or (stretched and state.global_step in EARLY):
             self.look(state)
             if self.stop_reason:
                 progress(stage, state.global_step, state.global_step, self.stop_reason)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
 
+from ..data.items import QUESTION
 from ..data.pairs import Pairs, Text
 from ..gates.metadata import naming_columns
 from .mixture import MixturePolicy
 
 FEW_UNITS = 10  # fewer drawn with replacement give an interval that is too narrow
 LOST = 10.0  # nats a text that chosen answers may lie below the base: e^10 times less likely
-SAME = 0.02  # by which weights may differ between users: one text in fifty comes of another expert
+SAME = 0.02  # total variation of weights from their mean: one text in fifty comes of another expert
 
 
 def left_out(train: Pairs, test: Pairs, unit: str, unknown: Sequence[str]) -> list[str]:
@@ -32,7 +33,10 @@ def left_out(train: Pairs, test: Pairs, unit: str, unknown: Sequence[str]) -> li
 
 
 def seen_before(train: Pairs, held_out: Pairs, unit: str | None, what: str = "test") -> list[str]:
-    """How many held-out pairs stand among the training pairs, of the same unit (None: of anybody) and the same answers."""
+    """How many held-out pairs stand among the training pairs, of the same unit (None: of anybody) and the same answers.
+
+    Items of a survey are left out: the same two put to several people, or again, is what it is made of.
+    """
 
     def rows(pairs: Pairs) -> list[tuple[str, Text, Text]]:
         ids, names = pairs.units(unit) if unit else (torch.zeros(len(pairs)).long(), [""])
@@ -40,6 +44,7 @@ def seen_before(train: Pairs, held_out: Pairs, unit: str | None, what: str = "te
         return [
             (names[u], texts[chosen], texts[rejected])
             for u, (chosen, rejected) in zip(ids.tolist(), pairs.index.tolist(), strict=True)
+            if texts[chosen].prompt != QUESTION
         ]
 
     known = set(rows(train))
@@ -67,18 +72,19 @@ def losing(distance: pd.Series) -> list[str]:
 def of_the_gate(policy: MixturePolicy, train: Pairs, unit: str) -> list[str]:
     """Columns that name their units, and a gate that gives everybody nearly the same weights."""
     gate = policy.gate
-    names = naming_columns(
-        getattr(gate, "columns", {}), train.columns, train.units(unit)[0].tolist()
-    )
+    columns = getattr(gate, "columns", None)  # what gates of others call so is theirs
+    known = columns if isinstance(columns, Mapping) else {}
+    names = naming_columns(known, train.columns, train.units(unit)[0].tolist())
     notes = [
         f"column {name!r} names each {unit}: no two share a category, so that it says nothing of a new one"
         for name in names
     ]
     weights = policy.log_w(train).exp()
-    if gate.reads and gate.learns and float((weights.amax(0) - weights.amin(0)).max()) < SAME:
+    apart = float((weights - weights.mean(0)).abs().sum(1).max()) / 2  # total variation
+    if gate.reads and gate.learns and apart < SAME:
         read = ", ".join(gate.reads)
         notes.append(
-            f"the gate learned nothing of {read}: its weights differ by less than {SAME} among all rows, and whom it alone "
-            "serves gets the average"
+            f"the gate learned nothing of {read}: in no row does more than {SAME} of the weight lie elsewhere than on average, "
+            "and whom it alone serves gets the average"
         )
     return notes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ from ..store import (
     Shape,
     canonical_json,
     check_shape,
-    note,
     plain,
     read_json,
     sha256_of,
@@ -64,15 +63,12 @@ def save(
     }
     state = {k: v.detach().cpu().contiguous().clone() for k, v in policy.state_dict().items()}
     check_numbers(f"{folder}: not written", policy.experts, policy.gate)
-    before = (Path(folder) / "mixture.safetensors").exists()
-    with whole_folder(folder) as place:
+    with whole_folder(folder, mark="mixture.safetensors") as place:
         save_file(state, place / "mixture.safetensors")
         config["tensors_sha256"] = sha256_of(place / "mixture.safetensors")
         config["config_sha256"] = _config_hash(config)
         (place / "config.json").write_text(json.dumps(config, indent=1, default=plain) + "\n")
         (place / "README.md").write_text(model_card(config, provenance or {}))
-    if before:
-        note(f"{folder}: the mixture that was saved there before is replaced")
 
 
 def load(
@@ -380,11 +376,22 @@ def model_card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 def _read_by(gate: Mapping[str, Any]) -> str:
     """The columns that a gate, or one inside it, reads of a user, as a card says them: `age` (a number), ..."""
-    columns = dict(gate.get("columns") or {})
-    for inner in (gate.get("before"), gate.get("after"), *gate.get("gates", ())):
-        columns |= (inner or {}).get("columns") or {}
+    columns: dict[str, Any] = {}
+    for one in _and_inside(gate):
+        own = one.get("columns")
+        columns |= own if isinstance(own, Mapping) else {}  # what gates of others call so is theirs
     said = ", ".join(
-        f"`{name}` ({'one of ' + ', '.join(kind) if isinstance(kind[0], str) else 'a number'})"
+        f"`{name}` ({'one of ' + ', '.join(map(str, kind)) if isinstance(kind[0], str) else 'a number'})"
         for name, kind in columns.items()
+        if isinstance(kind, list | tuple) and kind
     )
     return f", which reads {said}: `policy.user(metadata={{...}})`" if said else ""
+
+
+def _and_inside(gate: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A description of a gate, and those of the gates that it is made of."""
+    yield gate
+    for value in gate.values():
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, Mapping) and isinstance(one.get("gate"), str):
+                yield from _and_inside(one)

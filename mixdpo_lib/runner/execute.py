@@ -65,15 +65,7 @@ def run_notebook(
         folder = Path(output).expanduser().resolve()
         if folder.exists() and not folder.is_dir():
             raise MixDPOError(f"{folder}: found a file, expected a folder or nothing; name another")
-        if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
-            raise MixDPOError(
-                f"{folder}: found a folder that is not an earlier run; name an empty or new one"
-            )
-        if foreign := not_of_the_run(folder):
-            raise MixDPOError(
-                f"{folder}: found {', '.join(foreign[:3])} beside an earlier run, which would be lost; name an empty or "
-                "new folder"
-            )
+        _check_alone(folder)
     elif overrides:
         folder = runs / "custom" / f"{notebook}-{store.artefact_key('custom', 1, parameters)[:10]}"
     with ending.interruptible(), store.locked(folder.with_name(f".{folder.name}.lock"), notebook):
@@ -97,6 +89,8 @@ def run_notebook(
                     f"manifest.json is of {manifest['notebook']} with {manifest['parameters']}, "
                     f"expected {notebook} with {parameters}; see start_run(...) in the notebook"
                 )
+            if output is not None:  # somebody may have put something there meanwhile
+                _check_alone(folder)
         except BaseException as error:
             with ending.held(last=True):
                 failed = keep_evidence(notebook, partial, runs / "failed", error)
@@ -110,6 +104,16 @@ def run_notebook(
         flush=True,
     )
     return folder
+
+
+def _check_alone(folder: Path) -> None:
+    """Refuse a folder for a result that holds anything but an earlier one."""
+    if foreign := not_of_the_run(folder):
+        beside = " beside an earlier run" if (folder / "manifest.json").exists() else ""
+        raise MixDPOError(
+            f"{folder}: found {', '.join(foreign[:3])}{beside}, which would be lost; name an empty or new folder, or one that "
+            "holds an earlier run alone"
+        )
 
 
 def _shown_program() -> str:

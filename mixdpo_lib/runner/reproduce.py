@@ -205,7 +205,8 @@ def update_reference(profile: str, pages: Mapping[str, Rewrite]) -> Path:
     Values are merged. A notebook without a finished run keeps its earlier record, whose manifest
     names the library it was made with; so do times that were not measured anew. Theory notebooks
     are there once they have been run. Files over 1 MB stay out and are named in the copied manifest
-    as `left_out`; `seconds_by_profile` there has the times of the runs of all profiles. Minutes
+    as `left_out`; `seconds_by_profile` there has the times of the runs of all profiles: of a complete
+    run where there is one, since others find their fits in the cache. Minutes
     come from `timing.json` of the default and the smoke profile. Each of `pages` (its path in the
     project) becomes what its function makes of it and the values.
     """
@@ -236,6 +237,18 @@ def _update(profile: str, pages: Mapping[str, Rewrite], root: Path) -> Path:
     return target
 
 
+def _from_nothing(root: Path, name: str) -> dict[str, float]:
+    """Seconds of a notebook by profile, of runs of all notebooks: what it needs was there, and nothing of its own."""
+    found: dict[str, float] = {}
+    for profile in profile_names():
+        for file in ("timing.json", "timing_everything.json"):
+            path = root / "runs" / profile / file
+            timing = store.read_json(path) if path.exists() else {"complete": False}
+            if timing["complete"] and name in timing["notebooks"]:
+                found[profile] = timing["notebooks"][name]
+    return found
+
+
 def _gathered(profile: str, root: Path, target: Path, fresh: Path) -> dict[str, Any]:
     """What the reference set shall be, in `fresh`; its values are returned."""
     known = store.read_json(target / "values.json") if (target / "values.json").exists() else {}
@@ -254,9 +267,8 @@ def _gathered(profile: str, root: Path, target: Path, fresh: Path) -> dict[str, 
                 if e["bytes"] > _LARGE or n.split("/")[0] not in kept
             ]
             runs = {one: root / "runs" / one / name / "manifest.json" for one in profile_names()}
-            manifest["seconds_by_profile"] = durations(name) | {
-                one: store.read_json(path)["seconds"] for one, path in runs.items() if path.exists()
-            }
+            alone = {p: store.read_json(m)["seconds"] for p, m in runs.items() if m.exists()}
+            manifest["seconds_by_profile"] = alone | durations(name) | _from_nothing(root, name)
             for file in set(manifest["outputs"]) - set(manifest["left_out"]):
                 (copy / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source / file, copy / file)
@@ -310,8 +322,10 @@ def _gathered(profile: str, root: Path, target: Path, fresh: Path) -> dict[str, 
             for name, seconds in found["notebooks"].items()
             if name in every_notebook() and every_notebook()[name].study == "main"
         )
+        whole = found["complete"] and "minutes_default" in values  # the environment is in both
+        alone = values["minutes_default"]["value"] if whole else main / 60
         values["minutes_further"] = {
-            "value": round(found["minutes"] - main / 60, 2),
+            "value": round(found["minutes"] - alone, 2),
             "unit": "min",
             "interval": None,
             "n": 1,

@@ -297,13 +297,17 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def not_of_the_run(folder: Path) -> list[str]:
-    """What lies in the folder of an earlier run (none: nothing) that the run did not write; hidden files are nobody's."""
-    if not (folder / "manifest.json").exists():
-        return []
-    own = {"manifest.json", "notebook.ipynb", *read_manifest(folder / "manifest.json")["outputs"]}
-    there = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
-    ours = (".log", ".lock")
-    return [n for n in there if n not in own and "/." not in f"/{n}" and not n.endswith(ours)]
+    """What lies in the folder of an earlier run that neither the run nor JupyterLab (its checkpoints) wrote.
+
+    In a folder without a manifest that is everything.
+    """
+    own: set[Path] = set()
+    if (folder / "manifest.json").exists():
+        outputs = [Path(name) for name in read_manifest(folder / "manifest.json")["outputs"]]
+        own = {Path("manifest.json"), Path("notebook.ipynb"), *outputs}
+        own |= {place for name in outputs for place in name.parents}
+    there = [p.relative_to(folder) for p in sorted(folder.rglob("*"))]
+    return [p.as_posix() for p in there if p not in own and ".ipynb_checkpoints" not in p.parts]
 
 
 def verify_output(folder: Path, name: str, expected: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from .files import (
     write_json_atomic,
 )
 from .places import MixDPOError, cache_folder, locked, writing_to
+from .reporting import note
 
 _RECORD = "artefact.json"
 _verified: set[tuple[str, int, int, str]] = set()
@@ -206,21 +207,31 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
+def whole_folder(folder: str | Path, mark: str = "") -> Iterator[Path]:
     """A folder beside `folder` to write into; it takes its place when everything is there, and is removed otherwise.
 
-    An earlier folder is replaced where it holds nothing but files of the names that are written now.
+    A link is followed: what it names is written.
+
+    Parameters
+    ----------
+    mark : the file by which an earlier folder of the same making is known. One that has it, and beside it nothing but
+        files of the names that are written now, is replaced, with a note; every other that is not empty is refused.
 
     Raises
     ------
-    MixDPOError : the place is taken by a file, or by a folder with other things in it (nothing of it is touched), or
-        cannot be written (disk full, no permission).
+    MixDPOError : the place is taken by a file, by a folder with other things in it (nothing of it is touched) or by the
+        working folder, or cannot be written (disk full, no permission).
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().resolve()
     try:
         if folder.exists() and not folder.is_dir():
             raise MixDPOError(
                 f"{folder}: found a file, expected a folder or nothing; give another name"
+            )
+        if Path.cwd().is_relative_to(folder):
+            raise MixDPOError(
+                f"{folder}: found the folder in which this program works, or one around it; expected a folder that can take "
+                "the place of an earlier one; name one in it"
             )
         with (
             writing_to(folder),
@@ -230,12 +241,12 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             place.mkdir()
             yield place
             written = {one.name for one in place.iterdir()}
-            there = folder.iterdir() if folder.exists() else ()
-            if foreign := sorted(one.name for one in there if one.name not in written):
+            there = {one.name for one in folder.iterdir()} if folder.exists() else set()
+            if foreign := sorted(there - written or (there if mark not in there else ())):
                 raise MixDPOError(
                     f"{folder}: found {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''} there, which would be "
-                    f"lost; expected an empty or new folder, or one with {', '.join(sorted(written)[:4])} alone; give "
-                    "another name"
+                    "lost; expected an empty or new folder, or what was written there in the same way before; give another "
+                    "name"
                 )
             try:
                 if folder.exists():
@@ -249,6 +260,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         raise MixDPOError(
             f"{folder}: not written ({error}); nothing was left there half-done"
         ) from error
+    if there:
+        note(f"{folder}: what was saved there before is replaced")
 
 
 def hash_seed(*parts: Any) -> int:

@@ -32,7 +32,7 @@ from .fits import group_of, kept_fit
 from .review_users import ReviewUsers
 from .simulated_people import DesignConfig, simulate_preferences
 
-VERSION = 2
+VERSION = 3
 METHODS = ("dpo", "mix_dpo")
 
 

@@ -19,6 +19,7 @@ from ..store import MixDPOError
 from .paper_figures import FIGURES, Draw, Panel, Shown
 from .readme import readme_blocks
 
+OWN = "% written by `mixdpo figures`, which replaces it"
 WIDTHS = ("column", "page", "slide")
 _INTERVALS = "Brackets: 95 % intervals over prompts, all seeds together"
 _TABLES = {  # block of readme.py: captions of its tables
@@ -117,6 +118,11 @@ def write(results: Results, size: str = "column", folder: Path = Path("paper")) 
         )
     own = "; of your own runs: --run default" if results.where == "reference" else ""
     store.note(f"drawing the figures of {results.where}, some 20 seconds{own}")
+    for place in (folder / "figures.tex", folder / "tables.tex"):
+        if place.exists() and not place.read_bytes().startswith(OWN.encode()):
+            raise MixDPOError(
+                f"{place}: found a file that this command did not write; name another folder by --output"
+            )
     with store.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         texts = []
@@ -131,9 +137,9 @@ def write(results: Results, size: str = "column", folder: Path = Path("paper")) 
                         fig.savefig(folder / f"{file}.pdf", metadata={"CreationDate": None})
                     plt.close(fig)
                     texts.append(_environment(file, caption, size, one.least))
-        (folder / "figures.tex").write_text("\n".join(texts) + "\n", encoding="utf-8")
         tables = headline_tables(results)
-        (folder / "tables.tex").write_text("\n".join(tables) + "\n", encoding="utf-8")
+        for name, written in (("figures.tex", texts), ("tables.tex", tables)):
+            (folder / name).write_text("\n".join([OWN, *written]) + "\n", encoding="utf-8")
     absent = [name for name in _notebooks() if name not in there]
     lines = [f"{len(texts)} figures, {len(tables)} tables: {folder}"]
     lines += [f"not there, since not run: {', '.join(absent)}"] if absent else []

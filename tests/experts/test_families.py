@@ -11,6 +11,7 @@ from tiny import KINDS, plain_fit, preference_rows, save_tiny_base, save_tiny_ki
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from mixdpo_lib.base import model as model_file
+from mixdpo_lib.base.model import load_base
 from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.experts.adapters import AdapterExperts
 from mixdpo_lib.experts.heads import HeadExperts
@@ -231,6 +232,8 @@ def test_an_expert_leaves_the_mixture(kinds, kind, family, tmp_path):
     wanted = step(ids, torch.ones_like(ids))[0]
     policy.merge(2, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    told = json.loads((tmp_path / "merged" / "mixdpo.json").read_text())
+    assert told["expert"] == 2 and told["base_fingerprint"] == base.fingerprint
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token_id == 1
     torch.testing.assert_close(merged(ids).logits[0, -1], wanted, atol=1e-4, rtol=1e-4)
     if family == "independent":
@@ -289,6 +292,31 @@ def test_a_mixture_is_saved_and_read_back(tiny_base, data, family, tmp_path):
     )
     policy.save_pretrained(tmp_path / "m")  # over the old one
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_a_base_is_not_lost_to_what_is_made_of_it(tiny_base, tmp_path, capsys):
+    """Its files have the names that a merge writes."""
+    base = load_base(str(save_tiny_base(tmp_path / "base")))
+    policy = MixturePolicy(HeadExperts(base, 2, rank=2, active="all"), LearnedWeights(2))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    for place in ("base", "link"):
+        with pytest.raises(MixDPOError, match="found the base of these experts"):
+            policy.merge(0, tmp_path / place)
+    with pytest.raises(MixDPOError, match="which would be lost"):
+        policy.save_pretrained(tmp_path / "base")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(MixDPOError, match="other: found config.json there, which would be lost"):
+        policy.merge(0, tmp_path / "other")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} == before
+    policy.merge(0, tmp_path / "merged")
+    assert "replaced" not in capsys.readouterr().err
+    policy.merge(1, tmp_path / "merged")
+    assert "merged: what was saved there before is replaced" in capsys.readouterr().err
+    both = IndependentExperts([base, load_base(str(tmp_path / "merged"))])
+    with pytest.raises(MixDPOError, match="found the base of these experts"):
+        both.merge(0, tmp_path / "merged")
 
 
 def test_folders_that_are_no_mixture(tiny_base, data, tmp_path):

@@ -10,6 +10,7 @@ from tiny import preference_rows
 from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.experts import FAMILIES, make_experts
 from mixdpo_lib.experts.adapters import AdapterExperts
+from mixdpo_lib.experts.contract import Experts
 from mixdpo_lib.experts.copies import gathered
 from mixdpo_lib.experts.group_heads import GroupHeads
 from mixdpo_lib.experts.group_tables import GroupTables
@@ -58,7 +59,12 @@ def test_experts_start_as_the_reference(tiny_base, data):
         made = make(tiny_base, data, 2)
         made.start(data)
         logps, refs = made.all_text_logps(made.constants(data.texts), torch.arange(len(data.texts)))
-        torch.testing.assert_close(logps, refs.expand_as(logps), atol=1e-4, rtol=1e-4)
+        assert torch.equal(logps, refs.expand_as(logps))  # to the bit: rounding is no prediction
+        assert (
+            all(map(made.unmoved, range(made.n_experts))) or type(made).unmoved is Experts.unmoved
+        )
+        made.perturb(0.3, torch.Generator().manual_seed(0))
+        assert not any(map(made.unmoved, range(made.n_experts)))
 
 
 def test_texts_have_a_log_probability_under_each_expert(experts, data):

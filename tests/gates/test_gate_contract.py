@@ -170,6 +170,37 @@ def test_numbers_are_names_of_users_as_everywhere():
         MixedMembershipGate([], 2, [1, "1"])
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [[], [1, 2, 3], [30.0, 9.0], ["x", "x"], (1.0,), (1.0, 0.0), (math.nan, 1.0), "DE", None],
+)
+def test_a_column_that_is_neither_kinds_nor_numbers(kind):
+    for make in (lambda c: UserGate(c, 2), lambda c: DirectionGate(8, c)):
+        with pytest.raises(
+            ValueError, match=r"columns\['x'\]: found .*expected a list of different"
+        ):
+            make({"x": kind})
+
+
+def test_truth_values_are_named_as_they_are_read():
+    assert UserGate({"vip": [True, False]}, 2).columns == {"vip": ["True", "False"]}
+    read = UserGate.from_metadata({"vip": [False, True]}, 2)
+    assert read.encode({"vip": [True]}).tolist() == [[0, 1]]
+
+
+def test_numbers_as_text_are_kinds_with_a_word(recwarn):
+    with pytest.warns(UserWarning, match="column 'age': '28' and the like are texts, .*give float"):
+        UserGate.from_metadata({"age": ["31", "28", "55"]}, 2)
+    years = {"year": ["1980", "1990", "older"]}
+    with pytest.raises(ValueError, match=r"name all of them: UserGate\(\{'year': \['1980', "):
+        UserGate.from_metadata(years, 2)
+    recwarn.clear()
+    UserGate({"year": ["1980", "1990", "older"]}, 2).encode(years)
+    UserGate({"age": ["28", "31"]}, 2)
+    UserGate.from_metadata({"zip": ["007", "12"]}, 2)
+    assert not list(recwarn)
+
+
 def test_decimals_are_numbers_and_other_kinds_are_refused():
     decimal, plain = ({"age": [kind(20), kind(30)]} for kind in (Decimal, float))
     assert UserGate.from_metadata(decimal, 2).columns == UserGate.from_metadata(plain, 2).columns

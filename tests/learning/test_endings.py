@@ -151,6 +151,17 @@ def test_a_small_set_that_is_learned_by_heart_keeps_an_early_step(tiny_base):
     assert result.history["step"].tolist() == [0, 3, 6, 9]  # nothing is stretched: once a pass
 
 
+def test_patience_counts_what_was_planned_alone(tiny_base):
+    """Without a gain since step 0, two evaluations of the plan end the fit: not steps 2 and 5, in its warm-up."""
+    data = preference_rows(12)
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in data]
+    policy = MixturePolicy(HeadExperts(tiny_base, 1, rank=2), LearnedWeights(1))
+    config = CONFIG.change(latent="pair", min_steps=60, evaluations_per_pass=1, stop__patience=2)
+    result = fit(policy, data, config, validation=type(data).from_list(turned))
+    assert result.stop_reason == "no_improvement" and result.best_step == 0
+    assert result.history["step"].tolist() == [0, 2, 5, 10, 20, 40]
+
+
 def test_who_knows_nothing_predicts_half_of_the_pairs_whatever_beta(tiny_base):
     """Heads that have learned nothing are the base to the bit: their rounding is no prediction."""
     data = preference_rows(24)

@@ -127,6 +127,20 @@ def test_stop_when_nothing_improves_any_more():
     assert watch.best_step == 3 and watch.best == -0.59
 
 
+def test_early_looks_cost_no_patience_and_call_nobody_dead():
+    watch = Monitor(patience=2, min_usage=0.05)
+    looked = [(-0.7, False), (-0.9, True), (-0.9, True), (-0.8, True), (-0.75, False)]
+    assert [watch.step(score, [1.0, 0.0][early:], early=early) for score, early in looked[1:4]] == (
+        [None] * 3
+    )
+    watch = Monitor(patience=2)
+    assert [watch.step(score, early=early) for score, early in looked] == [None] * 5
+    assert watch.best_step == 0 and watch.step(-0.8) == "no_improvement"
+    watch = Monitor(patience=1)
+    assert [watch.step(-0.7), watch.step(-0.6, early=True)] == [None, None]
+    assert watch.best_step == 1  # and the best may be one of them
+
+
 def test_without_patience_only_the_budget_ends_a_fit():
     assert steps(Monitor(patience=0), [-0.1, -0.2, -0.3, -0.4]) == [None] * 4
 

@@ -14,9 +14,11 @@ from mixdpo_lib.base.model import load_base
 from mixdpo_lib.data.pairs import Pairs
 from mixdpo_lib.experts.heads import HeadExperts
 from mixdpo_lib.experts.whole import IndependentExperts
+from mixdpo_lib.gates import GATES
 from mixdpo_lib.gates.user import UserGate
 from mixdpo_lib.gates.weights import FixedWeights, LearnedWeights
 from mixdpo_lib.policy.mixture import MixturePolicy
+from mixdpo_lib.policy.remarks import of_the_gate
 from mixdpo_lib.store import MixDPOError, sha256_of
 
 
@@ -246,6 +248,31 @@ def test_another_base_is_named_with_its_kind_of_numbers(tmp_path, folder):
         MixturePolicy.from_pretrained(folder, other)
 
 
+def test_what_others_call_columns_is_theirs(tiny_base, tmp_path, monkeypatch):
+    """A gate of somebody's own is saved, and its card is silent where it does not know."""
+
+    class Remembering(LearnedWeights):
+        def __init__(self, n_experts, columns=("age", "country"), before=3, gates=2, after="no"):
+            super().__init__(n_experts)
+            self.columns, self.before, self.gates, self.after = list(columns), before, gates, after
+
+        def options(self):
+            names = ("n_experts", "columns", "before", "gates", "after")
+            return {name: getattr(self, name) for name in names}
+
+        @classmethod
+        def from_options(cls, options):
+            return cls(**options)
+
+    monkeypatch.setitem(GATES, "Remembering", Remembering)
+    own = policy(tiny_base, Remembering(2))
+    own.save_pretrained(tmp_path / "m")
+    assert "- gate: Remembering\n" in (tmp_path / "m" / "README.md").read_text()
+    assert MixturePolicy.from_pretrained(tmp_path / "m", tiny_base).gate.before == 3
+    data = own.prepare(preference_rows(4))
+    assert of_the_gate(own, data, "user") == []
+
+
 def test_the_card_says_how_to_read_it_and_what_the_gate_reads(tiny_base, tmp_path, capsys):
     gate = UserGate({"age": (30.0, 9.0), "country": ["DE", "NL"]}, 2)
     policy(tiny_base, gate).save_pretrained(tmp_path / "m")
@@ -254,8 +281,5 @@ def test_the_card_says_how_to_read_it_and_what_the_gate_reads(tiny_base, tmp_pat
     assert "mx.MixturePolicy.from_pretrained(" in card
     assert "- gate: UserGate, which reads `age` (a number), `country` (one of DE, NL): `" in card
     policy(tiny_base).save_pretrained(tmp_path / "m")  # said, and not done in silence
-    assert (
-        f"{tmp_path / 'm'}: the mixture that was saved there before is replaced"
-        in capsys.readouterr().err
-    )
+    assert f"{tmp_path / 'm'}: what was saved there before is replaced" in capsys.readouterr().err
     assert "- gate: LearnedWeights\n" in (tmp_path / "m" / "README.md").read_text()

@@ -421,24 +421,45 @@ def test_an_output_folder_with_other_things_is_refused(write_notebook, project, 
     write_notebook("04_mix")
     (project / "mine").mkdir()
     (project / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(MixDPOError, match="not an earlier run"):
+    with pytest.raises(MixDPOError, match="mine: found thesis.txt, which would be lost"):
         execute.run_notebook("04_mix", output=project / "mine")
 
 
 def test_an_earlier_run_with_other_things_beside_it_is_refused(
     write_notebook, project, run, no_kernel
 ):
-    """By --output; what the run wrote, hidden files and logs may go, somebody's notes may not."""
+    """By --output; what the run and JupyterLab wrote may go, whatever else there is may not."""
     write_notebook("04_mix")
     run.table(TABLE, "accuracy")
     run.finish()
-    for name in ("notebook.ipynb", ".hidden", "job.log"):
+    for name in ("notebook.ipynb", ".ipynb_checkpoints/notebook-checkpoint.ipynb"):
+        (run.folder / name).parent.mkdir(exist_ok=True)
         (run.folder / name).write_text("x")
     assert results.not_of_the_run(run.folder) == []
-    (run.folder / "tables" / "my notes.txt").write_text("precious")
-    with pytest.raises(MixDPOError, match="found tables/my notes.txt beside an earlier run"):
-        execute.run_notebook("04_mix", output=run.folder)
-    assert (run.folder / "tables" / "my notes.txt").read_text() == "precious"
+    for name in ("tables/my notes.txt", ".git/config", ".env", "job.log", "uv.lock"):
+        (run.folder / name).parent.mkdir(exist_ok=True)
+        (run.folder / name).write_text("precious")
+        with pytest.raises(
+            MixDPOError, match="found .* beside an earlier run, which would be lost"
+        ):
+            execute.run_notebook("04_mix", output=run.folder)
+        assert name in results.not_of_the_run(run.folder)
+        (run.folder / name).unlink()
+    (run.folder / ".git").rmdir()
+    (run.folder / "plots").mkdir()
+    (run.folder / "data").symlink_to("/nowhere")
+    assert results.not_of_the_run(run.folder) == ["data", "plots"]
+
+
+def test_what_came_into_the_place_while_a_notebook_ran_is_not_replaced(write_notebook, project):
+    write_notebook("04_mix", WORK)
+    place = execute.run_notebook("04_mix", output=project / "mine")
+    write_notebook("04_mix", WORK + f"\nopen({str(place / 'notes.txt')!r}, 'w').write('mine')")
+    with pytest.raises(execute.RunFailed, match=r"found notes.txt .*evidence in (\S+);") as error:
+        execute.run_notebook("04_mix", output=place)
+    assert (place / "notes.txt").read_text() == "mine" and (place / "manifest.json").exists()
+    kept = Path(str(error.value).split("evidence in ")[1].split("; earlier")[0])
+    assert (kept / "manifest.json").exists()  # what was finished is there, whole
 
 
 def test_results_that_were_read_are_inputs_and_the_sentence_at_the_top_is_none(project, run):
@@ -554,7 +575,8 @@ def test_reproduce_and_reference(write_notebook, project, capfd):
     assert len(results.load_table("reference", "01_reviews_and_rewards", "experts")) == 3
     assert results.load_values("reference")["gain"]["value"] == 0.25
     assert set(results.durations("01_reviews_and_rewards")) == {"default", "smoke"}
-    assert set(results.durations("02_preferences")) == {"default"}
+    # of the complete run: the second run of this one, with another number of users, may have found what it needs
+    assert results.durations("02_preferences") == {"default": timing["notebooks"]["02_preferences"]}
 
     earlier = (target / "07_ablation_temperature/manifest.json").read_bytes()
     shutil.rmtree(project / "runs/default/07_ablation_temperature")

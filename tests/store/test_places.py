@@ -225,7 +225,7 @@ def test_a_place_of_any_name(project, monkeypatch, name):
     assert folder.is_relative_to(project / name) and store.cached("stage", 1, {}, touch) == folder
     with store.whole_folder(project / f"{name} saved") as place:
         touch(place)
-    with store.whole_folder(project / f"{name} saved") as place:
+    with store.whole_folder(project / f"{name} saved", mark="a") as place:
         (place / "a").write_text("b")
         (place / "b").touch()
     assert sorted(path.name for path in (project / f"{name} saved").iterdir()) == ["a", "b"]
@@ -241,15 +241,50 @@ def test_what_is_not_ours_is_never_replaced(project):
         (own / name).write_text("mine")
     with (
         pytest.raises(MixDPOError, match=r"my data: found train.csv there, .*expected an empty"),
-        store.whole_folder(own) as place,
+        store.whole_folder(own, mark="a") as place,
     ):
         (place / "a").write_text("new")
     assert sorted(path.name for path in own.iterdir()) == ["a", "train.csv"]
     assert {path.read_text() for path in own.iterdir()} == {"mine"}
     (own / "train.csv").unlink()
-    with store.whole_folder(own) as place:
+    for mark in (
+        "",
+        "config.json",
+    ):  # a model's folder holds files of the same names, and is not ours
+        with (
+            pytest.raises(MixDPOError, match="my data: found a there, which would be lost"),
+            store.whole_folder(own, mark) as place,
+        ):
+            (place / "a").write_text("new")
+            (place / "config.json").touch()
+    assert (own / "a").read_text() == "mine"
+    with store.whole_folder(own, mark="a") as place:
         (place / "a").write_text("new")
     assert (own / "a").read_text() == "new"
+
+
+def test_a_link_is_followed_and_the_working_folder_is_not_moved(project, monkeypatch):
+    there = project / "large disk"
+    there.mkdir()
+    (project / "link").symlink_to(there)
+    with store.whole_folder(project / "link") as place:
+        touch(place)
+    assert (project / "link").is_symlink() and [p.name for p in there.iterdir()] == ["a"]
+    (project / "empty").mkdir()
+    monkeypatch.chdir(project / "empty")
+    for name in (".", "", "..", project / "empty"):
+        with (
+            pytest.raises(MixDPOError, match="found the folder in which this program works"),
+            store.whole_folder(name) as place,
+        ):
+            touch(place)
+    with store.whole_folder("mine/") as place:
+        touch(place)
+    assert (project / "empty" / "mine" / "a").exists() and list(Path().iterdir()) == [Path("mine")]
+    monkeypatch.setenv("HOME", str(project))
+    with store.whole_folder("~/at home") as place:
+        touch(place)
+    assert (project / "at home" / "a").exists()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), KeyboardInterrupt()])

@@ -10,6 +10,7 @@ from test_figure_sizes import texts_of
 from mixdpo_lib import store
 from mixdpo_lib.runner.notebooks import notebook_path
 from mixdpo_lib.runner.results import Finished
+from mixdpo_lib.store import MixDPOError
 from mixdpo_lib.study import paper
 
 REFERENCE = Finished("reference")
@@ -103,7 +104,14 @@ def test_figures_captions_and_tables_are_written(tmp_path, monkeypatch):
     tables = (tmp_path / "tables.tex").read_text()
     assert tables.count(r"\toprule") == 2
     assert re.search(r"accuracy, mean of the groups & \+0\.\d{3} \[0\.\d{3}, 0\.\d{3}\] & ", tables)
-    assert not re.search(r"(?<!\\)[%_#]", tables)
+    first, _, body = tables.partition("\n")
+    assert first == text.splitlines()[0] == paper.OWN and not re.search(r"(?<!\\)[%_#]", body)
+    (tmp_path / "tables.tex").write_text("my own\n")  # a paper's folder has such files, too
+    with pytest.raises(
+        MixDPOError, match="tables.tex: found a file that this command did not write"
+    ):
+        paper.write(REFERENCE, "column", tmp_path)
+    assert (tmp_path / "tables.tex").read_text() == "my own\n"
 
 
 @pytest.mark.parametrize(
