@@ -243,8 +243,8 @@ def _from_nothing(root: Path, name: str) -> dict[str, float]:
     for profile in profile_names():
         for file in ("timing.json", "timing_everything.json"):
             path = root / "runs" / profile / file
-            timing = store.read_json(path) if path.exists() else {"complete": False}
-            if timing["complete"] and name in timing["notebooks"]:
+            timing: dict[str, Any] = store.read_json(path) if path.exists() else {}
+            if timing.get("complete") and name in timing["notebooks"]:
                 found[profile] = timing["notebooks"][name]
     return found
 
