@@ -99,8 +99,10 @@ def told_of(name: str, profile: str) -> str:
     commit = (manifest.get("git") or {}).get("commit") or "unknown"
     note = " **Too small to mean anything.**" if manifest["profile"] == "smoke" else ""
     again = manifest.get("command") or "in JupyterLab"
+    seconds = manifest["seconds"]
+    took = f"{seconds / 60:.1f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
     return (
-        f":::{{note}}\nExecuted with the profile `{manifest['profile']}` in {manifest['seconds'] / 60:.1f} minutes, "
+        f":::{{note}}\nExecuted with the profile `{manifest['profile']}` in {took}, "
         f"code `{commit[:10]}`, ended {manifest['ended'][:10]}. Again: `{again}`.{note}\n:::\n"
     )
 
