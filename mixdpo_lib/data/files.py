@@ -29,7 +29,7 @@ _NOTES = (
 
 def load_preferences(
     path: str | Path,
-    columns: Sequence[str] = (),
+    columns: Sequence[str] | None = (),
     on_bad_rows: str = "raise",
     base: Any = None,
 ) -> DatasetDict:
@@ -57,8 +57,9 @@ def load_preferences(
     """
     if on_bad_rows not in ("raise", "drop"):
         raise ValueError(f"on_bad_rows={on_bad_rows!r}: expected 'raise' or 'drop'")
-    if isinstance(columns, str):
-        raise ValueError(f"columns={columns!r}: expected a list of names; write [{columns!r}]")
+    if columns is None or isinstance(columns, str):
+        instead = "leave it out" if columns is None else f"write [{columns!r}]"
+        raise ValueError(f"columns={columns!r}: expected a list of names; {instead}")
     bad, total, read = BadRows(), 0, {}
     for name, files in find_parts(Path(path)).items():
         own, before, tables = BadRows(), total, list[Table]()

@@ -208,6 +208,14 @@ def _check_part(prompt: str, sides: Mapping[str, Messages]) -> None:
             )
 
 
+def _remedy(names: list[str]) -> str:
+    """What to do about columns of these names among which one is missing."""
+    for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+        if len(names) == 1 and mark in names[0]:
+            return f"fields are parted by {word}: save it with commas"
+    return "rename or add it"
+
+
 def read_forms(
     table: Table,
     place: str,
@@ -231,7 +239,7 @@ def read_forms(
     for column in ("chosen", "rejected", *columns):
         if column not in table.names:
             raise ValueError(
-                f"{place}: column {column!r} is missing; found {table.names}; rename or add it"
+                f"{place}: column {column!r} is missing; found {table.names}; {_remedy(table.names)}"
             )
     keep: list[int] = []
     read: list[tuple[Prompt, str, str]] = []

@@ -171,6 +171,16 @@ class Pairs:
         return Pairs(self.rows.select(keep), self.texts, self.index[torch.from_numpy(keep)])
 
 
+_OTHERWISE = (
+    "load_preferences(path) reads files; what is known of a user goes by name: metadata={...}"
+)
+_INSTEAD = {
+    "DatasetDict": 'one part of it, such as pairs["train"]',
+    "DataFrame": "datasets.Dataset.from_pandas(frame)",
+    "list": "datasets.Dataset.from_list(rows)",
+}
+
+
 def as_pairs(data: Any) -> Pairs:
     """A preference set as `Pairs`, checked; refuses what is neither rows nor pairs.
 
@@ -180,8 +190,8 @@ def as_pairs(data: Any) -> Pairs:
     """
     if not isinstance(data, (Dataset, Pairs)):
         raise ValueError(
-            f"found {type(data).__name__}, expected a datasets.Dataset with the columns prompt, chosen and rejected; "
-            "what is known of a user goes by name: metadata={...}"
+            f"found {type(data).__name__}, expected a datasets.Dataset with the columns prompt, chosen and rejected: "
+            f"{_INSTEAD.get(type(data).__name__, _OTHERWISE)}"
         )
     return data if isinstance(data, Pairs) else Pairs.of(data)
 

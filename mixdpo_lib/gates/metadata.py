@@ -35,6 +35,10 @@ def read_columns(
     >>> read_columns({"country": ["x", "y", "x"], "age": [20, 30, 40]})["country"]
     ['x', 'y']
     """
+    if not hasattr(metadata, "items"):
+        raise ValueError(
+            f"metadata: found {type(metadata).__name__}, expected columns by name, a value a row: {{'age': data['age']}}"
+        )
     columns: dict[str, list[str] | tuple[float, float]] = {}
     for name, values in metadata.items():
         values = _checked(name, values)

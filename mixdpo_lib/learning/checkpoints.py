@@ -140,6 +140,10 @@ class Checkpoints:
                         remove_folder(checkpoint)
                     else:  # nothing says that it is ours
                         self._set_aside(checkpoint)
+            ours = (FIT, RESTARTS)
+            for path in [] if self._known else sorted(self.folder.iterdir()):
+                if path.name in ours or path.name.startswith("snapshot-"):
+                    self._set_aside(path)
             write_json_atomic(self.folder / FIT, {"identity": self.identity})
             self._write(self.folder / RESTARTS)
 

@@ -120,7 +120,11 @@ def fit(
     MixDPOError : less free memory than gradients, AdamW's two moments and two snapshots need (it is named); a folder
         that is a file, cannot be written, is full, or holds another fit (what differs is named).
     """
-    config = config or FitConfig()
+    config = FitConfig() if config is None else config
+    if not hasattr(config, "latent"):
+        raise ValueError(
+            f"config: found {type(config).__name__}, expected a FitConfig; give the pairs to judge by as validation="
+        )
     size = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     what = f"gradients, moments and snapshots of {size / 1e6:.1f} M trained parameters"
     need_memory(20 * size, what, next(policy.experts.parameters()).device)

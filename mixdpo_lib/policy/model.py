@@ -31,10 +31,17 @@ def as_user(user: Any, n_experts: int, rows: int | None = 1) -> Tensor:
 
     Raises
     ------
-    ValueError : a name, a dictionary, or weights of another number of experts or rows.
+    ValueError : a name, a dictionary, or weights of another number of experts or rows; weights that are no logarithms of
+        shares, whose sum is 1.
     """
     if isinstance(user, Tensor) and user.is_floating_point() and user.shape[-1:] == (n_experts,):
         if user.dim() == 1 or (user.dim() == 2 and (rows is None or len(user) in (1, rows))):
+            total = user.detach().double().logsumexp(-1)
+            if not bool((total.abs() < 1e-3).all()):
+                raise ValueError(
+                    f"user: found {user.reshape(-1, n_experts)[0].tolist()}, expected log weights, whose exp sums to 1: give "
+                    "policy.user(...) as it is, or probabilities as p.log()"
+                )
             return user
         more = f", or ({rows}, {n_experts}), one user a row" if rows != 1 else ""
         raise ValueError(

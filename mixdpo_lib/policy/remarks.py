@@ -85,6 +85,7 @@ def of_the_gate(policy: MixturePolicy, train: Pairs, unit: str) -> list[str]:
         read = ", ".join(gate.reads)
         notes.append(
             f"the gate learned nothing of {read}: in no row does more than {SAME} of the weight lie elsewhere than on average, "
-            "and whom it alone serves gets the average"
+            "and whom it alone serves gets the average; if a later step than the kept one knows more: stop__best='last', or "
+            "result.restore(policy, 'last')"
         )
     return notes

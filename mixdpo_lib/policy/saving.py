@@ -49,6 +49,10 @@ def save(
     MixDPOError : the folder holds other things, or cannot be written, or the policy holds numbers that are none; nothing
         half-done is left.
     """
+    if not isinstance(provenance or {}, Mapping):
+        raise ValueError(
+            f"provenance: found {provenance!r}, expected what the card shall say by name, such as {{'data': 'my-pairs'}}"
+        )
     base = policy.base
     config = {
         "format": FORMAT,

@@ -24,7 +24,7 @@ from .evidence import RunInterrupted as RunInterrupted
 from .evidence import keep_evidence, replace_folder, tidy
 from .notebooks import notebook_path
 from .parameters import COMMON, resolve_parameters
-from .results import not_of_the_run, verify_manifest
+from .results import not_of_the_run, read_manifest, verify_manifest
 
 _HEARTBEAT_S = 12.0
 
@@ -65,7 +65,7 @@ def run_notebook(
         folder = Path(output).expanduser().resolve()
         if folder.exists() and not folder.is_dir():
             raise MixDPOError(f"{folder}: found a file, expected a folder or nothing; name another")
-        _check_alone(folder)
+        _check_alone(folder, notebook)
     elif overrides:
         folder = runs / "custom" / f"{notebook}-{store.artefact_key('custom', 1, parameters)[:10]}"
     with ending.interruptible(), store.locked(folder.with_name(f".{folder.name}.lock"), notebook):
@@ -90,7 +90,7 @@ def run_notebook(
                     f"expected {notebook} with {parameters}; see start_run(...) in the notebook"
                 )
             if output is not None:  # somebody may have put something there meanwhile
-                _check_alone(folder)
+                _check_alone(folder, notebook)
         except BaseException as error:
             with ending.held(last=True):
                 failed = keep_evidence(notebook, partial, runs / "failed", error)
@@ -106,13 +106,19 @@ def run_notebook(
     return folder
 
 
-def _check_alone(folder: Path) -> None:
-    """Refuse a folder for a result that holds anything but an earlier one."""
+def _check_alone(folder: Path, notebook: str) -> None:
+    """Refuse a folder for a result that holds anything but an earlier one of the same notebook."""
     if foreign := not_of_the_run(folder):
         beside = " beside an earlier run" if (folder / "manifest.json").exists() else ""
         raise MixDPOError(
             f"{folder}: found {', '.join(foreign[:3])}{beside}, which would be lost; name an empty or new folder, or one that "
             "holds an earlier run alone"
+        )
+    manifest = folder / "manifest.json"
+    earlier = read_manifest(manifest).get("notebook", notebook) if manifest.exists() else notebook
+    if earlier != notebook:
+        raise MixDPOError(
+            f"{folder}: found a run of {earlier}, which would be lost; name another folder"
         )
 
 

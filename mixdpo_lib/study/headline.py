@@ -18,7 +18,7 @@ ROWS = {  # what a value says, and in which units; the comparison that flatters 
         "nats",
     ),
     "reward_over_base_grammar": ("The grammar expert's texts, better than the base's", "judge"),
-    "moe_top_1_gain_over_oracle_mean": (
+    "moe_gain_over_oracle_mean": (
         "A gate that reads prompts of films and books, minus being told which it is",
         "share",
     ),
@@ -29,9 +29,12 @@ ROWS = {  # what a value says, and in which units; the comparison that flatters 
         "The sentiment expert's texts, better than DPO's at equal KL",
         "judge",
     ),
-    "gain_metadata_0_pairs": ("New users served by their metadata alone: more than DPO", "share"),
+    "gain_metadata_0_pairs": (
+        "New users served by their metadata alone, clean pairs: more than DPO",
+        "share",
+    ),
     "gain_pairs_16_pairs": (
-        "New users served by 16 comparisons of their own: more than DPO",
+        "New users served by 16 comparisons of their own, clean pairs: more than DPO",
         "share",
     ),
 }

@@ -147,3 +147,15 @@ def test_the_files_are_whole_before_they_are_damaged(tmp_path):
 def test_damaged_files_give_clear_errors_or_whole_sets(tmp_path):
     found, read = trouble(tmp_path, 600)
     assert not found and 15 < read < 585
+
+
+@pytest.mark.parametrize("mark, word", [(";", "semicolons"), ("\t", "tabs")])
+def test_fields_that_are_parted_otherwise(tmp_path, mark, word):
+    (tmp_path / "a.csv").write_text(f"prompt{mark}chosen{mark}rejected\na{mark}b{mark}c\n")
+    with pytest.raises(ValueError, match=f"missing; .*fields are parted by {word}: save it with"):
+        load_preferences(tmp_path / "a.csv")
+
+
+def test_columns_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="columns=None: expected a list of names; leave it out"):
+        load_preferences(tmp_path, columns=None)

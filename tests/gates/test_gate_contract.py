@@ -182,6 +182,11 @@ def test_a_column_that_is_neither_kinds_nor_numbers(kind):
             make({"x": kind})
 
 
+def test_metadata_that_is_no_columns():
+    with pytest.raises(Exception, match="metadata"):
+        UserGate.from_metadata(["NL", "DE"], 2)
+
+
 def test_truth_values_are_named_as_they_are_read():
     assert UserGate({"vip": [True, False]}, 2).columns == {"vip": ["True", "False"]}
     read = UserGate.from_metadata({"vip": [False, True]}, 2)

@@ -339,3 +339,15 @@ def test_a_full_place_is_one_clear_error_and_leaves_nothing_half_written(
     assert not (tmp_path / "mixture").exists() and checkpoints(tmp_path / "fit") == []
     again, _ = run(tiny_base, tmp_path / "fit")
     assert same(again, whole[0])
+
+
+def test_files_of_others_in_the_folder_of_a_fit_are_kept(tiny_base, tmp_path, capsys):
+    names = ("fit.json", "restarts.csv", "snapshot-5.safetensors")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    data = preference_rows(12)
+    fit(policy(tiny_base), data, CONFIG.change(passes=1.0), folder=tmp_path)
+    assert {(tmp_path / f"unknown-0-{name}").read_text() for name in names} == {"mine"}
+    assert "fit.json: of an unknown fit, renamed to unknown-0-fit.json" in capsys.readouterr().err
+    fit(policy(tiny_base), data, CONFIG.change(passes=1.0), folder=tmp_path)
+    assert not list(tmp_path.glob("unknown-1-*"))

@@ -685,3 +685,17 @@ def test_tables_without_words_are_no_language_model():
     tables = MixturePolicy(TabularExperts(3, 2), LearnedWeights(2))
     with pytest.raises(ValueError, match="this table has numbers, no words"):
         tables.as_causal_lm()
+
+
+def test_probabilities_are_no_log_weights(tiny_base):
+    data = preference_rows(4)
+    policy = MixturePolicy(HeadExperts(tiny_base, 2, rank=2, active="all"), LearnedWeights(2))
+    right = torch.tensor([0.9, 0.1]).log()
+    for wrong in (right.exp(), torch.zeros(2), torch.tensor([[0.0, -math.inf], [0.3, -1.0]])):
+        for ask in (policy.predict, policy.preference):
+            with pytest.raises(ValueError, match=r"user: found .*whose exp sums to 1.*p.log\(\)"):
+                ask(data.select(range(2)), user=wrong)
+    with pytest.raises(ValueError, match="whose exp sums to 1"):
+        policy.generate(["the film"], user=right.exp())
+    assert bool((policy.predict(data, user=right) <= 1).all())
+    policy.predict(data, user=torch.tensor([0.0, -math.inf]))  # one expert alone

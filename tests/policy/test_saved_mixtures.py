@@ -283,3 +283,9 @@ def test_the_card_says_how_to_read_it_and_what_the_gate_reads(tiny_base, tmp_pat
     policy(tiny_base).save_pretrained(tmp_path / "m")  # said, and not done in silence
     assert f"{tmp_path / 'm'}: what was saved there before is replaced" in capsys.readouterr().err
     assert "- gate: LearnedWeights\n" in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_what_a_card_shall_say_has_names(tiny_base, tmp_path):
+    with pytest.raises((ValueError, TypeError)):
+        policy(tiny_base).save_pretrained(tmp_path / "m", "hello")
+    assert not (tmp_path / "m").exists()

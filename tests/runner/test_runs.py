@@ -451,6 +451,16 @@ def test_an_earlier_run_with_other_things_beside_it_is_refused(
     assert results.not_of_the_run(run.folder) == ["data", "plots"]
 
 
+def test_a_run_of_another_notebook_is_no_earlier_run(write_notebook, project, run, no_kernel):
+    run.finish()
+    write_notebook("05_other")
+    with pytest.raises(
+        MixDPOError, match="found a run of 04_mix, which would be lost; name another"
+    ):
+        execute.run_notebook("05_other", output=run.folder)
+    assert (run.folder / "manifest.json").exists()
+
+
 def test_what_came_into_the_place_while_a_notebook_ran_is_not_replaced(write_notebook, project):
     write_notebook("04_mix", WORK)
     place = execute.run_notebook("04_mix", output=project / "mine")
