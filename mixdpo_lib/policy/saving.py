@@ -50,9 +50,7 @@ def save(
         half-done is left.
     """
     if not isinstance(provenance or {}, Mapping):
-        raise ValueError(
-            f"provenance: found {provenance!r}, expected what the card shall say by name, such as {{'data': 'my-pairs'}}"
-        )
+        raise ValueError(f"provenance: found {provenance!r}, expected such as {{'data': 'mine'}}")
     base = policy.base
     config = {
         "format": FORMAT,
