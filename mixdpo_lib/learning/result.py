@@ -16,6 +16,9 @@ from ..policy.mixture import MixturePolicy
 
 DEAD = 0.02  # mean responsibility below which an expert is called dead: less than a fiftieth of the pairs are its own
 EQUAL = 0.02  # mean difference of sigma(D) below which two experts are called equal: one pair in fifty decided otherwise
+SURER = (
+    0.1  # share of validation pairs more that later steps predict right, from which on it is told
+)
 PARTED = (
     0.5  # how far the latents' weights must stand, on average, between equal (0) and certain (1)
 )
@@ -146,6 +149,27 @@ def ending(stop_reason: str | None, history: pd.DataFrame) -> str:
     return stop_reason or ("diverged" if fell > FELL else "max_iter")
 
 
+def _too_sure(history: pd.DataFrame, kept_step: int) -> list[str]:
+    """Whether later steps predict more validation pairs right and are less likely, since they are too sure of the others.
+
+    >>> rows = {"step": [0, 20, 80], "validation_accuracy": [0.5, 0.75, 0.92], "validation_loglik": [-0.69, -0.63, -1.45]}
+    >>> _too_sure(pd.DataFrame(rows), 20)[0][:75]
+    'step 80 predicts more validation pairs right (0.92, where the kept one has '
+    """
+    if "validation_accuracy" not in history:
+        return []
+    kept = history[history["step"] == kept_step].iloc[0]
+    later = history[history["step"] > kept_step]
+    if later.empty or later["validation_accuracy"].max() < kept["validation_accuracy"] + SURER:
+        return []
+    at = later.loc[later["validation_accuracy"].idxmax()]
+    return [
+        f"step {int(at['step'])} predicts more validation pairs right ({at['validation_accuracy']:.2f}, where the kept one has "
+        f"{kept['validation_accuracy']:.2f}) and is too sure of the others: learn a lapse rate (lapse='learn'), or lower "
+        "min_steps or learning_rate"
+    ]
+
+
 def summarise(
     history: pd.DataFrame,
     stop_reason: str,
@@ -191,6 +215,7 @@ def summarise(
                 + ": what was learned does not carry over; give more pairs of each unit, or fewer experts"
                 + (" (of one: more, if people contradict one another)" if n_experts == 1 else "")
             )
+        said += _too_sure(history, kept_step)
     turned = last["elbo"] - first["elbo"] < LEARNED
     if last["elbo"] - first["elbo"] < -LEARNED:
         said.append("WARNING: the bound fell: lower learning_rate")

@@ -123,6 +123,12 @@ def test_a_summary_says_which_step_it_speaks_of_and_what_did_not_carry_over():
     early = summarise(history, "max_iter", 10, log_q, loglik)
     assert "step 10 is kept" in early and "at the last step experts have parted" in early
     assert "hardly better than by a coin" in early
+    assert "too sure" not in early
+    surer = history.assign(validation_accuracy=[0.5] * (len(history) - 1) + [0.9])
+    said = summarise(surer, "max_iter", 10, log_q, loglik)
+    assert (
+        "step 20 predicts more validation pairs right (0.90, where the kept one has 0.50)" in said
+    )
     late = summarise(history.assign(validation_loglik=-0.4), "max_iter", 20, log_q, loglik)
     assert "at the last step" not in late and "coin" not in late
 
