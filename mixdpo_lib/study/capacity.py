@@ -28,11 +28,12 @@ from ..learning.fit import fit
 from ..learning.starts import Start
 from ..policy.mixture import MixturePolicy
 from ..store import cached, read_json, write_json_atomic
+from .fits import VERSION as FIT_VERSION
 from .fits import group_of, kept_fit
 from .review_users import ReviewUsers
 from .simulated_people import DesignConfig, simulate_preferences
 
-VERSION = 3
+VERSION = 2
 METHODS = ("dpo", "mix_dpo")
 
 
@@ -288,6 +289,7 @@ def run_families(
             "n_experts": config.n_experts,
             "beta": config.beta,
             "fit": options.identity(config.n_experts, reads=False),
+            "rule": FIT_VERSION,
             "pairs": everything.to_dict(),
         }
 

@@ -36,7 +36,7 @@ from ..store import (
 from .judges.contract import REWARDS
 from .judges.panel import Judges, judges, score_texts
 
-VERSION = 7  # heads that have learned nothing are the base to the bit
+VERSION = 8  # who has learned nothing is the base to the bit, in every family
 FIT_NAMES = {  # flat names of choices that stand in a part of FitConfig
     "start_kind": "start__kind",
     "start_temperature": "start__temperature",
